@@ -1,0 +1,14 @@
+"""Fused kernels for the DSTS module of *Dynamic Spatio-Temporal Specialization Learning* (ECCV 2022).
+
+>>> from dsts_kernels import FusedDSTS
+>>> dsts = FusedDSTS(in_channels=16)
+"""
+
+from . import backends, functional
+from .frozen import FrozenDSTS
+from .modules import DSTSLayer, FusedDSTS
+from .routing import Draws, Routing
+
+__version__ = "0.1.0"
+
+__all__ = ["DSTSLayer", "Draws", "FrozenDSTS", "FusedDSTS", "Routing", "backends", "functional"]

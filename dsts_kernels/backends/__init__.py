@@ -1,0 +1,111 @@
+"""Which implementation runs an op: predicates that say why not, a choice, and an override.
+
+Ops call :func:`choose` beneath the dispatcher, so a compiled graph sees one op whatever runs it. The order of
+preference is: the ``backend=`` argument, :func:`use_backend`, the environment variable ``DSTS_BACKEND``, the
+first backend in :data:`BACKENDS` that can run. A backend asked for by name that cannot run is an error.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .base import OPS, Backend
+from .cpu import CpuBackend
+from .eager import EagerBackend
+
+__all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), EagerBackend())}
+
+_override: str | None = None
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, best first."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.missing() is None)
+
+
+class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, as a call or in a ``with`` statement
+    """Make every op run on the backend ``name`` (``None``: choose again), for good or for a ``with`` block.
+
+    >>> import dsts_kernels
+    >>> with dsts_kernels.backends.use_backend("eager"):
+    ...     gate = dsts_kernels.functional.saturating_sigmoid(torch.zeros(2, 3))
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot run on this machine; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _override
+        if name is not None:
+            reason = BACKENDS[_known(name, "use_backend(name)")].missing()
+            if reason is not None:
+                raise RuntimeError(f"use_backend(name): {name!r} cannot run here: {reason}")
+        self._previous, _override = _override, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _override
+        _override = self._previous
+
+
+def _requested(argument: str | None) -> tuple[str | None, str]:
+    if argument is not None:
+        return argument, "backend"
+    if _override is not None:
+        return _override, "use_backend(name)"
+    return os.environ.get("DSTS_BACKEND") or None, "DSTS_BACKEND"
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str | None = None) -> Backend:
+    """The backend that runs ``op`` on tensors of this device and dtype.
+
+    Raises:
+        ValueError: an unknown name was asked for.
+        RuntimeError: the backend asked for cannot run this; the message says why.
+    """
+    name, source = _requested(requested)
+    if name is not None:
+        backend = BACKENDS[_known(name, source)]
+        reason = backend.why_not(op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{source}={name!r} cannot run {op} on {device} in {dtype}: {reason}")
+        return backend
+    for backend in BACKENDS.values():
+        if backend.why_not(op, device, dtype) is None:
+            return backend
+    raise RuntimeError(explain(op, device, dtype))
+
+
+def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """What would run ``op``, and for every other backend the reason why not: a few lines of text.
+
+    >>> print(dsts_kernels.backends.explain("gated_conv3d", "cpu", torch.float32))  # doctest: +SKIP
+    gated_conv3d on cpu in torch.float32 runs on 'cpu'
+      cpu: can run
+      eager: can run (plain PyTorch: every step a pass over memory of its own)
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
+    device = torch.device(device)
+    lines = []
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(op, device, dtype)
+        lines.append(f"  {name}: can run ({backend.remark})" if reason is None else f"  {name}: no, {reason}")
+    try:
+        head = f"{op} on {device} in {dtype} runs on {choose(op, device, dtype).name!r}"
+    except RuntimeError as error:
+        head = str(error) if _requested(None)[0] else f"no backend can run {op} on {device} in {dtype}"
+    return "\n".join([head, *lines])

@@ -1,0 +1,115 @@
+"""What a backend is: a name, predicates, and one method for every op.
+
+Methods get checked arguments and return fresh tensors. Features come in any stride order; what they return is
+channels-last (``torch.channels_last_3d``) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPS = ("semhash_gate", "tap_sums", "gated_conv3d", "mixing_conv3d", "frozen_layer")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, scores and biases: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class FrozenWeights(NamedTuple):
+    """One frozen layer, packed. A neuron's panels lie behind one another in flat tensors.
+
+    Neuron ``n`` sends ``channels[n, :split[n]]`` to its spatial panel ``(O, 9, split[n])`` and the rest of
+    ``channels[n]`` to its temporal panel ``(O, 3, C - split[n])``.
+    """
+
+    scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
+    channels: Tensor  # (N, C) int32
+    split: Tensor  # (N,) int64
+    spatial: Tensor  # flat
+    temporal: Tensor  # flat
+    bias: Tensor  # (N, O), float32 or float64
+    mixing: Tensor | None  # (N, O, kernel taps, O), only for a kernel that does not fold
+
+
+class FrozenOptions(NamedTuple):
+    """What a frozen layer does besides: divisor of the scores, mixing kernel, activation, what comes next."""
+
+    score_divisor: int
+    mixing_kernel: list[int]
+    relu: bool
+    next_taps: int  # taps of the next layer's scoring kernel: 0 when no layer follows
+
+
+class Backend(ABC):
+    """One way to run every op."""
+
+    name: str
+    remark: str
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why this backend cannot run anything on this machine; ``None`` when it can."""
+
+    @abstractmethod
+    def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run ``op`` on such tensors; ``None`` when it can."""
+
+    @abstractmethod
+    def semhash_gate(
+        self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None
+    ) -> Tensor:
+        """Gates ``(B, C)``: see :func:`dsts_kernels.ops.semhash.semhash_gate`."""
+
+    @abstractmethod
+    def semhash_gate_backward(
+        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        """Gradient of the logits ``(N, C)``."""
+
+    @abstractmethod
+    def tap_sums(self, x: Tensor, taps: int) -> Tensor:
+        """``(B, C, taps)`` in :func:`accumulate_dtype`."""
+
+    @abstractmethod
+    def gated_conv3d(
+        self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor
+    ) -> Tensor:
+        """``(B, O, T, H, W)``."""
+
+    @abstractmethod
+    def gated_conv3d_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        neuron: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of ``x, gate, spatial, temporal``, each ``None`` where ``needs`` says so."""
+
+    @abstractmethod
+    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
+        """``(B, O, T, H, W)``."""
+
+    @abstractmethod
+    def mixing_conv3d_backward(
+        self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of ``z, mixing``."""
+
+    @abstractmethod
+    def frozen_layer(
+        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``y``, the next layer's tap sums, ``neuron (B,)`` and ``scores (B, N)``.
+
+        ``y`` is channels-last, or in the memory format of ``skip`` where one is added.
+        """

@@ -1,0 +1,57 @@
+"""The convolutions themselves, on dense panels: oneDNN's or cuDNN's, through torch (the direct path).
+
+A panel holds gathered channels, channels-last: ``(b, T, H, W, c)``. A weight panel is ``(O, taps, c)``. The
+1x3x3 and 1x1x1 kernels run as 2-d convolutions over ``b*T`` frames and the 3x1x1 kernel as a 3x1 convolution
+over ``(T, H*W)`` images, which is the same memory seen differently: nothing is copied. Weight gradients use
+channels-first panels ``(b, c, T, H, W)``, which measure up to three times faster there.
+
+Fast convolution (Winograd) is to take its place beside these three functions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = tuple[int, int, int]
+SPATIAL: Kernel = (1, 3, 3)
+TEMPORAL: Kernel = (3, 1, 1)
+
+
+def _as_images(panel: Tensor, kernel: Kernel) -> Tensor:
+    """``(b, T, H, W, c)`` as channels-last images ``(n, c, h, w)`` for a 2-d convolution."""
+    b, t, h, w, c = panel.shape
+    images = panel.view(b, t, h * w, c) if kernel[0] > 1 else panel.view(b * t, h, w, c)
+    return images.permute(0, 3, 1, 2)
+
+
+def _as_panel(images: Tensor, shape: torch.Size) -> Tensor:
+    b, t, h, w = shape[:4]
+    return images.permute(0, 2, 3, 1).contiguous().view(b, t, h, w, images.shape[1])
+
+
+def _filter(weight: Tensor, kernel: Kernel) -> tuple[Tensor, tuple[int, int]]:
+    """``(O, taps, c)`` as a channels-last 2-d filter ``(O, c, kh, kw)`` and its padding."""
+    kh, kw = (kernel[0], 1) if kernel[0] > 1 else kernel[1:]
+    filters = weight.view(weight.shape[0], kh, kw, weight.shape[2]).permute(0, 3, 1, 2)
+    return filters, (kh // 2, kw // 2)
+
+
+def forward(panel: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+    """``(b, T, H, W, c)`` with ``(O, taps, c)`` to ``(b, T, H, W, O)``, zero padded."""
+    filters, padding = _filter(weight, kernel)
+    return _as_panel(F.conv2d(_as_images(panel, kernel), filters, padding=padding), panel.shape)
+
+
+def data_gradient(grad: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
+    """``(b, T, H, W, O)`` with ``(O, taps, c)`` to ``(b, T, H, W, c)``."""
+    filters, padding = _filter(weight, kernel)
+    return _as_panel(F.conv_transpose2d(_as_images(grad, kernel), filters, padding=padding), grad.shape)
+
+
+def weight_gradient(panel: Tensor, grad: Tensor, kernel: Kernel) -> Tensor:
+    """``(b, c, T, H, W)`` and ``(b, O, T, H, W)`` to ``(O, c, *kernel)``."""
+    shape = (grad.shape[1], panel.shape[1], *kernel)
+    padding = tuple(k // 2 for k in kernel)
+    return torch.nn.grad.conv3d_weight(panel, shape, grad, padding=padding)

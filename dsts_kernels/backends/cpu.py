@@ -1,0 +1,257 @@
+"""The CPU backend: thin launchers over the native module ``dsts_kernels._C``.
+
+Each launcher hands plain pointers, sizes and strides to one kernel, on torch's own thread count, and allocates
+what it returns. Convolutions stay with the library, in :mod:`.convolution`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .base import FLOATS, accumulate_dtype
+from .convolution import SPATIAL, TEMPORAL
+from .direct import DirectBackend, listed
+from .plan import Group
+
+try:
+    _C = importlib.import_module("dsts_kernels._C")
+    _IMPORT_ERROR = None
+except ImportError as error:
+    _C, _IMPORT_ERROR = None, str(error)
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NO_STRIDES = (0, 0, 0, 0, 0)
+
+
+def build_record() -> tuple[str, str]:
+    """What the install built, and why nothing more: ``("cpu" or "none", reason)``."""
+    try:
+        record = importlib.import_module("dsts_kernels._build")
+    except ImportError:
+        return "none", "the package was not installed by its setup.py, so nothing was built"
+    return record.BUILD, record.REASON
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return NO_STRIDES if tensor is None else tensor.stride()
+
+
+class CpuBackend(DirectBackend):
+    """Native passes around the library's convolutions, on CPU tensors."""
+
+    name = "cpu"
+    remark = "native kernels around oneDNN convolutions"
+
+    def missing(self) -> str | None:
+        if _C is not None:
+            return None
+        built, reason = build_record()
+        why = _IMPORT_ERROR if built != "none" else reason
+        return f"the native module is not built ({why}); plain PyTorch runs instead, with more passes over memory"
+
+    def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on CPU tensors, not on {device.type}"
+        if dtype not in DTYPE_CODES:
+            return f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
+        return self.missing()
+
+    def semhash_gate(
+        self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None
+    ) -> Tensor:
+        logits, neuron, noise, hard = map(_dense, (logits, neuron, noise, hard))
+        (n, c), b = logits.shape, (logits if neuron is None else neuron).shape[0]
+        gate = logits.new_empty(b, c)
+        _C.semhash_forward(
+            logits.data_ptr(),
+            _address(neuron),
+            _address(noise),
+            _address(hard),
+            gate.data_ptr(),
+            b,
+            n,
+            c,
+            DTYPE_CODES[logits.dtype],
+            torch.get_num_threads(),
+        )
+        return gate
+
+    def semhash_gate_backward(
+        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        grad, logits, neuron, noise = map(_dense, (grad, logits, neuron, noise))
+        (n, c), b = logits.shape, grad.shape[0]
+        dlogits = torch.empty_like(logits)
+        _C.semhash_backward(
+            grad.data_ptr(),
+            logits.data_ptr(),
+            _address(neuron),
+            _address(noise),
+            dlogits.data_ptr(),
+            b,
+            n,
+            c,
+            DTYPE_CODES[logits.dtype],
+            torch.get_num_threads(),
+        )
+        return dlogits
+
+    def tap_sums(self, x: Tensor, taps: int) -> Tensor:
+        b, c, t, h, w = x.shape
+        out = torch.empty((b, c, taps), dtype=accumulate_dtype(x.dtype))
+        _C.tap_sums(
+            x.data_ptr(),
+            x.stride(),
+            out.data_ptr(),
+            b,
+            c,
+            t,
+            h,
+            w,
+            taps,
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+        )
+        return out
+
+    def gather_panel(
+        self,
+        src: Tensor,
+        samples: Tensor | None = None,
+        channels: Tensor | None = None,
+        *,
+        scale: Tensor | None = None,
+        complement: bool = False,
+        first: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        b, c, t, h, w = src.shape
+        nb = b if samples is None else samples.numel()
+        nc = c if channels is None else channels.numel()
+        dtype = dtype or src.dtype
+        scale = _dense(scale)
+        panel = torch.empty((nb, nc, t, h, w) if first else (nb, t, h, w, nc), dtype=dtype)
+        out = panel if first else panel.permute(0, 4, 1, 2, 3)
+        _C.gather_panel(
+            src.data_ptr(),
+            src.stride(),
+            _address(samples),
+            nb,
+            _address(channels),
+            nc,
+            _address(scale),
+            0 if scale is None else scale.stride(0),
+            int(complement),
+            out.data_ptr(),
+            out.stride(),
+            nc,
+            t,
+            h,
+            w,
+            DTYPE_CODES[src.dtype],
+            DTYPE_CODES[dtype],
+            torch.get_num_threads(),
+        )
+        return panel
+
+    def epilogue(
+        self,
+        zs: Tensor | None,
+        zt: Tensor | None,
+        out: Tensor,
+        *,
+        samples: Tensor | None = None,
+        bias: Tensor | None = None,
+        relu: bool = False,
+        skip: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        b, o, t, h, w = out.shape
+        panel = zs if zs is not None else zt
+        _C.epilogue(
+            _address(zs),
+            _address(zt),
+            _address(bias),
+            0,
+            int(relu),
+            _address(skip),
+            _strides(skip),
+            out.data_ptr(),
+            out.stride(),
+            _address(samples),
+            b if samples is None else samples.numel(),
+            _address(sums),
+            1 if sums is None else sums.shape[2],
+            o,
+            t,
+            h,
+            w,
+            DTYPE_CODES[panel.dtype],
+            DTYPE_CODES[out.dtype],
+            torch.get_num_threads(),
+        )
+
+    def gate_merge(
+        self,
+        dxs: Tensor | None,
+        dxt: Tensor | None,
+        group: Group,
+        gate: Tensor,
+        x: Tensor,
+        dx: Tensor | None,
+        dgate: Tensor | None,
+    ) -> None:
+        b, c, t, h, w = x.shape
+        panel = dxs if dxs is not None else dxt
+        gate = gate.to(x.dtype).contiguous()
+        found = None if dgate is None else torch.empty_like(gate) if dgate.dtype != x.dtype else dgate
+        columns = [
+            None if dgate is not None else _columns(listed(group, kernel)[0], c) for kernel in (SPATIAL, TEMPORAL)
+        ]
+        _C.gate_merge(
+            _address(dxs),
+            _address(columns[0]),
+            0 if dxs is None else dxs.shape[-1],
+            _address(dxt),
+            _address(columns[1]),
+            0 if dxt is None else dxt.shape[-1],
+            gate.data_ptr(),
+            gate.stride(0),
+            x.data_ptr(),
+            x.stride(),
+            _address(dx),
+            _strides(dx),
+            _address(found),
+            _address(group.samples),
+            group.count,
+            c,
+            t,
+            h,
+            w,
+            DTYPE_CODES[panel.dtype],
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+        )
+        if found is not dgate:
+            where = slice(None) if group.samples is None else group.samples
+            dgate[where] = found[where].to(dgate.dtype)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _columns(channels: Tensor | None, count: int) -> Tensor | None:
+    """The panel column of every channel, -1 where it is not listed; ``None`` for all in order."""
+    if channels is None:
+        return None
+    columns = torch.full((count,), -1, dtype=torch.int32)
+    columns[channels.long()] = torch.arange(channels.numel(), dtype=torch.int32)
+    return columns

@@ -1,0 +1,119 @@
+"""Which samples share a convolution: samples of one neuron, with their gates turned into channel lists.
+
+A hard gate is a channel list, so a sample on its own pays only for its taps; samples that share a call pay for
+the union of their lists but fewer calls and fewer passes over the weights. The cheaper of the two is chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3
+# Measured on a 2-core AVX-512 machine: gathering one weight costs as much as this many positions of work on it,
+# and starting another convolution as much as this many multiply-adds.
+WEIGHT_GATHER_POSITIONS = 160
+CALL_MACS = 12e6
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that share one call. ``None`` stands for all samples, or all channels, in order."""
+
+    neuron: int
+    samples: Tensor | None  # (nb,) int64
+    count: int
+    spatial: Tensor | None  # (ns,) int32, channels that any sample sends to the spatial operator
+    num_spatial: int
+    temporal: Tensor | None  # (nt,) int32
+    num_temporal: int
+    scaled: bool  # whether gate values must multiply the panel (a soft gate, or a union of lists)
+
+
+def check_neurons(neuron: Tensor, num_neurons: int) -> list[int]:
+    """The chosen neurons on the host, refused when one is out of range."""
+    chosen = neuron.tolist()
+    for index in chosen:
+        if not 0 <= index < num_neurons:
+            raise ValueError(f"neuron: got index {index}, wanted 0 <= index < {num_neurons}")
+    return chosen
+
+
+def samples_by_neuron(neuron: Tensor, num_neurons: int) -> list[tuple[int, Tensor | None, int]]:
+    """``(neuron, samples, count)`` of every chosen neuron; ``samples`` is ``None`` when it is all of them."""
+    rows: dict[int, list[int]] = {}
+    for sample, index in enumerate(check_neurons(neuron, num_neurons)):
+        rows.setdefault(index, []).append(sample)
+    batch = neuron.numel()
+    return [
+        (index, None if len(own) == batch else torch.tensor(own), len(own))
+        for index, own in sorted(rows.items())
+    ]
+
+
+def group_samples(gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int) -> list[Group]:
+    """Groups of samples for a gated convolution over ``positions`` positions and ``outputs`` channels."""
+    chosen = check_neurons(neuron, num_neurons)
+    to_spatial = (gate != 0).cpu().numpy()  # (B, C); a NaN gate is in both lists
+    to_temporal = (gate != 1).cpu().numpy()
+    clusters: dict[int, list[_Cluster]] = {}
+    for sample, index in enumerate(chosen):
+        single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
+        _place(clusters.setdefault(index, []), single, positions, outputs)
+    batch = len(chosen)
+    return [
+        _group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]
+    ]
+
+
+@dataclass
+class _Cluster:
+    samples: list[int]
+    spatial: np.ndarray  # (C,) bool
+    temporal: np.ndarray
+
+    def cost(self, positions: int, outputs: int) -> float:
+        taps = SPATIAL_TAPS * np.count_nonzero(self.spatial) + TEMPORAL_TAPS * np.count_nonzero(self.temporal)
+        return taps * (len(self.samples) * positions + WEIGHT_GATHER_POSITIONS) + CALL_MACS / outputs
+
+    def join(self, other: _Cluster) -> _Cluster:
+        return _Cluster(
+            self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal
+        )
+
+
+def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: int) -> None:
+    """Add a sample to the cluster where it costs least, or as a cluster of its own."""
+    best, best_cost, best_joint = None, single.cost(positions, outputs), None
+    for index, cluster in enumerate(clusters):
+        joint = cluster.join(single)
+        extra = joint.cost(positions, outputs) - cluster.cost(positions, outputs)
+        if extra < best_cost:
+            best, best_cost, best_joint = index, extra, joint
+    if best is None:
+        clusters.append(single)
+    else:
+        clusters[best] = best_joint
+
+
+def _group(neuron: int, cluster: _Cluster, batch: int) -> Group:
+    def channels(mask: np.ndarray) -> tuple[Tensor | None, int]:
+        index = np.flatnonzero(mask).astype(np.int32)
+        return (None if index.size == mask.size else torch.from_numpy(index)), index.size
+
+    spatial, num_spatial = channels(cluster.spatial)
+    temporal, num_temporal = channels(cluster.temporal)
+    return Group(
+        neuron=neuron,
+        samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples),
+        count=len(cluster.samples),
+        spatial=spatial,
+        num_spatial=num_spatial,
+        temporal=temporal,
+        num_temporal=num_temporal,
+        # Lists that partition the channels leave nothing to multiply: each gate on a list is exactly 1.
+        scaled=bool((cluster.spatial & cluster.temporal).any()),
+    )

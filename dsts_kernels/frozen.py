@@ -1,0 +1,170 @@
+"""``FrozenDSTS``: a trained module folded, packed and made ready for inference (DESIGN 2.3).
+
+At inference a layer is linear up to its activation and its gates are hard, so mixing and BatchNorm fold into the
+operators, and each neuron keeps only the weights its gates let through: ``9*|b| + 3*(C - |b|)`` taps an output
+instead of ``12*C + O``. Folding is done in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
+from .modules import DSTSLayer, check_input, memory_format
+from .ops import _checks
+from .routing import Draws, Routing, check_draws
+
+if TYPE_CHECKING:
+    from .modules import FusedDSTS
+
+__all__ = ["FrozenDSTS", "FrozenLayer"]
+
+
+class FrozenLayer(nn.Module):
+    """The packed weights of one layer, as buffers: see :class:`~dsts_kernels.backends.base.FrozenWeights`."""
+
+    def __init__(self, layer: DSTSLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        wide = accumulate_dtype(dtype)
+        scale, shift = _norm_affine(layer)
+        folds = layer.mixing_kernel == (1, 1, 1)
+        hard = layer.gate > 0
+        self.score_elements = layer.scoring.shape[1] if layer.score_reduction == "mean" else 0
+        self.relu = layer.activation == "relu"
+        self.mixing_kernel = list(layer.mixing_kernel)
+
+        # A stable sort of "not spatial" lists the spatial channels first, each part in order.
+        channels = (~hard).to(torch.int8).sort(dim=1, stable=True).indices
+        packed = [_pack(layer, n, channels[n], hard[n], scale if folds else None, dtype) for n in range(len(hard))]
+        self.register_buffer("scoring", ops.collapse_scoring(layer.scoring).to(wide))
+        self.register_buffer("gate", hard)
+        self.register_buffer("channels", channels.to(torch.int32))
+        self.register_buffer("split", hard.sum(1))
+        self.register_buffer("spatial", torch.cat([spatial for spatial, _ in packed]))
+        self.register_buffer("temporal", torch.cat([temporal for _, temporal in packed]))
+        self.register_buffer("bias", shift.to(wide).expand(len(hard), -1).clone())
+        mixing = None
+        if not folds:
+            scaled = layer.mixing.double() * scale[None, :, None, None, None, None]
+            mixing = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
+        self.register_buffer("mixing", mixing)
+
+    def weights(self) -> FrozenWeights:
+        return FrozenWeights(*(getattr(self, name) for name in FrozenWeights._fields))
+
+    def options(self, x: Tensor, next_taps: int) -> FrozenOptions:
+        positions = x.shape[2] * x.shape[3] * x.shape[4]
+        return FrozenOptions(self.score_elements * positions or 1, self.mixing_kernel, self.relu, next_taps)
+
+
+def _norm_affine(layer: DSTSLayer) -> tuple[Tensor, Tensor]:
+    """BatchNorm at inference as ``scale*z + shift``: two ``(O,)`` in float64."""
+    norm = layer.norm
+    if norm is None:
+        ones = torch.ones(layer.out_channels, dtype=torch.float64, device=layer.gate.device)
+        return ones, torch.zeros_like(ones)
+    if norm.running_mean is None:
+        raise ValueError("norm: got a BatchNorm without running statistics, wanted one that tracks them")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _pack(
+    layer: DSTSLayer, n: int, channels: Tensor, hard: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Neuron ``n``'s two panels ``(O, taps, c)``, flat; folded with mixing and norm where ``scale`` is given."""
+    split = int(hard.sum())
+    fold = None if scale is None else layer.mixing[n].flatten(1).double() * scale[:, None]
+    panels = []
+    for weight, own in ((layer.spatial, channels[:split]), (layer.temporal, channels[split:])):
+        panel = weight[n].index_select(1, own).flatten(2).transpose(1, 2).double()  # (O, taps, c)
+        folded = panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
+        panels.append(folded.to(dtype).flatten())
+    return panels[0], panels[1]
+
+
+class FrozenDSTS(nn.Module):
+    """A DSTS module for inference: same call as :class:`FusedDSTS`, no autograd, packed weights only.
+
+    Made by :meth:`FusedDSTS.freeze`; independent of its source afterwards. It can be pickled, deep-copied,
+    moved to another device and exported with ``torch.export``. It behaves as the source does in evaluation.
+
+    Args:
+        source: the module to freeze.
+        dtype: of features and packed weights; ``None`` keeps the source's. Scores and biases stay float32.
+        backend: the name of a backend; ``None`` keeps the source's choice.
+
+    Raises:
+        TypeError: ``dtype`` is not a floating dtype we run in.
+        ValueError: a BatchNorm of the source has no running statistics.
+    """
+
+    def __init__(
+        self, source: FusedDSTS, *, dtype: torch.dtype | None = None, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        first = source.layers[0]
+        dtype = first.gate.dtype if dtype is None else dtype
+        if dtype not in _checks.FLOATS:
+            raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _checks.FLOATS))}")
+        self.in_channels, self.num_neurons = first.in_channels, first.num_neurons
+        self.dtype, self.skip = dtype, source.skip
+        self.backend = first.backend if backend is None else backend
+        with torch.no_grad():
+            self.layers = nn.ModuleList(FrozenLayer(layer, dtype) for layer in source.layers)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenDSTS:
+        """Refused for ``mode=True``: a frozen module has nothing to train."""
+        if mode:
+            raise RuntimeError("train(mode): got True, wanted False: a frozen module only infers; train its source")
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True) -> FrozenDSTS:
+        super()._apply(fn, recurse)
+        got = self.layers[0].spatial.dtype
+        if got != self.dtype:
+            raise TypeError(
+                f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze(dtype={got}) rounds once "
+                "and keeps scores exact; this module is spoilt now"
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """``x (B, C, T, H, W)`` to the same shape, in the memory format of ``x``; see :meth:`FusedDSTS.forward`."""
+        first, last = self.layers[0], len(self.layers) - 1
+        check_input(x, self.in_channels, first.spatial)
+        x = x.to(self.dtype)
+        if draws is not None:
+            size = (len(self.layers), x.shape[0])
+            check_draws(draws, size, self.in_channels, self.num_neurons, first.spatial)
+        h, sums, routings = x, None, []
+        for index, layer in enumerate(self.layers):
+            next_taps = 0 if index == last else self.layers[index + 1].scoring.shape[2]
+            h, sums, neuron, scores = ops.frozen_layer(
+                h,
+                sums,
+                x if self.skip and index == last else None,
+                layer.weights(),
+                layer.options(x, next_taps),
+                backend=self.backend,
+            )
+            if return_routing:
+                routings.append(Routing(neuron, scores, layer.gate[neuron].to(self.dtype)))
+        if not self.skip:
+            h = h.contiguous(memory_format=memory_format(x))
+        if not return_routing:
+            return h
+        return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))

@@ -1,0 +1,22 @@
+"""One op a file: its schema, checks, fake, autograd and public function. Ops call backends; nothing else does."""
+
+from .frozen import frozen_layer
+from .gated_conv import gated_conv3d
+from .mixing import mixing_conv3d
+from .relevance import collapse_scoring, relevance_scores
+from .routing_weight import all_neurons_weight, selected_weight
+from .semhash import saturating_sigmoid, semhash_gate
+from .tap_sums import tap_sums
+
+__all__ = [
+    "all_neurons_weight",
+    "collapse_scoring",
+    "frozen_layer",
+    "gated_conv3d",
+    "mixing_conv3d",
+    "relevance_scores",
+    "saturating_sigmoid",
+    "selected_weight",
+    "semhash_gate",
+    "tap_sums",
+]

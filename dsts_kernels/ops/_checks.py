@@ -1,0 +1,60 @@
+"""What an op accepts, said once: each check names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """A value in an error message: type, and for tensors shape and dtype."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout == torch.strided else f", {value.layout}"
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}{layout}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def floating(name: str, value: object, dims: int | None = None) -> Tensor:
+    """A dense floating tensor, of ``dims`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a floating tensor")
+    if value.layout != torch.strided or value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: got {describe(value)}, wanted a dense tensor in one of {', '.join(map(str, FLOATS))}"
+        )
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: got {describe(value)}, wanted {dims} dimensions")
+    return value
+
+
+def shaped(name: str, value: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A tensor of exactly this shape, in one of these dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of shape {tuple(shape)}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: got {describe(value)}, wanted shape {tuple(shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {describe(value)}, wanted {' or '.join(map(str, dtypes))}")
+    return value
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, wanted {device}")
+
+
+def features(name: str, value: object) -> Tensor:
+    """Video features ``(B, C, T, H, W)`` with at least one position."""
+    x = floating(name, value, 5)
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0 or x.shape[4] == 0:
+        raise ValueError(f"{name}: got {describe(x)}, wanted C, T, H and W of at least 1")
+    return x
+
+
+def neurons(value: object, batch: int, device: torch.device) -> Tensor:
+    """One neuron index a sample."""
+    neuron = shaped("neuron", value, (batch,), (torch.int64,))
+    same_device("neuron", neuron, device)
+    return neuron

@@ -1,0 +1,97 @@
+"""One layer at inference, folded and packed: route, gated convolution, bias, activation and skip (DESIGN 2.3).
+
+What is left of a layer is one gated convolution. Its epilogue writes the activation once and takes the tap sums
+the next layer routes by while it does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..backends.base import FrozenOptions, FrozenWeights
+from ._library import define
+
+
+def _frozen_layer(
+    x: Tensor,
+    sums: Tensor | None,
+    skip: Tensor | None,
+    scoring: Tensor,
+    channels: Tensor,
+    split: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    bias: Tensor,
+    mixing: Tensor | None,
+    score_divisor: int,
+    mixing_kernel: list[int],
+    relu: bool,
+    next_taps: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = FrozenWeights(scoring, channels, split, spatial, temporal, bias, mixing)
+    options = FrozenOptions(score_divisor, mixing_kernel, relu, next_taps)
+    return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
+
+
+def _frozen_layer_fake(
+    x,
+    sums,
+    skip,
+    scoring,
+    channels,
+    split,
+    spatial,
+    temporal,
+    bias,
+    mixing,
+    score_divisor,
+    mixing_kernel,
+    relu,
+    next_taps,
+    backend=None,
+):
+    b, _, t, h, w = x.shape
+    num_neurons, outputs = bias.shape
+    y = torch.empty_like(skip) if skip is not None else x.new_empty(b, t, h, w, outputs).permute(0, 4, 1, 2, 3)
+    return (
+        y,
+        scoring.new_empty(b, outputs, next_taps),
+        x.new_empty(b, dtype=torch.int64),
+        scoring.new_empty(b, num_neurons),
+    )
+
+
+frozen_layer_op = define(
+    "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor split, "
+    "Tensor spatial, Tensor temporal, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
+    "bool relu, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    _frozen_layer,
+    _frozen_layer_fake,
+)
+
+
+def frozen_layer(
+    x: Tensor,
+    sums: Tensor | None,
+    skip: Tensor | None,
+    weights: FrozenWeights,
+    options: FrozenOptions,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One frozen layer.
+
+    Args:
+        x: ``(B, C, T, H, W)``.
+        sums: tap sums of ``x (B, C, taps)`` where the layer before took them, else ``None``.
+        skip: added to the activation, ``(B, O, T, H, W)``.
+        weights, options: see :class:`dsts_kernels.backends.base.FrozenWeights` and ``FrozenOptions``.
+
+    Returns:
+        ``y (B, O, T, H, W)`` (channels-last, or as ``skip`` lies), the next layer's tap sums ``(B, O,
+        next_taps)``, ``neuron (B,)`` int64 and ``scores (B, N)``.
+    """
+    return frozen_layer_op(x, sums, skip, *weights, *options, backend)

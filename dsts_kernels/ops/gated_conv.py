@@ -1,0 +1,119 @@
+"""Gated convolution: each channel of a sample to its neuron's spatial or temporal operator (DESIGN 1, 2.2, 2.5).
+
+Forward turns gates into channel lists and runs each operator on its own; backward gives the data gradient with
+the gate gradient as its epilogue, and weight gradients over listed channels. A side that needs no gradient costs
+nothing: ``ctx.needs_input_grad`` decides what is computed and what is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from . import _checks
+from ._library import autocast_features, define
+
+
+def _forward(
+    x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, backend: str | None = None
+) -> Tensor:
+    return choose("gated_conv3d", x.device, x.dtype, backend).gated_conv3d(x, gate, neuron, spatial, temporal)
+
+
+def _forward_fake(x, gate, neuron, spatial, temporal, backend=None):
+    b, _, t, h, w = x.shape
+    return x.new_empty(b, t, h, w, spatial.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    neuron: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    needs: list[bool],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = choose("gated_conv3d", x.device, x.dtype, backend).gated_conv3d_backward
+    found = run(grad, x, gate, neuron, spatial, temporal, needs)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _backward_fake(grad, x, gate, neuron, spatial, temporal, needs, backend=None):
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        torch.empty_like(gate, memory_format=torch.contiguous_format) if needs[1] else x.new_empty(0),
+        spatial.new_empty(spatial.shape) if needs[2] else x.new_empty(0),
+        temporal.new_empty(temporal.shape) if needs[3] else x.new_empty(0),
+    )
+
+
+forward_op = define(
+    "gated_conv3d(Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, str? backend=None) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+backward_op = define(
+    "gated_conv3d_backward(Tensor grad, Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, "
+    "bool[] needs, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class GatedConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(x, gate, neuron, spatial, temporal, backend):
+        return forward_op(x, gate, neuron, spatial, temporal, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[5]
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gate, neuron, spatial, temporal = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+        found = backward_op(grad, x, gate, neuron, spatial, temporal, needs, ctx.backend)
+        dx, dgate, dspatial, dtemporal = (g if need else None for g, need in zip(found, needs, strict=True))
+        return dx, dgate, None, dspatial, dtemporal, None
+
+
+def gated_conv3d(
+    x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """``z = conv_1x3x3(S_a, gate*x) + conv_3x1x1(T_a, (1 - gate)*x)`` with each sample's own neuron ``a``.
+
+    Args:
+        x: ``(B, C, T, H, W)`` floating, any stride order.
+        gate: ``(B, C)`` floating; channels at exactly 0 or 1 cost one operator only.
+        neuron: ``(B,)`` int64.
+        spatial: ``(N, O, C, 1, 3, 3)`` in the dtype of ``x`` (any floating dtype under autocast).
+        temporal: ``(N, O, C, 3, 1, 1)`` likewise.
+        backend: the name of a backend; ``None`` chooses.
+
+    Returns:
+        ``(B, O, T, H, W)``, zero padded, channels-last in memory.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device.
+
+    Source: section 1 of the design, row "specialise".
+    """
+    x = _checks.features("x", x)
+    batch, channels = x.shape[:2]
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtypes = _checks.FLOATS if autocast else (x.dtype,)
+    _checks.shaped("gate", gate, (batch, channels), _checks.FLOATS)
+    _checks.neurons(neuron, batch, x.device)
+    spatial = _checks.floating("spatial", spatial, 6)
+    num_neurons, outputs = spatial.shape[:2]
+    _checks.shaped("spatial", spatial, (num_neurons, outputs, channels, 1, 3, 3), dtypes)
+    _checks.shaped("temporal", temporal, (num_neurons, outputs, channels, 3, 1, 1), dtypes)
+    for name, value in (("gate", gate), ("spatial", spatial), ("temporal", temporal)):
+        _checks.same_device(name, value, x.device)
+    return GatedConv3d.apply(autocast_features(x), gate, neuron, spatial, temporal, backend)

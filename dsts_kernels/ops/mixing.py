@@ -1,0 +1,97 @@
+"""Mixing: each sample through its own neuron's 1x1x1, 1x3x3 or 3x1x1 convolution (DESIGN 1, row "mix")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from . import _checks
+from ._library import autocast_features, define
+
+MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
+
+
+def _forward(z: Tensor, neuron: Tensor, mixing: Tensor, backend: str | None = None) -> Tensor:
+    return choose("mixing_conv3d", z.device, z.dtype, backend).mixing_conv3d(z, neuron, mixing)
+
+
+def _forward_fake(z, neuron, mixing, backend=None):
+    b, _, t, h, w = z.shape
+    return z.new_empty(b, t, h, w, mixing.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def _backward(
+    grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool], backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    run = choose("mixing_conv3d", z.device, z.dtype, backend).mixing_conv3d_backward
+    return tuple(z.new_empty(0) if t is None else t for t in run(grad, z, neuron, mixing, needs))
+
+
+def _backward_fake(grad, z, neuron, mixing, needs, backend=None):
+    b, o, t, h, w = z.shape
+    return (
+        z.new_empty(b, t, h, w, o).permute(0, 4, 1, 2, 3) if needs[0] else z.new_empty(0),
+        mixing.new_empty(mixing.shape) if needs[1] else z.new_empty(0),
+    )
+
+
+forward_op = define(
+    "mixing_conv3d(Tensor z, Tensor neuron, Tensor mixing, str? backend=None) -> Tensor", _forward, _forward_fake
+)
+backward_op = define(
+    "mixing_conv3d_backward(Tensor grad, Tensor z, Tensor neuron, Tensor mixing, bool[] needs, "
+    "str? backend=None) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class MixingConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(z, neuron, mixing, backend):
+        return forward_op(z, neuron, mixing, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[3]
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        z, neuron, mixing = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        dz, dmixing = backward_op(grad, z, neuron, mixing, needs, ctx.backend)
+        return dz if needs[0] else None, None, dmixing if needs[1] else None, None
+
+
+def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | None = None) -> Tensor:
+    """``z' = conv(W_a, z)`` with each sample's own neuron ``a``.
+
+    Args:
+        z: ``(B, O, T, H, W)`` floating, any stride order.
+        neuron: ``(B,)`` int64.
+        mixing: ``(N, O, O, kt, kh, kw)`` with a 1x1x1, 1x3x3 or 3x1x1 kernel, in the dtype of ``z``.
+        backend: the name of a backend; ``None`` chooses.
+
+    Returns:
+        ``(B, O, T, H, W)``, zero padded, channels-last in memory.
+
+    Source: section 1 of the design, row "mix"; Table 3 of the paper for the kernels.
+    """
+    z = _checks.features("z", z)
+    mixing = _checks.floating("mixing", mixing, 6)
+    outputs = z.shape[1]
+    kernel = tuple(mixing.shape[3:])
+    if tuple(mixing.shape[1:3]) != (outputs, outputs) or kernel not in MIXING_KERNELS:
+        wanted = " or ".join(str(k) for k in MIXING_KERNELS)
+        raise ValueError(
+            f"mixing: got {_checks.describe(mixing)}, wanted (N, {outputs}, {outputs}, *kernel) with a kernel of "
+            f"{wanted}"
+        )
+    if mixing.dtype != z.dtype and not torch.is_autocast_enabled(z.device.type):
+        raise TypeError(f"mixing: got {_checks.describe(mixing)}, wanted {z.dtype}")
+    _checks.neurons(neuron, z.shape[0], z.device)
+    _checks.same_device("mixing", mixing, z.device)
+    return MixingConv3d.apply(autocast_features(z), neuron, mixing, backend)

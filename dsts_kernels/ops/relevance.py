@@ -1,0 +1,60 @@
+"""Relevance scores without a scoring convolution (DESIGN 2.1).
+
+``v_i = sum over all outputs of conv(m_i, x)`` is linear in both, so it is the inner product of the kernel summed
+over its outputs with the tap sums of x: one pass over x, one over the kernels and an ``N x C`` product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.base import accumulate_dtype
+from . import _checks
+from .tap_sums import tap_sums
+
+SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
+
+
+def collapse_scoring(scoring: Tensor) -> Tensor:
+    """Scoring kernels ``(N, K, C, 1, h, w)`` summed over outputs: ``(N, C, h*w)``, float32 or float64."""
+    return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
+
+
+def relevance_scores(
+    x: Tensor, scoring: Tensor, *, reduction: str = "sum", backend: str | None = None
+) -> Tensor:
+    """How relevant each neuron is to each sample: ``v_i = sum over all outputs of conv(m_i, x)``.
+
+    Args:
+        x: ``(B, C, T, H, W)`` floating, any stride order.
+        scoring: ``(N, K, C, 1, 1, 1)`` or ``(N, K, C, 1, 3, 3)``, zero-padded kernels of ``K`` outputs.
+        reduction: ``"sum"`` (the paper) or ``"mean"`` over the same elements (**assumption**).
+        backend: the name of a backend; ``None`` chooses.
+
+    Returns:
+        ``(B, N)`` in float32 (float64 for float64 input), under autocast too.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device.
+
+    Source: section 1 of the design, rows "relevance" and "choice"; Table 2 of the paper for the kernels.
+    """
+    x = _checks.features("x", x)
+    scoring = _checks.floating("scoring", scoring, 6)
+    if scoring.shape[2] != x.shape[1] or tuple(scoring.shape[3:]) not in SCORING_KERNELS:
+        raise ValueError(
+            f"scoring: got {_checks.describe(scoring)}, wanted (N, K, {x.shape[1]}, 1, 1, 1) or "
+            f"(N, K, {x.shape[1]}, 1, 3, 3)"
+        )
+    _checks.same_device("scoring", scoring, x.device)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'mean'")
+    with torch.autocast(x.device.type, enabled=False):
+        collapsed = collapse_scoring(scoring)
+        sums = tap_sums(x, collapsed.shape[2], backend=backend)
+        wide = torch.promote_types(sums.dtype, collapsed.dtype)
+        scores = sums.to(wide).flatten(1) @ collapsed.to(wide).flatten(1).t()
+        if reduction == "mean":
+            scores = scores / (scoring.shape[1] * x.shape[2] * x.shape[3] * x.shape[4])
+    return scores

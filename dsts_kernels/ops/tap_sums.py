@@ -1,0 +1,58 @@
+"""Sums of every channel over all positions that a scoring kernel's tap meets: what relevance scores need of x.
+
+A ``1x1x1`` kernel has one tap, which meets every position. A zero-padded ``1x3x3`` kernel has nine; tap
+``(i, j)`` misses the last row for ``i = 0`` and the first for ``i = 2``, and columns likewise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..backends.base import accumulate_dtype
+from ..backends.eager import valid_positions
+from . import _checks
+from ._library import define
+
+
+def _tap_sums(x: Tensor, taps: int, backend: str | None = None) -> Tensor:
+    return choose("tap_sums", x.device, x.dtype, backend).tap_sums(x, taps)
+
+
+def _tap_sums_fake(x, taps, backend=None):
+    return x.new_empty(x.shape[0], x.shape[1], taps, dtype=accumulate_dtype(x.dtype))
+
+
+tap_sums_op = define("tap_sums(Tensor x, int taps, str? backend=None) -> Tensor", _tap_sums, _tap_sums_fake)
+
+
+class TapSums(torch.autograd.Function):
+    @staticmethod
+    def forward(x, taps, backend):
+        return tap_sums_op(x, taps, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.taps, _ = inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A position's gradient is the sum over the taps that meet it; broadcasting writes no full tensor.
+        b, c, _, h, w = ctx.shape
+        if ctx.taps == 1:
+            dx = grad[:, :, :, None, None]
+        else:
+            rows = valid_positions(h, grad.device, grad.dtype).t()  # (H, 3)
+            columns = valid_positions(w, grad.device, grad.dtype)  # (3, W)
+            dx = (rows @ grad.view(b, c, 3, 3) @ columns)[:, :, None]
+        return dx.to(ctx.dtype).expand(ctx.shape), None, None
+
+
+def tap_sums(x: Tensor, taps: int, *, backend: str | None = None) -> Tensor:
+    """``x (B, C, T, H, W)`` to ``(B, C, taps)``, ``taps`` 1 or 9, in float32 (float64 for float64 input)."""
+    x = _checks.features("x", x)
+    if taps not in (1, 9):
+        raise ValueError(f"taps: got {taps!r}, wanted 1 or 9")
+    return TapSums.apply(x, taps, backend)
