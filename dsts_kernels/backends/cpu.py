@@ -35,6 +35,18 @@ def build_record() -> tuple[str, str]:
     return record.BUILD, record.REASON
 
 
+def build_details() -> dict[str, str]:
+    """The native build for a report: kind, compiler, instruction sets; or the reason why there is none."""
+    built, reason = build_record()
+    if _C is None:
+        return {"native build": f"none: {_IMPORT_ERROR if built != 'none' else reason}"}
+    facts = _C.build_info()
+    return {
+        "native build": f"{built}, {facts['compiler']}, OpenMP {'yes' if facts['openmp'] else 'no'}",
+        "instructions": f"{_C.get_isa()} in use, this machine supports {', '.join(_C.supported_isas())}",
+    }
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -1,0 +1,47 @@
+"""Shared by all tests: fresh seeds that can be repeated, backends as a parameter, poisoned memory."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from dsts_kernels import backends
+from dsts_kernels.backends.cpu import build_record
+from dsts_kernels.testing import poisoned_memory
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="repeat a run; by default inputs are fresh")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"inputs: --seed {config.getoption('--seed')}; backends: {', '.join(backends.available())}"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(params=list(backends.BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn; one that cannot run is skipped only where the install says it was not built."""
+    reason = backends.BACKENDS[request.param].missing()
+    if reason is not None:
+        assert build_record()[0] == "none", reason
+        pytest.skip(reason)
+    return request.param

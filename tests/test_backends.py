@@ -1,0 +1,107 @@
+"""The choice of a backend: what can run, why not, how to override, and that the chosen one really ran."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsts_kernels import FusedDSTS, backends
+from dsts_kernels.backends import BACKENDS, OPS, available, choose, explain, use_backend
+from dsts_kernels.backends.direct import LAZY_ZEROS_BYTES, lazy_zeros
+
+CPU = torch.device("cpu")
+
+
+def test_eager_is_always_there():
+    """Plain PyTorch runs every op in every dtype."""
+    assert "eager" in available()
+    for op in OPS:
+        for dtype in backends.base.FLOATS:
+            assert BACKENDS["eager"].why_not(op, CPU, dtype) is None
+
+
+def test_native_is_preferred():
+    """Where the native module was built, it is what runs."""
+    if "cpu" not in available():
+        pytest.skip(BACKENDS["cpu"].missing())
+    assert choose("gated_conv3d", CPU, torch.float32).name == "cpu"
+
+
+def test_override_nests_and_ends():
+    """use_backend holds for its block, inside another, and is undone after an exception."""
+    before = choose("tap_sums", CPU, torch.float32).name
+    with use_backend("eager"):
+        assert choose("tap_sums", CPU, torch.float32).name == "eager"
+        with pytest.raises(ZeroDivisionError), use_backend(None):
+            assert choose("tap_sums", CPU, torch.float32).name == before
+            raise ZeroDivisionError
+        assert choose("tap_sums", CPU, torch.float32).name == "eager"
+    assert choose("tap_sums", CPU, torch.float32).name == before
+
+
+def test_the_chosen_backend_really_runs(backend, monkeypatch):
+    """A spy on the backend sees every op of a training step; the argument wins over the override."""
+    called = set()
+    for op in ("semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"):
+        original = getattr(BACKENDS[backend], op)
+        monkeypatch.setattr(
+            BACKENDS[backend], op, lambda *a, op=op, original=original: called.add(op) or original(*a)
+        )
+    with use_backend("eager"):
+        FusedDSTS(4, num_layers=1, num_neurons=2, backend=backend)(torch.randn(2, 4, 2, 3, 3)).sum().backward()
+    assert called == {"semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"}
+
+
+def test_a_named_backend_that_cannot_run_is_an_error():
+    """No silent fallback: asking for the CPU backend on another device says why it cannot."""
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
+        choose("tap_sums", torch.device("meta"), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'eager'"):
+        use_backend("none-such")
+
+
+def test_missing_native_module(monkeypatch):
+    """Without the native module the reason of the install is given and plain PyTorch takes over."""
+    from dsts_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "no compiler was found"))
+    assert available() == ("eager",)
+    assert choose("gated_conv3d", CPU, torch.float32).name == "eager"
+    assert "no compiler was found" in explain("gated_conv3d", "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="no compiler was found"):
+        use_backend("cpu")
+
+
+def test_explain():
+    """A line for every backend, headed by what runs."""
+    text = explain("gated_conv3d", "cpu", torch.float32)
+    assert text.startswith("gated_conv3d on cpu in torch.float32 runs on")
+    assert all(f"  {name}: " in text for name in BACKENDS)
+    assert "cpu: no, it runs on CPU tensors" in explain("gated_conv3d", "cuda", torch.float32)
+    with pytest.raises(ValueError, match="op: got 'softmax', wanted one of"):
+        explain("softmax", "cpu")
+
+
+@pytest.mark.parametrize("value, code", [("eager", 0), ("none-such", 1)])
+def test_environment_variable(value, code):
+    """DSTS_BACKEND chooses for a whole process, and a wrong name is an error when an op runs."""
+    program = "import torch, dsts_kernels as d; d.functional.saturating_sigmoid(torch.zeros(1))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"DSTS_BACKEND": value, "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert code == 0 or "DSTS_BACKEND: got 'none-such', wanted one of" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", backends.base.FLOATS, ids=str)
+def test_lazy_zeros(dtype):
+    """Lazily zeroed gradients are zero, writable and of the right kind, small and large."""
+    for numel in (10, LAZY_ZEROS_BYTES):
+        zeros = lazy_zeros(torch.Size((2, numel)), dtype, CPU)
+        assert zeros.dtype == dtype and zeros.shape == (2, numel) and zeros.count_nonzero() == 0
+        zeros[1].fill_(1)
+        assert zeros.sum(dtype=torch.float64) == numel
