@@ -42,7 +42,7 @@ def build_details() -> dict[str, str]:
         return {"native build": f"none: {_IMPORT_ERROR if built != 'none' else reason}"}
     facts = _C.build_info()
     return {
-        "native build": f"{built}, {facts['compiler']}, OpenMP {'yes' if facts['openmp'] else 'no'}",
+        "native build": f"{built}, {facts['compiler']} {facts['version']}, OpenMP {'yes' if facts['openmp'] else 'no'}",
         "instructions": f"{_C.get_isa()} in use, this machine supports {', '.join(_C.supported_isas())}",
     }
 
