@@ -105,9 +105,7 @@ class FrozenDSTS(nn.Module):
         ValueError: a BatchNorm of the source has no running statistics.
     """
 
-    def __init__(
-        self, source: FusedDSTS, *, dtype: torch.dtype | None = None, backend: str | None = None
-    ) -> None:
+    def __init__(self, source: FusedDSTS, *, dtype: torch.dtype | None = None, backend: str | None = None) -> None:
         super().__init__()
         first = source.layers[0]
         dtype = first.gate.dtype if dtype is None else dtype

@@ -351,4 +351,3 @@ def check_input(x: object, channels: int, like: Tensor) -> None:
         raise ValueError(f"x: got a tensor on {x.device}, wanted {like.device}, where the module is")
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x: got {_checks.describe(x)}, wanted {like.dtype}, the module's dtype")
-

@@ -47,9 +47,7 @@ def test_the_chosen_backend_really_runs(backend, monkeypatch):
     called = set()
     for op in ("semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"):
         original = getattr(BACKENDS[backend], op)
-        monkeypatch.setattr(
-            BACKENDS[backend], op, lambda *a, op=op, original=original: called.add(op) or original(*a)
-        )
+        monkeypatch.setattr(BACKENDS[backend], op, lambda *a, op=op, original=original: called.add(op) or original(*a))
     with use_backend("eager"):
         FusedDSTS(4, num_layers=1, num_neurons=2, backend=backend)(torch.randn(2, 4, 2, 3, 3)).sum().backward()
     assert called == {"semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"}
@@ -57,7 +55,7 @@ def test_the_chosen_backend_really_runs(backend, monkeypatch):
 
 def test_a_named_backend_that_cannot_run_is_an_error():
     """No silent fallback: asking for the CPU backend on another device says why it cannot."""
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
         choose("tap_sums", torch.device("meta"), torch.float32, "cpu")
     with pytest.raises(ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'eager'"):
         use_backend("none-such")

@@ -80,7 +80,11 @@ DRAWS = {
     "hard-dtype": (dict(hard=torch.zeros(3, 2)), TypeError, "draws.hard: .*wanted torch.bool"),
     "gumbel-shape": (dict(gumbel=torch.zeros(3, 2, 4)), ValueError, r"draws.gumbel: .*wanted shape \(3, 2, 5\)"),
     "gumbel-dtype": (dict(gumbel=torch.zeros(3, 2, 5, dtype=torch.int64)), TypeError, "draws.gumbel: .*int64"),
-    "gumbel-device": (dict(gumbel=torch.zeros(3, 2, 5, device="meta")), ValueError, "draws.gumbel: got a tensor on meta"),
+    "gumbel-device": (
+        dict(gumbel=torch.zeros(3, 2, 5, device="meta")),
+        ValueError,
+        "draws.gumbel: got a tensor on meta",
+    ),
 }
 
 

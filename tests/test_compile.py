@@ -44,7 +44,9 @@ def test_op_is_one_graph(op):
     eager = op(x, gate, neuron)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(x, gate, neuron)
     assert_close(compiled, eager)
-    used = [t for t in (x, gate) if torch.autograd.grad(eager.sum(), t, retain_graph=True, allow_unused=True)[0] is not None]
+    used = [
+        t for t in (x, gate) if torch.autograd.grad(eager.sum(), t, retain_graph=True, allow_unused=True)[0] is not None
+    ]
     for mine, theirs in zip(
         torch.autograd.grad(compiled.sum(), used), torch.autograd.grad(eager.sum(), used), strict=True
     ):

@@ -33,7 +33,7 @@ def available() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if backend.missing() is None)
 
 
-class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, as a call or in a ``with`` statement
+class use_backend:
     """Make every op run on the backend ``name`` (``None``: choose again), for good or for a ``with`` block.
 
     >>> import dsts_kernels

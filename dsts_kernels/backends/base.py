@@ -61,9 +61,7 @@ class Backend(ABC):
         """Why it cannot run ``op`` on such tensors; ``None`` when it can."""
 
     @abstractmethod
-    def semhash_gate(
-        self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None
-    ) -> Tensor:
+    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         """Gates ``(B, C)``: see :func:`dsts_kernels.ops.semhash.semhash_gate`."""
 
     @abstractmethod
@@ -77,9 +75,7 @@ class Backend(ABC):
         """``(B, C, taps)`` in :func:`accumulate_dtype`."""
 
     @abstractmethod
-    def gated_conv3d(
-        self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor
-    ) -> Tensor:
+    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         """``(B, O, T, H, W)``."""
 
     @abstractmethod

@@ -75,9 +75,7 @@ class CpuBackend(DirectBackend):
             return f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
         return self.missing()
 
-    def semhash_gate(
-        self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None
-    ) -> Tensor:
+    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         logits, neuron, noise, hard = map(_dense, (logits, neuron, noise, hard))
         (n, c), b = logits.shape, (logits if neuron is None else neuron).shape[0]
         gate = logits.new_empty(b, c)
@@ -220,7 +218,7 @@ class CpuBackend(DirectBackend):
         dx: Tensor | None,
         dgate: Tensor | None,
     ) -> None:
-        b, c, t, h, w = x.shape
+        _, c, t, h, w = x.shape
         panel = dxs if dxs is not None else dxt
         gate = gate.to(x.dtype).contiguous()
         found = None if dgate is None else torch.empty_like(gate) if dgate.dtype != x.dtype else dgate

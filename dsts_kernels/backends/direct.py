@@ -106,9 +106,7 @@ class DirectBackend(Backend):
         With ``dgate``, the panels ``(b, T, H, W, C)`` hold all channels; without, those the group lists.
         """
 
-    def gated_conv3d(
-        self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor
-    ) -> Tensor:
+    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         outputs = spatial.shape[1]
         out = as_features(empty_rows(x, outputs))
         if out.numel():
@@ -130,9 +128,7 @@ class DirectBackend(Backend):
         panel = self.gate_panel(x, gate, group, kernel)
         return convolution.forward(panel, self.weight_panel(weight, group.neuron, channels, panel), kernel)
 
-    def gate_panel(
-        self, x: Tensor, gate: Tensor, group: Group, kernel: Kernel, first: bool = False
-    ) -> Tensor:
+    def gate_panel(self, x: Tensor, gate: Tensor, group: Group, kernel: Kernel, first: bool = False) -> Tensor:
         """The gated input of one operator: its listed channels."""
         return self.gather_panel(
             x,
@@ -238,9 +234,14 @@ class DirectBackend(Backend):
             for index, samples, _ in samples_by_neuron(neuron, mixing.shape[0]):
                 panel = self.rows(z, samples)
                 mixed = convolution.forward(panel, self.weight_panel(mixing, index, None, panel), kernel)
-                if samples is None and mixed.dtype == z.dtype:
-                    return as_features(mixed)
-                self.epilogue(mixed, None, out, samples=samples)
+                out = self.scatter(mixed, out, samples)
+        return out
+
+    def scatter(self, panel: Tensor, out: Tensor, samples: Tensor | None) -> Tensor:
+        """``out`` with ``panel`` as its ``samples``; the panel itself where it is the whole of it."""
+        if samples is None and panel.dtype == out.dtype:
+            return as_features(panel)
+        self.epilogue(panel, None, out, samples=samples)
         return out
 
     def mixing_conv3d_backward(
@@ -254,7 +255,7 @@ class DirectBackend(Backend):
             if need_z:
                 rows = self.rows(grad, samples)
                 filters = self.weight_panel(mixing, index, None, rows)
-                self.epilogue(convolution.data_gradient(rows, filters, kernel), None, dz, samples=samples)
+                dz = self.scatter(convolution.data_gradient(rows, filters, kernel), dz, samples)
             if need_mixing:
                 dtype = compute_dtype(z)
                 z_first = self.gather_panel(z, samples, first=True, dtype=dtype)
@@ -320,4 +321,3 @@ def listed(group: Group, kernel: Kernel) -> tuple[Tensor | None, int]:
     if kernel == SPATIAL:
         return group.spatial, group.num_spatial
     return group.temporal, group.num_temporal
-

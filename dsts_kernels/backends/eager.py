@@ -35,9 +35,7 @@ class EagerBackend(DirectBackend):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in FLOATS else f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
 
-    def semhash_gate(
-        self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None
-    ) -> Tensor:
+    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         q = self._logits_with_noise(logits, neuron, noise)
         b = (q > 0).to(q.dtype)
         if hard is None:

@@ -48,10 +48,7 @@ def samples_by_neuron(neuron: Tensor, num_neurons: int) -> list[tuple[int, Tenso
     for sample, index in enumerate(check_neurons(neuron, num_neurons)):
         rows.setdefault(index, []).append(sample)
     batch = neuron.numel()
-    return [
-        (index, None if len(own) == batch else torch.tensor(own), len(own))
-        for index, own in sorted(rows.items())
-    ]
+    return [(index, None if len(own) == batch else torch.tensor(own), len(own)) for index, own in sorted(rows.items())]
 
 
 def group_samples(gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int) -> list[Group]:
@@ -64,9 +61,7 @@ def group_samples(gate: Tensor, neuron: Tensor, num_neurons: int, positions: int
         single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
         _place(clusters.setdefault(index, []), single, positions, outputs)
     batch = len(chosen)
-    return [
-        _group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]
-    ]
+    return [_group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]]
 
 
 @dataclass
@@ -80,9 +75,7 @@ class _Cluster:
         return taps * (len(self.samples) * positions + WEIGHT_GATHER_POSITIONS) + CALL_MACS / outputs
 
     def join(self, other: _Cluster) -> _Cluster:
-        return _Cluster(
-            self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal
-        )
+        return _Cluster(self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal)
 
 
 def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: int) -> None:

@@ -21,9 +21,7 @@ def floating(name: str, value: object, dims: int | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, wanted a floating tensor")
     if value.layout != torch.strided or value.dtype not in FLOATS:
-        raise TypeError(
-            f"{name}: got {describe(value)}, wanted a dense tensor in one of {', '.join(map(str, FLOATS))}"
-        )
+        raise TypeError(f"{name}: got {describe(value)}, wanted a dense tensor in one of {', '.join(map(str, FLOATS))}")
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name}: got {describe(value)}, wanted {dims} dimensions")
     return value

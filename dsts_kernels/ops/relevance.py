@@ -21,9 +21,7 @@ def collapse_scoring(scoring: Tensor) -> Tensor:
     return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
 
 
-def relevance_scores(
-    x: Tensor, scoring: Tensor, *, reduction: str = "sum", backend: str | None = None
-) -> Tensor:
+def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", backend: str | None = None) -> Tensor:
     """How relevant each neuron is to each sample: ``v_i = sum over all outputs of conv(m_i, x)``.
 
     Args:

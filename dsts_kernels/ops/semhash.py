@@ -17,9 +17,7 @@ from ._library import define
 def _gate(
     logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None, backend: str | None = None
 ) -> Tensor:
-    return choose("semhash_gate", logits.device, logits.dtype, backend).semhash_gate(
-        logits, neuron, noise, hard
-    )
+    return choose("semhash_gate", logits.device, logits.dtype, backend).semhash_gate(logits, neuron, noise, hard)
 
 
 def _gate_fake(logits, neuron, noise, hard, backend=None):

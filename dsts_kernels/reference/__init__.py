@@ -61,9 +61,7 @@ def gate_values(logits: Tensor, noise: Tensor | None, hard: Tensor | None) -> Te
     return straight_through if hard is None else torch.where(hard[:, None], straight_through, r)
 
 
-def sample_draws(
-    x: Tensor, num_layers: int, num_neurons: int, noise_std: float, hard_fraction: float
-) -> Draws:
+def sample_draws(x: Tensor, num_layers: int, num_neurons: int, noise_std: float, hard_fraction: float) -> Draws:
     """Fresh randomness from torch's generator: an exact share of hard samples, the odd one by a coin."""
     batch, channels = x.shape[:2]
     noise = torch.randn(num_layers, batch, channels, device=x.device, dtype=score_dtype(x.dtype)) * noise_std
@@ -71,9 +69,7 @@ def sample_draws(
     rank = torch.rand(num_layers, batch, device=x.device).argsort(dim=1).argsort(dim=1)
     hard = rank < torch.floor(hard_fraction * batch + coin)
     gumbel = (
-        -torch.empty(num_layers, batch, num_neurons, device=x.device, dtype=score_dtype(x.dtype))
-        .exponential_()
-        .log()
+        -torch.empty(num_layers, batch, num_neurons, device=x.device, dtype=score_dtype(x.dtype)).exponential_().log()
     )
     return Draws(noise, hard, gumbel)
 
@@ -133,9 +129,7 @@ class DSTSLayer(nn.Module):
             for i in range(self.num_neurons):
                 m = self.scoring[i].to(wide.dtype)
                 response = F.conv3d(wide, m, padding=same_padding(m.shape[2:]))
-                v.append(
-                    response.mean((1, 2, 3, 4)) if self.score_reduction == "mean" else response.sum((1, 2, 3, 4))
-                )
+                v.append(response.mean((1, 2, 3, 4)) if self.score_reduction == "mean" else response.sum((1, 2, 3, 4)))
             return torch.stack(v, dim=1)
 
     def neuron_output(self, i: int, x: Tensor, gate: Tensor) -> Tensor:

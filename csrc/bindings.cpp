@@ -1,0 +1,271 @@
+// dsts_kernels._C: the CPU kernels for Python. Tensors come as addresses, sizes and strides, so the module
+// knows nothing of torch. Arguments are checked here, before anything is written; what they point at is the
+// caller's responsibility. The interpreter lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "build_flags.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace dsts::cpu;
+
+namespace {
+
+using Address = std::uintptr_t;  // 0 is null
+using Strides5 = std::array<int64_t, 5>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool ok, const char* op, const std::string& reason) {
+  if (!ok) throw std::invalid_argument(std::string(op) + ": " + reason);
+}
+
+bool is_half(int dtype) { return dtype == kBFloat16 || dtype == kFloat16; }
+
+// Checks of one call; `op` prefixes every message.
+struct Check {
+  const char* op;
+
+  void dtype(const char* name, int code) const {
+    require(code >= 0 && code <= 3, op,
+            std::string(name) + " is " + std::to_string(code) +
+                "; wanted 0 (float32), 1 (float64), 2 (bfloat16) or 3 (float16)");
+  }
+  // `wide` must be `narrow`, or float32 beside a half type.
+  void dtype_pair(const char* narrow_name, int narrow, const char* wide_name, int wide) const {
+    dtype(narrow_name, narrow);
+    dtype(wide_name, wide);
+    require(wide == narrow || (wide == kFloat32 && is_half(narrow)), op,
+            std::string(wide_name) + " is " + std::to_string(wide) + "; wanted " + narrow_name + " (" +
+                std::to_string(narrow) + ")" + (is_half(narrow) ? " or 0 (float32)" : ""));
+  }
+  void size(const char* name, int64_t n) const {
+    require(n >= 0, op, std::string(name) + " is " + std::to_string(n) + "; wanted a size >= 0");
+  }
+  void threads(int n) const { require(n >= 1, op, "threads is " + std::to_string(n) + "; wanted 1 or more"); }
+  void taps(int n) const {
+    require(n == 1 || n == 9, op, "taps is " + std::to_string(n) + "; wanted 1 or 9");
+  }
+  Strides strides(const char* name, const Strides5& s) const {
+    for (int64_t v : s)
+      require(v >= 0, op, std::string(name) + " holds " + std::to_string(v) + "; wanted strides >= 0");
+    return {s[0], s[1], s[2], s[3], s[4]};
+  }
+  void given(const char* name, Address address, int64_t elements) const {
+    require(address != 0 || elements == 0, op, std::string(name) + " is null");
+  }
+};
+
+void raise_for(Status status, const char* op) {
+  if (status == Status::bad_neuron)
+    throw std::out_of_range(std::string(op) + ": a neuron index is outside 0..N-1");
+  if (status == Status::no_memory) throw std::bad_alloc();
+}
+
+void semhash_forward(Address logits, Address neuron, Address noise, Address hard, Address gate, int64_t B,
+                     int64_t N, int64_t C, int dtype, int threads) {
+  const Check check{"semhash_forward"};
+  check.size("B", B), check.size("N", N), check.size("C", C);
+  check.dtype("dtype", dtype), check.threads(threads);
+  require(neuron || N == B || B == 0, check.op, "without neuron, N must equal B");
+  check.given("logits", logits, N * C), check.given("gate", gate, B * C);
+  raise_for(kernels().semhash_forward({pointer<void>(logits), pointer<int64_t>(neuron), pointer<void>(noise),
+                                       pointer<uint8_t>(hard), pointer<void>(gate), B, N, C, dtype, threads}),
+            check.op);
+}
+
+void semhash_backward(Address grad, Address logits, Address neuron, Address noise, Address dlogits, int64_t B,
+                      int64_t N, int64_t C, int dtype, int threads) {
+  const Check check{"semhash_backward"};
+  check.size("B", B), check.size("N", N), check.size("C", C);
+  check.dtype("dtype", dtype), check.threads(threads);
+  require(neuron || N == B || B == 0, check.op, "without neuron, N must equal B");
+  check.given("grad", grad, B * C), check.given("logits", logits, N * C),
+      check.given("dlogits", dlogits, N * C);
+  raise_for(
+      kernels().semhash_backward({pointer<void>(grad), pointer<void>(logits), pointer<int64_t>(neuron),
+                                  pointer<void>(noise), pointer<void>(dlogits), B, N, C, dtype, threads}),
+      check.op);
+}
+
+void tap_sums(Address x, const Strides5& x_strides, Address out, int64_t B, int64_t C, int64_t T, int64_t H,
+              int64_t W, int taps, int dtype, int threads) {
+  const Check check{"tap_sums"};
+  check.size("B", B), check.size("C", C), check.size("T", T), check.size("H", H), check.size("W", W);
+  check.taps(taps), check.dtype("dtype", dtype), check.threads(threads);
+  check.given("x", x, B * C * T * H * W), check.given("out", out, B * C);
+  raise_for(kernels().tap_sums({pointer<void>(x), check.strides("x_strides", x_strides), pointer<void>(out),
+                                B, C, T, H, W, taps, dtype, threads}),
+            check.op);
+}
+
+void gather_panel(Address src, const Strides5& src_strides, Address samples, int64_t nb, Address channels,
+                  int64_t nc, Address scale, int64_t scale_stride_b, bool complement, Address out,
+                  const Strides5& out_strides, int64_t width, int64_t T, int64_t H, int64_t W, int src_dtype,
+                  int out_dtype, int threads) {
+  const Check check{"gather_panel"};
+  check.size("nb", nb), check.size("nc", nc), check.size("scale_stride_b", scale_stride_b);
+  check.size("width", width), check.size("T", T), check.size("H", H), check.size("W", W);
+  require(nc <= width, check.op,
+          "nc is " + std::to_string(nc) + "; wanted at most width (" + std::to_string(width) + ")");
+  check.dtype_pair("src_dtype", src_dtype, "out_dtype", out_dtype), check.threads(threads);
+  check.given("src", src, nb * nc * T * H * W), check.given("out", out, nb * width * T * H * W);
+  raise_for(kernels().gather_panel({pointer<void>(src), check.strides("src_strides", src_strides),
+                                    pointer<int64_t>(samples), nb, pointer<int32_t>(channels), nc,
+                                    pointer<void>(scale), scale_stride_b, complement, pointer<void>(out),
+                                    check.strides("out_strides", out_strides), width, T, H, W, src_dtype,
+                                    out_dtype, threads}),
+            check.op);
+}
+
+void epilogue(Address zs, Address zt, Address bias, int64_t bias_stride_b, bool relu, Address skip,
+              const Strides5& skip_strides, Address out, const Strides5& out_strides, Address samples,
+              int64_t nb, Address sums, int taps, int64_t O, int64_t T, int64_t H, int64_t W, int in_dtype,
+              int out_dtype, int threads) {
+  const Check check{"epilogue"};
+  check.size("bias_stride_b", bias_stride_b), check.size("nb", nb), check.size("O", O);
+  check.size("T", T), check.size("H", H), check.size("W", W), check.taps(taps);
+  check.dtype_pair("out_dtype", out_dtype, "in_dtype", in_dtype), check.threads(threads);
+  check.given("out", out, nb * O * T * H * W);
+  raise_for(kernels().epilogue({pointer<void>(zs),
+                                pointer<void>(zt),
+                                pointer<void>(bias),
+                                bias_stride_b,
+                                relu,
+                                pointer<void>(skip),
+                                check.strides("skip_strides", skip_strides),
+                                pointer<void>(out),
+                                check.strides("out_strides", out_strides),
+                                pointer<int64_t>(samples),
+                                nb,
+                                pointer<void>(sums),
+                                taps,
+                                O,
+                                T,
+                                H,
+                                W,
+                                in_dtype,
+                                out_dtype,
+                                threads}),
+            check.op);
+}
+
+void gate_merge(Address dxs, Address pos_s, int64_t ns, Address dxt, Address pos_t, int64_t nt, Address gate,
+                int64_t gate_stride_b, Address x, const Strides5& x_strides, Address dx,
+                const Strides5& dx_strides, Address dgate, Address samples, int64_t nb, int64_t C, int64_t T,
+                int64_t H, int64_t W, int panel_dtype, int dtype, int threads) {
+  const Check check{"gate_merge"};
+  check.size("ns", ns), check.size("nt", nt), check.size("gate_stride_b", gate_stride_b),
+      check.size("nb", nb);
+  check.size("C", C), check.size("T", T), check.size("H", H), check.size("W", W);
+  check.dtype_pair("dtype", dtype, "panel_dtype", panel_dtype), check.threads(threads);
+  const int64_t P = T * H * W;
+  check.given("dxs", dxs, nb * ns * P), check.given("dxt", dxt, nb * nt * P),
+      check.given("gate", gate, nb * C);
+  require(pos_s || ns == C || ns == 0, check.op, "without pos_s, ns must be C or 0");
+  require(pos_t || nt == C || nt == 0, check.op, "without pos_t, nt must be C or 0");
+  require(x || !dgate || nb * C * P == 0, check.op, "dgate needs x");
+  raise_for(kernels().gate_merge({pointer<void>(dxs),
+                                  pointer<int32_t>(pos_s),
+                                  ns,
+                                  pointer<void>(dxt),
+                                  pointer<int32_t>(pos_t),
+                                  nt,
+                                  pointer<void>(gate),
+                                  gate_stride_b,
+                                  pointer<void>(x),
+                                  check.strides("x_strides", x_strides),
+                                  pointer<void>(dx),
+                                  check.strides("dx_strides", dx_strides),
+                                  pointer<void>(dgate),
+                                  pointer<int64_t>(samples),
+                                  nb,
+                                  C,
+                                  T,
+                                  H,
+                                  W,
+                                  panel_dtype,
+                                  dtype,
+                                  threads}),
+            check.op);
+}
+
+std::vector<std::string> supported_isas() {
+  int n = 0;
+  const Kernels* const* tables = supported_kernels(&n);
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (name == "auto") return set_kernels(nullptr);
+  int n = 0;
+  const Kernels* const* tables = supported_kernels(&n);
+  std::string wanted = "auto";
+  for (int i = 0; i < n; ++i) {
+    if (name == tables[i]->isa) return set_kernels(tables[i]);
+    wanted += std::string(", ") + tables[i]->isa;
+  }
+  throw std::invalid_argument("set_isa: name is '" + name + "'; this build on this machine supports " +
+                              wanted);
+}
+
+py::dict build_info() {
+  std::vector<std::string> isas{"portable"};
+#ifdef DSTS_HAVE_AVX2
+  isas.emplace_back("avx2");
+#endif
+#ifdef DSTS_HAVE_AVX512
+  isas.emplace_back("avx512");
+#endif
+#ifdef _OPENMP
+  const bool openmp = true;
+#else
+  const bool openmp = false;
+#endif
+  return py::dict("compiler"_a = DSTS_COMPILER, "version"_a = DSTS_COMPILER_VERSION, "isas"_a = isas,
+                  "openmp"_a = openmp, "cuda"_a = false, "flags"_a = DSTS_FLAGS);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() =
+      "CPU kernels of dsts_kernels. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; address 0 is "
+      "null.";
+  const py::call_guard<py::gil_scoped_release> unlocked;
+
+  m.def("semhash_forward", &semhash_forward, unlocked, "logits"_a, "neuron"_a, "noise"_a, "hard"_a, "gate"_a,
+        "B"_a, "N"_a, "C"_a, "dtype"_a, "threads"_a);
+  m.def("semhash_backward", &semhash_backward, unlocked, "grad"_a, "logits"_a, "neuron"_a, "noise"_a,
+        "dlogits"_a, "B"_a, "N"_a, "C"_a, "dtype"_a, "threads"_a);
+  m.def("tap_sums", &tap_sums, unlocked, "x"_a, "x_strides"_a, "out"_a, "B"_a, "C"_a, "T"_a, "H"_a, "W"_a,
+        "taps"_a, "dtype"_a, "threads"_a);
+  m.def("gather_panel", &gather_panel, unlocked, "src"_a, "src_strides"_a, "samples"_a, "nb"_a, "channels"_a,
+        "nc"_a, "scale"_a, "scale_stride_b"_a, "complement"_a, "out"_a, "out_strides"_a, "width"_a, "T"_a,
+        "H"_a, "W"_a, "src_dtype"_a, "out_dtype"_a, "threads"_a);
+  m.def("epilogue", &epilogue, unlocked, "zs"_a, "zt"_a, "bias"_a, "bias_stride_b"_a, "relu"_a, "skip"_a,
+        "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a, "nb"_a, "sums"_a, "taps"_a, "O"_a, "T"_a,
+        "H"_a, "W"_a, "in_dtype"_a, "out_dtype"_a, "threads"_a);
+  m.def("gate_merge", &gate_merge, unlocked, "dxs"_a, "pos_s"_a, "ns"_a, "dxt"_a, "pos_t"_a, "nt"_a, "gate"_a,
+        "gate_stride_b"_a, "x"_a, "x_strides"_a, "dx"_a, "dx_strides"_a, "dgate"_a, "samples"_a, "nb"_a,
+        "C"_a, "T"_a, "H"_a, "W"_a, "panel_dtype"_a, "dtype"_a, "threads"_a);
+
+  m.def("supported_isas", &supported_isas,
+        "Instruction sets in this build that this machine can run, the best last.");
+  m.def("get_isa", [] { return kernels().isa; }, "The instruction set in use.");
+  m.def("set_isa", &set_isa, "name"_a, "Use one of supported_isas(), or 'auto' for the best.");
+  m.def("build_info", &build_info, "Compiler, its version and flags, instruction sets, OpenMP, CUDA.");
+}

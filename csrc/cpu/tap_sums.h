@@ -1,0 +1,27 @@
+// Tap sums of a feature tensor: what a convolution's outputs, summed, need to know of its input.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace dsts::cpu {
+
+// taps == 1: out[b, c] = sum over positions. taps == 9: out[b, c, 3 * i + j] = sum over the positions that
+// tap (i, j) of a zero-padded 1x3x3 kernel sees: i = 0 all rows but the last, 1 all, 2 all but the first;
+// j likewise for columns.
+struct TapSums {
+  const void* x;  // (B, C, T, H, W)
+  Strides x_strides;
+  void* out;  // (B, C, taps) contiguous, float (double for float64 input)
+  int64_t B, C, T, H, W;
+  int taps;
+  int dtype;
+  int threads;
+};
+
+#ifdef DSTS_ISA
+namespace DSTS_ISA {
+Status tap_sums(const TapSums& a);
+}  // namespace DSTS_ISA
+#endif
+
+}  // namespace dsts::cpu
