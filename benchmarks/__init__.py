@@ -1,0 +1,1 @@
+"""Benchmarks of the DSTS module: ``pytest benchmarks/ --benchmark-only`` from the repository root."""

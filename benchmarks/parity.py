@@ -1,0 +1,136 @@
+"""Parity before timing: what the literal reference gives, and how far another implementation is from it.
+
+An :class:`Oracle` is computed once for each shape and mode and kept small: a stacked gradient is all zero
+outside the chosen neurons, so only theirs is stored, and a checked variant must be exactly zero in the rest.
+In half precision the oracle is the reference in float32 on the same rounded weights.
+
+The output of a training step is compared as it is timed. Gradients are compared with BatchNorm on its running
+statistics: with batch statistics of one sample, scaling a neuron's output changes nothing, so the router's
+exact gradient is zero and what any implementation returns for it is rounding. BatchNorm itself is torch's in
+every variant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.variants import training_step
+from dsts_kernels.reference import DSTS, Draws
+
+__all__ = [
+    "TOLERANCES",
+    "Oracle",
+    "evaluation_oracle",
+    "relative_error",
+    "training_errors",
+    "training_oracle",
+]
+
+TOLERANCES = {  # relative error in norm: output, gradients
+    torch.float64: (1e-10, 1e-9),
+    torch.float32: (1e-4, 5e-3),
+    torch.bfloat16: (5e-2, 2e-1),
+    torch.float16: (1e-2, 5e-2),
+}
+"""Gradients are allowed more than the output: an activation within rounding of zero falls on either side of
+the ReLU, and each that does moves a whole gradient element (seven in ten thousand of the norm at two million
+elements)."""
+
+OPERATORS = ("spatial", "temporal", "mixing")
+
+
+@dataclass
+class Oracle:
+    """The reference's output, and in training its gradients; ``rows`` are the neurons that a gradient is
+    stored for."""
+
+    output: Tensor
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+
+def relative_error(value: Tensor, wanted: Tensor) -> float:
+    """``||value - wanted|| / ||wanted||``; infinite for anything that is not finite, zero for two zeros."""
+    difference = (value.to(wanted.dtype) - wanted).norm().item()
+    size = wanted.norm().item()
+    if not (torch.isfinite(value).all() and torch.isfinite(wanted).all()):
+        return float("inf")
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def widened(module: DSTS) -> DSTS:
+    """The module itself, or a float32 copy of a half-precision one."""
+    return module if module.layers[0].gate.dtype in (torch.float32, torch.float64) else copy.deepcopy(module).float()
+
+
+@torch.no_grad()
+def evaluation_oracle(reference: DSTS, x: Tensor) -> Oracle:
+    module = widened(reference).eval()
+    return Oracle(module(x.to(module.layers[0].gate.dtype)))
+
+
+@contextlib.contextmanager
+def running_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm in evaluation mode inside the block, the rest as it is."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm in norms:
+        norm.train()
+
+
+def training_oracle(literal: DSTS, x: Tensor, draws: Draws, grad: Tensor) -> Oracle:
+    """The literal training step; ``literal`` keeps no gradients afterwards, its running statistics move
+    on."""
+    module = widened(literal).train()
+    dtype = module.layers[0].gate.dtype
+    leaf = x.detach().to(dtype).requires_grad_()
+    with running_statistics(module):
+        y, routing = module(leaf, draws=draws, return_routing=True)
+        y.backward(grad.to(dtype))
+    oracle = Oracle(y, {"input": leaf.grad})
+    for name, parameter in module.named_parameters():
+        _, layer, kind = name.split(".")[:3]
+        gradient = parameter.grad
+        if kind in OPERATORS:
+            oracle.rows[name] = sorted(set(routing.neuron[int(layer)].tolist()))
+            gradient = gradient[oracle.rows[name]]
+        oracle.gradients[name] = gradient
+        parameter.grad = None
+    with torch.no_grad():
+        oracle.output = module(leaf, draws=draws)
+    return oracle
+
+
+def training_errors(module: nn.Module, x: Tensor, draws: Draws, grad: Tensor, oracle: Oracle) -> dict[str, float]:
+    """Relative errors of a training step by name; a gradient outside the chosen neurons counts as
+    infinite."""
+    leaf = x.detach().requires_grad_()
+    with running_statistics(module):
+        training_step(module, leaf, draws, grad)
+    errors = {"input": relative_error(leaf.grad, oracle.gradients["input"])}
+    for name, parameter in module.named_parameters():
+        name = name.removeprefix("_orig_mod.")
+        errors[name] = gradient_error(parameter.grad, oracle.gradients[name], oracle.rows.get(name))
+        parameter.grad = None
+    with torch.no_grad():
+        errors["output"] = relative_error(module(leaf, draws=draws), oracle.output)
+    return errors
+
+
+def gradient_error(gradient: Tensor | None, wanted: Tensor, rows: list[int] | None) -> float:
+    if gradient is None:
+        return float("inf")
+    if rows is None:
+        return relative_error(gradient, wanted)
+    others = (i for i in range(gradient.shape[0]) if i not in rows)
+    if any(bool(gradient[i].any()) for i in others):
+        return float("inf")
+    return relative_error(gradient[rows], wanted)
