@@ -6,6 +6,9 @@ over ``(T, H*W)`` images, which is the same memory seen differently: nothing is 
 channels-first panels ``(b, c, T, H, W)``, which measure up to three times faster there.
 
 Fast convolution (Winograd) is to take its place beside these three functions.
+
+Large filters are run in blocks: oneDNN loses up to a third of its rate once a filter, or its gradient, falls out
+of the cache that the cores share. The sizes below were measured (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,6 +20,24 @@ from torch import Tensor
 Kernel = tuple[int, int, int]
 SPATIAL: Kernel = (1, 3, 3)
 TEMPORAL: Kernel = (3, 1, 1)
+
+FILTER_BLOCK = 2_400_000  # weights of a filter that runs in one piece
+GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate
+
+
+def filter_blocks(rows: int, weights_a_row: int) -> list[slice]:
+    """``rows`` output (or input) channels cut so that no filter exceeds :data:`FILTER_BLOCK` weights."""
+    return _even_slices(rows, -(-rows * weights_a_row // FILTER_BLOCK))
+
+
+def gradient_blocks(channels: int) -> list[slice]:
+    """Listed channels cut into the pieces a weight gradient runs in."""
+    return _even_slices(channels, channels // GRADIENT_BLOCK)
+
+
+def _even_slices(count: int, pieces: int) -> list[slice]:
+    step = -(-count // max(1, pieces))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)] if count else []
 
 
 def _as_images(panel: Tensor, kernel: Kernel) -> Tensor:
@@ -53,5 +74,7 @@ def data_gradient(grad: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
 def weight_gradient(panel: Tensor, grad: Tensor, kernel: Kernel) -> Tensor:
     """``(b, c, T, H, W)`` and ``(b, O, T, H, W)`` to ``(O, c, *kernel)``."""
     shape = (grad.shape[1], panel.shape[1], *kernel)
-    padding = tuple(k // 2 for k in kernel)
-    return torch.nn.grad.conv3d_weight(panel, shape, grad, padding=padding)
+    if kernel == TEMPORAL:
+        found = torch.nn.grad.conv2d_weight(panel.flatten(3), (*shape[:3], 1), grad.flatten(3), padding=(1, 0))
+        return found.view(shape)
+    return torch.nn.grad.conv3d_weight(panel, shape, grad, padding=tuple(k // 2 for k in kernel))

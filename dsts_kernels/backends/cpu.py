@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
-from .convolution import SPATIAL, TEMPORAL
-from .direct import DirectBackend, listed
-from .plan import Group
+from .direct import DirectBackend
 
 try:
     _C = importlib.import_module("dsts_kernels._C")
@@ -185,6 +183,7 @@ class CpuBackend(DirectBackend):
     ) -> None:
         b, o, t, h, w = out.shape
         panel = zs if zs is not None else zt
+        found = None if sums is None else torch.empty_like(sums, memory_format=torch.contiguous_format)
         _C.epilogue(
             _address(zs),
             _address(zt),
@@ -197,7 +196,7 @@ class CpuBackend(DirectBackend):
             out.stride(),
             _address(samples),
             b if samples is None else samples.numel(),
-            _address(sums),
+            _address(found),
             1 if sums is None else sums.shape[2],
             o,
             t,
@@ -207,24 +206,27 @@ class CpuBackend(DirectBackend):
             DTYPE_CODES[out.dtype],
             torch.get_num_threads(),
         )
+        if sums is not None:  # the kernel writes whole rows; `sums` may be a block of them
+            where = slice(None) if samples is None else samples
+            sums[where] = found[where]
 
     def gate_merge(
         self,
         dxs: Tensor | None,
         dxt: Tensor | None,
-        group: Group,
+        lists: tuple[Tensor | None, Tensor | None],
+        samples: Tensor | None,
         gate: Tensor,
         x: Tensor,
         dx: Tensor | None,
         dgate: Tensor | None,
     ) -> None:
-        _, c, t, h, w = x.shape
+        b, c, t, h, w = x.shape
         panel = dxs if dxs is not None else dxt
-        gate = gate.to(x.dtype).contiguous()
-        found = None if dgate is None else torch.empty_like(gate) if dgate.dtype != x.dtype else dgate
-        columns = [
-            None if dgate is not None else _columns(listed(group, kernel)[0], c) for kernel in (SPATIAL, TEMPORAL)
-        ]
+        gate = gate.to(x.dtype)
+        gate = gate if gate.stride(1) == 1 else gate.contiguous()
+        found = None if dgate is None else torch.empty((b, c), dtype=x.dtype)
+        columns = [_columns(channels, c) for channels in lists]
         _C.gate_merge(
             _address(dxs),
             _address(columns[0]),
@@ -239,8 +241,8 @@ class CpuBackend(DirectBackend):
             _address(dx),
             _strides(dx),
             _address(found),
-            _address(group.samples),
-            group.count,
+            _address(samples),
+            b if samples is None else samples.numel(),
             c,
             t,
             h,
@@ -249,8 +251,8 @@ class CpuBackend(DirectBackend):
             DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
         )
-        if found is not dgate:
-            where = slice(None) if group.samples is None else group.samples
+        if dgate is not None:
+            where = slice(None) if samples is None else samples
             dgate[where] = found[where].to(dgate.dtype)
 
 

@@ -95,54 +95,62 @@ class DirectBackend(Backend):
         self,
         dxs: Tensor | None,
         dxt: Tensor | None,
-        group: Group,
+        lists: tuple[Tensor | None, Tensor | None],
+        samples: Tensor | None,
         gate: Tensor,
         x: Tensor,
         dx: Tensor | None,
         dgate: Tensor | None,
     ) -> None:
-        """``dx = gate*dxs + (1-gate)*dxt`` and ``dgate = <x, dxs - dxt>`` for the samples of ``group``.
+        """``dx = gate*dxs + (1-gate)*dxt`` and ``dgate = <x, dxs - dxt>``, for some samples.
 
-        With ``dgate``, the panels ``(b, T, H, W, C)`` hold all channels; without, those the group lists.
+        ``dxs, dxt`` are panels ``(b, T, H, W, c)`` of the listed channels, spatial and temporal; a list of ``None``
+        is all channels, a panel of ``None`` is zero. The other four are ``(B, C)`` or ``(B, C, T, H, W)``.
         """
-
-    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        outputs = spatial.shape[1]
-        out = as_features(empty_rows(x, outputs))
-        if out.numel():
-            for group in self.groups(x, gate, neuron, spatial):
-                zs = self.operate(x, gate, group, spatial, SPATIAL)
-                zt = self.operate(x, gate, group, temporal, TEMPORAL)
-                self.epilogue(zs, zt, out, samples=group.samples)
-        return out
 
     def groups(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor) -> list[Group]:
         positions = x.shape[2] * x.shape[3] * x.shape[4]
         return group_samples(gate, neuron, spatial.shape[0], positions, spatial.shape[1])
 
-    def operate(self, x: Tensor, gate: Tensor, group: Group, weight: Tensor, kernel: Kernel) -> Tensor | None:
-        """One operator on its gathered channels, ``None`` when it has none."""
-        channels, count = listed(group, kernel)
-        if not count:
-            return None
-        panel = self.gate_panel(x, gate, group, kernel)
-        return convolution.forward(panel, self.weight_panel(weight, group.neuron, channels, panel), kernel)
+    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        outputs = spatial.shape[1]
+        out = as_features(empty_rows(x, outputs))
+        for group in self.groups(x, gate, neuron, spatial) if out.numel() else ():
+            panels = [
+                self.gate_panel(x, gate, group, group.spatial, SPATIAL),
+                self.gate_panel(x, gate, group, group.temporal, TEMPORAL),
+            ]
+            for block in operator_blocks(outputs, group.spatial.numel(), group.temporal.numel()):
+                zs = self.operate(panels[0], spatial[group.neuron, block], group.spatial, SPATIAL)
+                zt = self.operate(panels[1], temporal[group.neuron, block], group.temporal, TEMPORAL)
+                self.epilogue(zs, zt, out[:, block], samples=group.samples)
+        return out
 
-    def gate_panel(self, x: Tensor, gate: Tensor, group: Group, kernel: Kernel, first: bool = False) -> Tensor:
-        """The gated input of one operator: its listed channels."""
+    def gate_panel(
+        self, x: Tensor, gate: Tensor, group: Group, channels: Tensor, kernel: Kernel, first: bool = False
+    ) -> Tensor | None:
+        """The gated input of one operator on some of its channels; ``None`` where there are none."""
+        if not channels.numel():
+            return None
         return self.gather_panel(
             x,
             group.samples,
-            listed(group, kernel)[0],
+            channels,
             scale=gate.to(x.dtype) if group.scaled else None,
             complement=kernel == TEMPORAL,
             first=first,
             dtype=compute_dtype(x),
         )
 
-    def weight_panel(self, weight: Tensor, neuron: int, channels: Tensor | None, like: Tensor) -> Tensor:
-        """One neuron's filter ``(O, c, *kernel)`` as ``(O, taps, c)`` of its listed channels."""
-        panel = self.gather_panel(weight[neuron], None, channels, dtype=compute_dtype(weight)).to(like.dtype)
+    def operate(self, panel: Tensor | None, weight: Tensor, channels: Tensor, kernel: Kernel) -> Tensor | None:
+        """One operator ``(O, C, *kernel)`` on the panel of its listed channels."""
+        if panel is None:
+            return None
+        return convolution.forward(panel, self.weight_panel(weight, channels, panel), kernel)
+
+    def weight_panel(self, weight: Tensor, channels: Tensor | None, like: Tensor) -> Tensor:
+        """One neuron's filter ``(O, C, *kernel)`` as ``(O, taps, c)`` of its listed channels."""
+        panel = self.gather_panel(weight, None, channels, dtype=compute_dtype(weight)).to(like.dtype)
         return panel.view(panel.shape[0], -1, panel.shape[-1])
 
     def rows(self, features: Tensor, samples: Tensor | None) -> Tensor:
@@ -168,17 +176,20 @@ class DirectBackend(Backend):
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else None
         dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
         dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
-        if grad.numel() == 0:
-            return dx, dgate, dspatial, dtemporal
         written: set[int] = set()
-        for group in self.groups(x, gate, neuron, spatial):
+        for group in self.groups(x, gate, neuron, spatial) if grad.numel() else ():
             if need_x or need_gate:
                 self.input_gradient(grad, x, gate, group, spatial, temporal, dx, dgate)
             if need_spatial or need_temporal:
                 grad_first = self.gather_panel(grad, group.samples, first=True, dtype=compute_dtype(grad))
                 add = group.neuron in written
-                self.operator_gradient(grad_first, x, gate, group, dspatial, SPATIAL, add)
-                self.operator_gradient(grad_first, x, gate, group, dtemporal, TEMPORAL, add)
+                for total, channels, kernel in (
+                    (dspatial, group.spatial, SPATIAL),
+                    (dtemporal, group.temporal, TEMPORAL),
+                ):
+                    if total is not None:
+                        slab = total[group.neuron]
+                        self.operator_gradient(grad_first, x, gate, group, slab, channels, kernel, add)
                 written.add(group.neuron)
         return dx, dgate, dspatial, dtemporal
 
@@ -193,17 +204,26 @@ class DirectBackend(Backend):
         dx: Tensor | None,
         dgate: Tensor | None,
     ) -> None:
-        """Both operators' data gradients, merged into ``dx`` and ``dgate``.
+        """Both operators' data gradients, merged into ``dx`` and ``dgate``, a block of channels at a time.
 
         Gates that train need them for every channel; frozen gates need the listed channels only.
         """
         dz = self.rows(grad, group.samples)
-        panels = []
-        for weight, kernel in ((spatial, SPATIAL), (temporal, TEMPORAL)):
-            channels, count = (None, x.shape[1]) if dgate is not None else listed(group, kernel)
-            filters = self.weight_panel(weight, group.neuron, channels, dz) if count else None
-            panels.append(convolution.data_gradient(dz, filters, kernel) if count else None)
-        self.gate_merge(*panels, group, gate, x, dx, dgate)
+        for block in operator_blocks(x.shape[1], spatial.shape[1], spatial.shape[1]):
+            lists, panels = [], []
+            for weight, kernel, channels in (
+                (spatial, SPATIAL, group.spatial),
+                (temporal, TEMPORAL, group.temporal),
+            ):
+                own = None if dgate is not None else within(channels, block)
+                lists.append(own)
+                if own is not None and not own.numel():
+                    panels.append(None)
+                else:
+                    filters = self.weight_panel(weight[group.neuron, :, block], own, dz)
+                    panels.append(convolution.data_gradient(dz, filters, kernel))
+            cut = [None if t is None else t[:, block] for t in (gate, x, dx, dgate)]
+            self.gate_merge(*panels, tuple(lists), group.samples, *cut)
 
     def operator_gradient(
         self,
@@ -211,29 +231,25 @@ class DirectBackend(Backend):
         x: Tensor,
         gate: Tensor,
         group: Group,
-        dweight: Tensor | None,
+        slab: Tensor,
+        channels: Tensor,
         kernel: Kernel,
         add: bool,
     ) -> None:
-        """Gradient of one operator's listed channels, into the slab of its neuron."""
-        channels, count = listed(group, kernel)
-        if dweight is None or not count:
-            return
-        panel_first = self.gate_panel(x, gate, group, kernel, first=True)
-        found = convolution.weight_gradient(panel_first, grad_first, kernel).to(dweight.dtype)
-        slab = dweight[group.neuron]
-        if channels is None:
-            slab.add_(found) if add else slab.copy_(found)
-        else:
-            slab.index_add_(1, channels, found) if add else slab.index_copy_(1, channels.long(), found)
+        """Gradient of one operator's listed channels, into the slab ``(O, C, *kernel)`` of its neuron."""
+        for block in convolution.gradient_blocks(channels.numel()):
+            own = channels[block]
+            panel_first = self.gate_panel(x, gate, group, own, kernel, first=True)
+            found = convolution.weight_gradient(panel_first, grad_first, kernel).to(slab.dtype)
+            slab.index_add_(1, own, found) if add else slab.index_copy_(1, own.long(), found)
 
     def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
         out = as_features(empty_rows(z, mixing.shape[1]))
         kernel = tuple(mixing.shape[3:])
         if out.numel():
-            for index, samples, _ in samples_by_neuron(neuron, mixing.shape[0]):
+            for index, samples in samples_by_neuron(neuron, mixing.shape[0]):
                 panel = self.rows(z, samples)
-                mixed = convolution.forward(panel, self.weight_panel(mixing, index, None, panel), kernel)
+                mixed = convolution.forward(panel, self.weight_panel(mixing[index], None, panel), kernel)
                 out = self.scatter(mixed, out, samples)
         return out
 
@@ -251,10 +267,10 @@ class DirectBackend(Backend):
         dz = as_features(empty_rows(z, z.shape[1])) if need_z else None
         dmixing = lazy_zeros(mixing.shape, mixing.dtype, z.device) if need_mixing else None
         kernel = tuple(mixing.shape[3:])
-        for index, samples, _ in samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else ():
+        for index, samples in samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else ():
             if need_z:
                 rows = self.rows(grad, samples)
-                filters = self.weight_panel(mixing, index, None, rows)
+                filters = self.weight_panel(mixing[index], None, rows)
                 dz = self.scatter(convolution.data_gradient(rows, filters, kernel), dz, samples)
             if need_mixing:
                 dtype = compute_dtype(z)
@@ -266,7 +282,7 @@ class DirectBackend(Backend):
     def frozen_layer(
         self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        batch, channels = x.shape[:2]
+        batch = x.shape[0]
         num_neurons, outputs = w.bias.shape
         sums = self.tap_sums(x, w.scoring.shape[2]) if sums is None else sums
         scores = (sums.flatten(1) @ w.scoring.flatten(1).t()) / options.score_divisor
@@ -276,48 +292,71 @@ class DirectBackend(Backend):
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
             starts = [0, *w.split.cumsum(0).tolist()]
-            for index, samples, _ in samples_by_neuron(neuron, num_neurons):
-                zs, zt = self.frozen_operators(x, samples, index, starts, channels, w)
-                if w.mixing is not None:
-                    z = zs if zt is None else zt if zs is None else zs.add_(zt)
-                    kernel = tuple(options.mixing_kernel)
-                    zs, zt = convolution.forward(z, w.mixing[index].to(z.dtype), kernel), None
-                self.epilogue(
-                    zs,
-                    zt,
-                    y,
-                    samples=samples,
-                    bias=w.bias[index],
-                    relu=options.relu,
-                    skip=skip,
-                    sums=next_sums if options.next_taps else None,
-                )
+            for index, samples in samples_by_neuron(neuron, num_neurons):
+                self.frozen_neuron(x, samples, index, starts, y, next_sums, skip, w, options)
         return y, next_sums, neuron, scores
 
-    def frozen_operators(
-        self, x: Tensor, samples: Tensor | None, n: int, starts: list[int], channels: int, w: FrozenWeights
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Both operators of neuron ``n`` on its packed panels."""
-        start, stop = starts[n], starts[n + 1]
-        split, outputs = stop - start, w.bias.shape[1]
-        results = []
-        for flat, kernel, taps, begin, listed_channels in (
-            (w.spatial, SPATIAL, 9, start, w.channels[n, :split]),
-            (w.temporal, TEMPORAL, 3, n * channels - start, w.channels[n, split:]),
-        ):
-            count = listed_channels.numel()
-            if not count:
-                results.append(None)
-                continue
-            panel = self.gather_panel(x, samples, listed_channels, dtype=compute_dtype(x))
-            size = outputs * taps
-            weight = flat[begin * size : (begin + count) * size].view(outputs, taps, count)
-            results.append(convolution.forward(panel, weight.to(panel.dtype), kernel))
-        return results[0], results[1]
+    def frozen_neuron(
+        self,
+        x: Tensor,
+        samples: Tensor | None,
+        n: int,
+        starts: list[int],
+        y: Tensor,
+        next_sums: Tensor,
+        skip: Tensor | None,
+        w: FrozenWeights,
+        options: FrozenOptions,
+    ) -> None:
+        """Neuron ``n`` on its samples: packed operators, then mixing where it does not fold, then the epilogue."""
+        outputs = w.bias.shape[1]
+        split, begin = starts[n + 1] - starts[n], starts[n]
+        lists = w.channels[n, :split], w.channels[n, split:]
+        filters = (
+            packed_filter(w.spatial, begin, split, outputs, 9),
+            packed_filter(w.temporal, n * x.shape[1] - begin, x.shape[1] - split, outputs, 3),
+        )
+        panels = [self.gather_panel(x, samples, own, dtype=compute_dtype(x)) if own.numel() else None for own in lists]
+
+        def operate(block: slice) -> list[Tensor | None]:
+            return [
+                None if panel is None else convolution.forward(panel, flat[block].to(panel.dtype), kernel)
+                for panel, flat, kernel in zip(panels, filters, (SPATIAL, TEMPORAL), strict=True)
+            ]
+
+        def finish(zs: Tensor | None, zt: Tensor | None, block: slice) -> None:
+            self.epilogue(
+                zs,
+                zt,
+                y[:, block],
+                samples=samples,
+                bias=w.bias[n, block],
+                relu=options.relu,
+                skip=None if skip is None else skip[:, block],
+                sums=next_sums[:, block] if options.next_taps else None,
+            )
+
+        if w.mixing is None:
+            for block in operator_blocks(outputs, split, x.shape[1] - split):
+                finish(*operate(block), block)
+        else:
+            whole = slice(0, outputs)
+            zs, zt = operate(whole)
+            z = zs if zt is None else zt if zs is None else zs.add_(zt)
+            finish(convolution.forward(z, w.mixing[n].to(z.dtype), tuple(options.mixing_kernel)), None, whole)
 
 
-def listed(group: Group, kernel: Kernel) -> tuple[Tensor | None, int]:
-    """A group's channel list for one operator, and its length."""
-    if kernel == SPATIAL:
-        return group.spatial, group.num_spatial
-    return group.temporal, group.num_temporal
+def operator_blocks(rows: int, spatial: int, temporal: int) -> list[slice]:
+    """Blocks of ``rows`` channels for both operators, whose other side has so many channels."""
+    return convolution.filter_blocks(rows, max(9 * spatial, 3 * temporal))
+
+
+def packed_filter(flat: Tensor, begin: int, count: int, outputs: int, taps: int) -> Tensor:
+    """One neuron's packed panel ``(O, taps, count)``, ``begin`` channels into a flat tensor."""
+    size = outputs * taps
+    return flat[begin * size : (begin + count) * size].view(outputs, taps, count)
+
+
+def within(channels: Tensor, block: slice) -> Tensor:
+    """The listed channels that lie in a block, counted from its start."""
+    return channels[(channels >= block.start) & (channels < block.stop)] - block.start

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
-from .convolution import SPATIAL, TEMPORAL
-from .direct import DirectBackend, listed
-from .plan import Group
+from .direct import DirectBackend
 
 
 def valid_positions(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -117,16 +115,16 @@ class EagerBackend(DirectBackend):
         self,
         dxs: Tensor | None,
         dxt: Tensor | None,
-        group: Group,
+        lists: tuple[Tensor | None, Tensor | None],
+        samples: Tensor | None,
         gate: Tensor,
         x: Tensor,
         dx: Tensor | None,
         dgate: Tensor | None,
     ) -> None:
-        where = slice(None) if group.samples is None else group.samples.to(x.device)
+        where = slice(None) if samples is None else samples.to(x.device)
         by_spatial, by_temporal = (
-            self._all_channels(panel, None if dgate is not None else listed(group, kernel)[0], x.shape[1])
-            for panel, kernel in ((dxs, SPATIAL), (dxt, TEMPORAL))
+            self._all_channels(panel, channels, x.shape[1]) for panel, channels in zip((dxs, dxt), lists, strict=True)
         )
         if dx is not None:
             g = gate[where].to(x.dtype)[:, :, None, None, None]

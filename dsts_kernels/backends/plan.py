@@ -21,15 +21,12 @@ CALL_MACS = 12e6
 
 @dataclass(frozen=True)
 class Group:
-    """Samples that share one call. ``None`` stands for all samples, or all channels, in order."""
+    """Samples that share one call."""
 
     neuron: int
-    samples: Tensor | None  # (nb,) int64
-    count: int
-    spatial: Tensor | None  # (ns,) int32, channels that any sample sends to the spatial operator
-    num_spatial: int
-    temporal: Tensor | None  # (nt,) int32
-    num_temporal: int
+    samples: Tensor | None  # (nb,) int64; None for the whole batch in order
+    spatial: Tensor  # (ns,) int32, channels that any sample sends to the spatial operator
+    temporal: Tensor  # (nt,) int32
     scaled: bool  # whether gate values must multiply the panel (a soft gate, or a union of lists)
 
 
@@ -42,13 +39,13 @@ def check_neurons(neuron: Tensor, num_neurons: int) -> list[int]:
     return chosen
 
 
-def samples_by_neuron(neuron: Tensor, num_neurons: int) -> list[tuple[int, Tensor | None, int]]:
-    """``(neuron, samples, count)`` of every chosen neuron; ``samples`` is ``None`` when it is all of them."""
+def samples_by_neuron(neuron: Tensor, num_neurons: int) -> list[tuple[int, Tensor | None]]:
+    """``(neuron, samples)`` of every chosen neuron; ``samples`` is ``None`` when it is all of them."""
     rows: dict[int, list[int]] = {}
     for sample, index in enumerate(check_neurons(neuron, num_neurons)):
         rows.setdefault(index, []).append(sample)
     batch = neuron.numel()
-    return [(index, None if len(own) == batch else torch.tensor(own), len(own)) for index, own in sorted(rows.items())]
+    return [(index, None if len(own) == batch else torch.tensor(own)) for index, own in sorted(rows.items())]
 
 
 def group_samples(gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int) -> list[Group]:
@@ -93,20 +90,11 @@ def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: 
 
 
 def _group(neuron: int, cluster: _Cluster, batch: int) -> Group:
-    def channels(mask: np.ndarray) -> tuple[Tensor | None, int]:
-        index = np.flatnonzero(mask).astype(np.int32)
-        return (None if index.size == mask.size else torch.from_numpy(index)), index.size
-
-    spatial, num_spatial = channels(cluster.spatial)
-    temporal, num_temporal = channels(cluster.temporal)
     return Group(
         neuron=neuron,
         samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples),
-        count=len(cluster.samples),
-        spatial=spatial,
-        num_spatial=num_spatial,
-        temporal=temporal,
-        num_temporal=num_temporal,
+        spatial=torch.from_numpy(np.flatnonzero(cluster.spatial).astype(np.int32)),
+        temporal=torch.from_numpy(np.flatnonzero(cluster.temporal).astype(np.int32)),
         # Lists that partition the channels leave nothing to multiply: each gate on a list is exactly 1.
         scaled=bool((cluster.spatial & cluster.temporal).any()),
     )
