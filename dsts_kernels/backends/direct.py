@@ -150,6 +150,8 @@ class DirectBackend(Backend):
 
     def weight_panel(self, weight: Tensor, channels: Tensor | None, like: Tensor) -> Tensor:
         """One neuron's filter ``(O, C, *kernel)`` as ``(O, taps, c)`` of its listed channels."""
+        if channels is None and weight.shape[2:].numel() == 1 and weight.dtype == like.dtype:
+            return weight.reshape(weight.shape[0], 1, -1)
         panel = self.gather_panel(weight, None, channels, dtype=compute_dtype(weight)).to(like.dtype)
         return panel.view(panel.shape[0], -1, panel.shape[-1])
 

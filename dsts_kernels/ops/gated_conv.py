@@ -65,13 +65,10 @@ backward_op = define(
 
 class GatedConv3d(torch.autograd.Function):
     @staticmethod
-    def forward(x, gate, neuron, spatial, temporal, backend):
+    def forward(ctx, x, gate, neuron, spatial, temporal, backend):
+        ctx.backend = backend
+        ctx.save_for_backward(x, gate, neuron, spatial, temporal)
         return forward_op(x, gate, neuron, spatial, temporal, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend = inputs[5]
-        ctx.save_for_backward(*inputs[:5])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -49,13 +49,10 @@ backward_op = define(
 
 class MixingConv3d(torch.autograd.Function):
     @staticmethod
-    def forward(z, neuron, mixing, backend):
+    def forward(ctx, z, neuron, mixing, backend):
+        ctx.backend = backend
+        ctx.save_for_backward(z, neuron, mixing)
         return forward_op(z, neuron, mixing, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend = inputs[3]
-        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -25,13 +25,10 @@ def _inner(grad: Tensor, z: Tensor) -> Tensor:
 
 class SelectedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(z, share):
-        return z.view_as(z)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def forward(ctx, z, share):
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(inputs[0])
+            ctx.save_for_backward(z)
+        return z.view_as(z)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -41,12 +38,9 @@ class SelectedWeight(torch.autograd.Function):
 
 class AllNeuronsWeight(torch.autograd.Function):
     @staticmethod
-    def forward(z, shares, others):
+    def forward(ctx, z, shares, others):
+        ctx.save_for_backward(*others)
         return z.view_as(z)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -51,14 +51,11 @@ backward_op = define(
 
 class SemHashGate(torch.autograd.Function):
     @staticmethod
-    def forward(logits, neuron, noise, hard, backend):
-        return gate_op(logits, neuron, noise, hard, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, neuron, noise, _, ctx.backend = inputs
+    def forward(ctx, logits, neuron, noise, hard, backend):
+        ctx.backend = backend
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, neuron, noise)
+        return gate_op(logits, neuron, noise, hard, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

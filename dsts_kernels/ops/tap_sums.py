@@ -29,13 +29,9 @@ tap_sums_op = define("tap_sums(Tensor x, int taps, str? backend=None) -> Tensor"
 
 class TapSums(torch.autograd.Function):
     @staticmethod
-    def forward(x, taps, backend):
+    def forward(ctx, x, taps, backend):
+        ctx.taps, ctx.shape, ctx.dtype = taps, x.shape, x.dtype
         return tap_sums_op(x, taps, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.taps, _ = inputs
-        ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
     def backward(ctx, grad):
