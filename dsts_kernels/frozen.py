@@ -53,6 +53,16 @@ class FrozenLayer(nn.Module):
             mixing = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
         self.register_buffer("mixing", mixing)
 
+    def _apply(self, fn, recurse: bool = True) -> FrozenLayer:
+        """Moves to another device; scores and biases keep their dtype when a parent module is cast."""
+        exact = {name: getattr(self, name) for name in ("scoring", "bias")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
     def weights(self) -> FrozenWeights:
         return FrozenWeights(*(getattr(self, name) for name in FrozenWeights._fields))
 
@@ -125,14 +135,13 @@ class FrozenDSTS(nn.Module):
         return super().train(False)
 
     def _apply(self, fn, recurse: bool = True) -> FrozenDSTS:
-        super()._apply(fn, recurse)
-        got = self.layers[0].spatial.dtype
+        got = fn(self.layers[0].spatial[:0]).dtype
         if got != self.dtype:
             raise TypeError(
-                f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze(dtype={got}) rounds once "
-                "and keeps scores exact; this module is spoilt now"
+                f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze the source with "
+                f"freeze(dtype={got}), which rounds once"
             )
-        return self
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"

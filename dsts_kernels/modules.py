@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, ops
 from .ops import _checks
+from .ops._library import autocast_on
 from .ops.mixing import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
 from .routing import Draws, Routing, check_draws, sample_draws
@@ -38,15 +39,22 @@ def _count(name: str, value: object, least: int = 1) -> int:
 def _number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {_checks.describe(value)}, wanted a number")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     in_range = (low < value if above else low <= value) and value <= high and math.isfinite(value)
     if not in_range:
         bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f", at most {high}")
         raise ValueError(f"{name}: got {value}, wanted a finite number {bounds}")
-    return float(value)
+    return value
 
 
 def _kernel(name: str, value: object, choices: tuple) -> tuple[int, int, int]:
-    return _one_of(name, tuple(value) if isinstance(value, (tuple, list)) else value, choices)
+    whole = isinstance(value, (tuple, list)) and all(type(k) is int for k in value)
+    if not whole or tuple(value) not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted {' or '.join(map(repr, choices))}")
+    return tuple(value)
 
 
 class DSTSLayer(nn.Module):
@@ -114,6 +122,11 @@ class DSTSLayer(nn.Module):
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _checks.FLOATS))}")
 
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: got {device!r}, wanted a torch device ({error})") from error
+
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
@@ -178,8 +191,7 @@ class DSTSLayer(nn.Module):
         if self.norm is not None:
             z = self.norm(z)
         if self.activation == "relu":
-            # A norm keeps its input for the backward pass, not its output; without one the input may be kept.
-            z = F.relu(z, inplace=self.norm is not None)
+            z = F.relu(z)
         return (z, Routing(neuron, scores, gate)) if return_routing else z
 
     def _gate(self, neuron: Tensor, draws: Draws | None) -> Tensor:
@@ -333,6 +345,7 @@ class FusedDSTS(nn.Module):
         """
         from .frozen import FrozenDSTS
 
+        _one_of("backend", backend, (None, *backends.BACKENDS))
         return FrozenDSTS(self, dtype=dtype, backend=backend)
 
 
@@ -349,5 +362,5 @@ def check_input(x: object, channels: int, like: Tensor) -> None:
         raise ValueError(f"x: got {_checks.describe(x)}, wanted {channels} channels in dimension 1")
     if x.device != like.device:
         raise ValueError(f"x: got a tensor on {x.device}, wanted {like.device}, where the module is")
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != like.dtype and not autocast_on(x):
         raise TypeError(f"x: got {_checks.describe(x)}, wanted {like.dtype}, the module's dtype")

@@ -10,7 +10,7 @@ import torch
 
 from dsts_kernels import FusedDSTS, backends
 from dsts_kernels.backends import BACKENDS, OPS, available, choose, explain, use_backend
-from dsts_kernels.backends.direct import LAZY_ZEROS_BYTES, lazy_zeros
+from dsts_kernels.backends.memory import LAZY_ZEROS_BYTES, lazy_zeros
 
 CPU = torch.device("cpu")
 
@@ -80,6 +80,7 @@ def test_explain():
     assert text.startswith("gated_conv3d on cpu in torch.float32 runs on")
     assert all(f"  {name}: " in text for name in BACKENDS)
     assert "cpu: no, it runs on CPU tensors" in explain("gated_conv3d", "cuda", torch.float32)
+    assert explain("relevance_scores", "cpu").startswith("tap_sums on cpu")
     with pytest.raises(ValueError, match="op: got 'softmax', wanted one of"):
         explain("softmax", "cpu")
 

@@ -20,6 +20,9 @@ ARGUMENTS = {
     "activation": (dict(activation="gelu"), ValueError, "activation: got 'gelu', wanted 'relu' or None"),
     "skip": (dict(skip="yes"), TypeError, "skip: got str 'yes', wanted a bool"),
     "noise_std": (dict(noise_std=-0.1), ValueError, "noise_std: got -0.1"),
+    "scoring_kernel-floats": (dict(scoring_kernel=(1.0, 1.0, 1.0)), ValueError, "scoring_kernel: got \\(1.0"),
+    "noise_std-huge": (dict(noise_std=10**400), ValueError, "noise_std: got inf"),
+    "device": (dict(device="nope"), ValueError, "device: got 'nope', wanted a torch device"),
     "noise_std-nan": (dict(noise_std=float("nan")), ValueError, "noise_std: got nan"),
     "hard_fraction": (dict(hard_fraction=1.1), ValueError, "hard_fraction: got 1.1"),
     "score_reduction": (dict(score_reduction="max"), ValueError, "score_reduction: got 'max'"),
@@ -36,6 +39,15 @@ def test_arguments(change, error, message):
     """Every constructor argument out of range."""
     with pytest.raises(error, match=message):
         FusedDSTS(**dict(in_channels=4) | change)
+
+
+def test_freeze_arguments():
+    """freeze() refuses what it cannot freeze to, at once."""
+    dsts = FusedDSTS(4, num_neurons=2)
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        dsts.freeze(backend="fast")
+    with pytest.raises(TypeError, match=r"dtype: got torch.int8, wanted one of"):
+        dsts.freeze(dtype=torch.int8)
 
 
 def test_layer_arguments():
@@ -76,6 +88,7 @@ def good_draws() -> Draws:
 DRAWS = {
     "noise-shape": (dict(noise=torch.zeros(2, 4)), ValueError, r"draws.noise: .*\(2, 4\).* wanted shape \(3, 2, 4\)"),
     "noise-dtype": (dict(noise=torch.zeros(3, 2, 4).double()), TypeError, "draws.noise: .*wanted torch.float32"),
+    "noise-sparse": (dict(noise=torch.zeros(3, 2, 4).to_sparse()), TypeError, "draws.noise: .*sparse_coo"),
     "hard-shape": (dict(hard=torch.zeros(3, 4, dtype=torch.bool)), ValueError, r"draws.hard: .*wanted shape \(3, 2\)"),
     "hard-dtype": (dict(hard=torch.zeros(3, 2)), TypeError, "draws.hard: .*wanted torch.bool"),
     "gumbel-shape": (dict(gumbel=torch.zeros(3, 2, 4)), ValueError, r"draws.gumbel: .*wanted shape \(3, 2, 5\)"),

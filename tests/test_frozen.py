@@ -149,6 +149,18 @@ def test_refuses_training_and_conversion():
     with pytest.raises(TypeError, match=r"freeze\(dtype=torch.float16\)"):
         copy.deepcopy(fast).half()
     assert not fast(torch.randn(1, 4, 2, 3, 3, requires_grad=True)).requires_grad
+    with pytest.raises(TypeError, match="freeze"):
+        fast.half()
+    fast(torch.randn(1, 4, 2, 3, 3))  # a refused conversion spoils nothing
+
+
+def test_survives_a_cast_of_its_parent(backend):
+    """A parent cast to the dtype it already has leaves scores and biases exact."""
+    fast = FusedDSTS(8, num_neurons=3, backend=backend).eval().freeze(dtype=torch.bfloat16)
+    x = torch.randn(2, 8, 2, 4, 4).bfloat16()
+    y = fast(x)
+    torch.nn.Sequential(fast).bfloat16()
+    assert fast.layers[0].scoring.dtype == torch.float32 and torch.equal(fast(x), y)
 
 
 def test_opcheck(backend):

@@ -142,6 +142,40 @@ def test_autocast(backend):
     assert all(p.grad.dtype == torch.float32 for p in fused.parameters())
 
 
+@pytest.mark.parametrize("routing_gradient", ["selected", "all"])
+def test_one_sample_and_a_contiguous_gradient(backend, routing_gradient):
+    """A batch of one through BatchNorm with nothing after it: its backward must see the strides there are."""
+    ref, fused = pair(16, backend=backend, activation=None, skip=False, num_layers=1, routing_gradient=routing_gradient)
+    x, draws = torch.randn(1, 16, 4, 7, 7, dtype=torch.float64), draws_for(fused, 1)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    theirs, mine = ref(inputs[0], draws), fused(inputs[1], draws)
+    grad = torch.randn_like(x)
+    theirs.backward(grad)
+    mine.backward(grad)
+    assert_close(inputs[1].grad, inputs[0].grad, factor=100)
+    for (name, p), q in zip(ref.named_parameters(), fused.parameters(), strict=True):
+        if name.split(".")[-1] not in ("scoring",):  # one sample's norm leaves the router no gradient but rounding
+            assert_close(q.grad, p.grad, name=f"gradient of {name}", factor=100)
+
+
+def test_float64_stays_float64_under_autocast(backend):
+    """As everywhere in torch, autocast leaves double precision alone."""
+    ref, fused = pair(8, backend=backend, norm=None)
+    x = torch.randn(2, 8, 3, 4, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = fused.eval()(x)
+    assert mine.dtype == torch.float64
+    assert_close(mine, ref.eval()(x))
+
+
+def test_meta_device():
+    """Shapes without data: the module runs on the meta device, as torch's own layers do."""
+    dsts = FusedDSTS(8, num_neurons=3, device="meta")
+    for training in (True, False):
+        y, routing = dsts.train(training)(torch.empty(2, 8, 2, 3, 3, device="meta"), return_routing=True)
+        assert y.shape == (2, 8, 2, 3, 3) and routing.gate.shape == (3, 2, 8)
+
+
 def test_is_a_drop_in(backend):
     """Same shape, memory format and dtype out as in, with sampled draws; Routing has the shapes promised."""
     dsts = FusedDSTS(8, num_layers=2, num_neurons=5, backend=backend)

@@ -19,11 +19,14 @@ __all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), EagerBackend())}
 
+# Public functions by the op that does their work.
+COMPOSED = {"relevance_scores": "tap_sums", "saturating_sigmoid": "semhash_gate"}
+
 _override: str | None = None
 
 
 def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source}: got {name!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
     return name
 
@@ -51,9 +54,12 @@ class use_backend:
             reason = BACKENDS[_known(name, "use_backend(name)")].missing()
             if reason is not None:
                 raise RuntimeError(f"use_backend(name): {name!r} cannot run here: {reason}")
-        self._previous, _override = _override, name
+        self._name, self._previous = name, _override
+        _override = name
 
     def __enter__(self) -> use_backend:
+        global _override
+        _override = self._name
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -97,8 +103,9 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.floa
       cpu: can run
       eager: can run (plain PyTorch: every step a pass over memory of its own)
     """
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
+    if op not in OPS and op not in COMPOSED:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join((*OPS, *COMPOSED))}")
+    op = COMPOSED.get(op, op)
     device = torch.device(device)
     lines = []
     for name, backend in BACKENDS.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
 from .direct import DirectBackend
+from .plan import check_neurons
 
 try:
     _C = importlib.import_module("dsts_kernels._C")
@@ -74,6 +75,8 @@ class CpuBackend(DirectBackend):
         return self.missing()
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
+        if neuron is not None:
+            check_neurons(neuron, logits.shape[0])
         logits, neuron, noise, hard = map(_dense, (logits, neuron, noise, hard))
         (n, c), b = logits.shape, (logits if neuron is None else neuron).shape[0]
         gate = logits.new_empty(b, c)

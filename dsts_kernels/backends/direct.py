@@ -9,28 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import convolution
 from .base import Backend, FrozenOptions, FrozenWeights
 from .convolution import SPATIAL, TEMPORAL, Kernel
+from .memory import lazy_zeros
 from .plan import Group, group_samples, samples_by_neuron
-
-LAZY_ZEROS_BYTES = 1 << 20
-
-
-def lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose pages cost neither time nor memory until they are written.
-
-    The gradient of a stack of neurons is zero but for the chosen ones; writing those zeros out would cost more
-    than the gradient itself. ``numpy`` takes them from ``calloc``, which torch's own ``zeros`` does not.
-    """
-    size = torch.empty((), dtype=dtype).element_size()
-    if device.type != "cpu" or shape.numel() * size < LAZY_ZEROS_BYTES:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(shape.numel() * size, np.uint8)).view(dtype).view(shape)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

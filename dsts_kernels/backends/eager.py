@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
 from .direct import DirectBackend
+from .plan import check_neurons
 
 
 def valid_positions(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -54,6 +55,8 @@ class EagerBackend(DirectBackend):
     @staticmethod
     def _logits_with_noise(logits: Tensor, neuron: Tensor | None, noise: Tensor | None) -> Tensor:
         wide = accumulate_dtype(logits.dtype)
+        if neuron is not None:
+            check_neurons(neuron, logits.shape[0])
         q = (logits if neuron is None else logits[neuron]).to(wide)
         return q if noise is None else q + noise.to(wide)
 

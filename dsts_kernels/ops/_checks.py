@@ -33,8 +33,8 @@ def shaped(name: str, value: object, shape: tuple[int, ...], dtypes: tuple[torch
         raise TypeError(f"{name}: got {describe(value)}, wanted a tensor of shape {tuple(shape)}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: got {describe(value)}, wanted shape {tuple(shape)}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: got {describe(value)}, wanted {' or '.join(map(str, dtypes))}")
+    if value.layout != torch.strided or value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {describe(value)}, wanted {' or '.join(map(str, dtypes))}, dense")
     return value
 
 

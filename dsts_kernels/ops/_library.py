@@ -6,6 +6,7 @@ An op is a schema, an implementation that picks a backend, and a fake that gives
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -21,11 +22,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     def run(*args):
         # Beneath the dispatcher autograd and autocast would otherwise still see the calls inside.
         with torch.no_grad():
-            device = next(a for a in args if isinstance(a, Tensor)).device.type
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return implementation(*args)
-            return implementation(*args)
+            with without_autocast(next(a for a in args if isinstance(a, Tensor))):
+                return implementation(*args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")
@@ -34,7 +32,21 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.dsts_kernels, name).default
 
 
-def autocast_features(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype where autocast is on; weights are converted where they are gathered."""
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``, where there is such a thing."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which autocast is off; entering one costs more than asking."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else contextlib.nullcontext()
+
+
+def autocast_features(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where autocast is on; weights are converted where they are gathered.
+
+    As in torch, float64 is left alone.
+    """
+    cast = autocast_on(x) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if cast else x

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import autocast_features, define
+from ._library import autocast_features, autocast_on, define
 
 
 def _forward(
@@ -103,8 +103,7 @@ def gated_conv3d(
     """
     x = _checks.features("x", x)
     batch, channels = x.shape[:2]
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtypes = _checks.FLOATS if autocast else (x.dtype,)
+    dtypes = _checks.FLOATS if autocast_on(x) else (x.dtype,)
     _checks.shaped("gate", gate, (batch, channels), _checks.FLOATS)
     _checks.neurons(neuron, batch, x.device)
     spatial = _checks.floating("spatial", spatial, 6)

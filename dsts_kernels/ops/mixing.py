@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import autocast_features, define
+from ._library import autocast_features, autocast_on, define
 
 MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
 
@@ -87,7 +87,7 @@ def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | N
             f"mixing: got {_checks.describe(mixing)}, wanted (N, {outputs}, {outputs}, *kernel) with a kernel of "
             f"{wanted}"
         )
-    if mixing.dtype != z.dtype and not torch.is_autocast_enabled(z.device.type):
+    if mixing.dtype != z.dtype and not autocast_on(z):
         raise TypeError(f"mixing: got {_checks.describe(mixing)}, wanted {z.dtype}")
     _checks.neurons(neuron, z.shape[0], z.device)
     _checks.same_device("mixing", mixing, z.device)

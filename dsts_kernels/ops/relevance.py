@@ -10,15 +10,41 @@ import torch
 from torch import Tensor
 
 from ..backends.base import accumulate_dtype
+from ..backends.memory import lazy_zeros
 from . import _checks
+from ._library import define, without_autocast
 from .tap_sums import tap_sums
 
 SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
 
 
+def _spread(grad: Tensor, like: Tensor) -> Tensor:
+    return lazy_zeros(like.shape, like.dtype, like.device).copy_(grad.view(like[:, :1].shape).expand(like.shape))
+
+
+spread_op = define(
+    "spread_scoring_gradient(Tensor grad, Tensor like) -> Tensor",
+    _spread,
+    lambda grad, like: torch.empty_like(like, memory_format=torch.contiguous_format),
+)
+
+
+class CollapseScoring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scoring):
+        ctx.save_for_backward(scoring)
+        return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        # Every output of a kernel has the same gradient. Autograd would store it by a copy into fresh small pages.
+        return spread_op(grad.contiguous(), ctx.saved_tensors[0])
+
+
 def collapse_scoring(scoring: Tensor) -> Tensor:
     """Scoring kernels ``(N, K, C, 1, h, w)`` summed over outputs: ``(N, C, h*w)``, float32 or float64."""
-    return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
+    return CollapseScoring.apply(scoring)
 
 
 def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", backend: str | None = None) -> Tensor:
@@ -40,19 +66,21 @@ def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", back
     """
     x = _checks.features("x", x)
     scoring = _checks.floating("scoring", scoring, 6)
-    if scoring.shape[2] != x.shape[1] or tuple(scoring.shape[3:]) not in SCORING_KERNELS:
+    sizes, kernel = scoring.shape[:3], tuple(scoring.shape[3:])
+    if 0 in sizes or sizes[2] != x.shape[1] or kernel not in SCORING_KERNELS:
         raise ValueError(
             f"scoring: got {_checks.describe(scoring)}, wanted (N, K, {x.shape[1]}, 1, 1, 1) or "
             f"(N, K, {x.shape[1]}, 1, 3, 3)"
         )
+    if (scoring.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"scoring: got {_checks.describe(scoring)}, wanted the precision of x, {x.dtype}")
     _checks.same_device("scoring", scoring, x.device)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'mean'")
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         collapsed = collapse_scoring(scoring)
         sums = tap_sums(x, collapsed.shape[2], backend=backend)
-        wide = torch.promote_types(sums.dtype, collapsed.dtype)
-        scores = sums.to(wide).flatten(1) @ collapsed.to(wide).flatten(1).t()
+        scores = sums.flatten(1) @ collapsed.flatten(1).t()
         if reduction == "mean":
             scores = scores / (scoring.shape[1] * x.shape[2] * x.shape[3] * x.shape[4])
     return scores

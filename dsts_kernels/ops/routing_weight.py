@@ -13,6 +13,15 @@ from torch import Tensor
 from ..backends.base import accumulate_dtype
 
 
+def identity(z: Tensor) -> Tensor:
+    """``z`` as a new tensor on the same memory, with the strides it has.
+
+    ``view_as`` makes up the stride of a dimension of size 1, and torch's BatchNorm on a CPU, given a batch of one
+    with such a stride, computes its backward pass from the wrong elements (seen with torch 2.13).
+    """
+    return torch.ops.aten.alias.default(z)
+
+
 def _inner(grad: Tensor, z: Tensor) -> Tensor:
     """``<grad, z>`` a sample: ``(B,)`` in float32 or float64."""
     wide = accumulate_dtype(z.dtype)
@@ -28,7 +37,7 @@ class SelectedWeight(torch.autograd.Function):
     def forward(ctx, z, share):
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(z)
-        return z.view_as(z)
+        return identity(z)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -40,7 +49,7 @@ class AllNeuronsWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, shares, others):
         ctx.save_for_backward(*others)
-        return z.view_as(z)
+        return identity(z)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

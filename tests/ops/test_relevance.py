@@ -7,6 +7,7 @@ import torch
 
 from dsts_kernels import reference
 from dsts_kernels.functional import relevance_scores
+from dsts_kernels.ops.relevance import spread_op
 from dsts_kernels.testing import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -63,6 +64,8 @@ def test_autocast_leaves_scores_alone(backend):
 
 BAD = {
     "channels": (dict(scoring=torch.zeros(2, 4, 5, 1, 1, 1)), ValueError, r"scoring: .*wanted \(N, K, 4, 1, 1, 1\)"),
+    "outputs": (dict(scoring=torch.zeros(2, 0, 4, 1, 1, 1)), ValueError, "scoring: .*wanted"),
+    "precision": (dict(scoring=torch.zeros(2, 4, 4, 1, 1, 1).double()), TypeError, "scoring: .*float64, wanted"),
     "kernel": (dict(scoring=torch.zeros(2, 4, 4, 3, 3, 3)), ValueError, "scoring: .*1, 3, 3"),
     "reduction": (dict(reduction="max"), ValueError, "reduction: got 'max', wanted 'sum' or 'mean'"),
     "features": (dict(x=torch.zeros(1, 4, 0, 2, 2)), ValueError, "x: .* at least 1"),
@@ -75,3 +78,8 @@ def test_bad_input(change, error, message):
     arguments = dict(x=torch.zeros(1, 4, 1, 2, 2), scoring=torch.zeros(2, 4, 4, 1, 1, 1)) | change
     with pytest.raises(error, match=message):
         relevance_scores(**arguments)
+
+
+def test_opcheck():
+    """Schema, fake and dispatch of the backward op."""
+    torch.library.opcheck(spread_op, (torch.randn(2, 4, 9), torch.randn(2, 3, 4, 1, 3, 3)))

@@ -110,6 +110,8 @@ BAD = {
     "hard-shape": (dict(hard=torch.zeros(3, dtype=torch.bool)), ValueError, r"hard: .* wanted shape \(2,\)"),
     "hard-dtype": (dict(hard=torch.zeros(2)), TypeError, "hard: .* wanted torch.bool"),
     "neuron-dtype": (dict(neuron=torch.zeros(2)), TypeError, "neuron: .* wanted torch.int64"),
+    "neuron-low": (dict(neuron=torch.tensor([-1])), ValueError, "neuron: got index -1, wanted 0 <= index < 2"),
+    "neuron-high": (dict(neuron=torch.tensor([2])), ValueError, "neuron: got index 2, wanted 0 <= index < 2"),
     "backend": (dict(backend="none-such"), ValueError, "backend: got 'none-such', wanted one of"),
 }
 
