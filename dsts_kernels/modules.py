@@ -331,7 +331,8 @@ class FusedDSTS(nn.Module):
             mine = None if draws is None else Draws(*(field[index] for field in draws))
             h, routing = layer(h, mine, return_routing=True)
             routings.append(routing)
-        h = x + h if self.skip else h.contiguous(memory_format=memory_format(x))
+        h = ops.to_memory_format(h, memory_format(x))
+        h = x + h if self.skip else h
         if not return_routing:
             return h
         return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))

@@ -2,6 +2,7 @@
 
 from .frozen import frozen_layer
 from .gated_conv import gated_conv3d
+from .layout import to_memory_format
 from .mixing import mixing_conv3d
 from .relevance import collapse_scoring, relevance_scores
 from .routing_weight import all_neurons_weight, selected_weight
@@ -19,4 +20,5 @@ __all__ = [
     "selected_weight",
     "semhash_gate",
     "tap_sums",
+    "to_memory_format",
 ]

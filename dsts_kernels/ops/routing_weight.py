@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import accumulate_dtype
-
-
-def identity(z: Tensor) -> Tensor:
-    """``z`` as a new tensor on the same memory, with the strides it has.
-
-    ``view_as`` makes up the stride of a dimension of size 1, and torch's BatchNorm on a CPU, given a batch of one
-    with such a stride, computes its backward pass from the wrong elements (seen with torch 2.13).
-    """
-    return torch.ops.aten.alias.default(z)
+from .layout import identity
 
 
 def _inner(grad: Tensor, z: Tensor) -> Tensor:
