@@ -154,7 +154,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
     axes.set_ylim(y - 0.6, -0.7)
     axes.set_xlim(0, longest * 1.32)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("milliseconds a step, less is better (brackets: literal time over this time)", fontsize=8.5)
+    axes.set_xlabel("milliseconds a step (in brackets: times faster than literal)", fontsize=8.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
