@@ -4,11 +4,11 @@
 >>> dsts = FusedDSTS(in_channels=16)
 """
 
-from . import backends, functional
+from . import backends, functional, reference
 from .frozen import FrozenDSTS
 from .modules import DSTSLayer, FusedDSTS
 from .routing import Draws, Routing
 
 __version__ = "0.1.0"
 
-__all__ = ["DSTSLayer", "Draws", "FrozenDSTS", "FusedDSTS", "Routing", "backends", "functional"]
+__all__ = ["DSTSLayer", "Draws", "FrozenDSTS", "FusedDSTS", "Routing", "backends", "functional", "reference"]

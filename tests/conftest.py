@@ -45,3 +45,8 @@ def backend(request: pytest.FixtureRequest) -> str:
         assert build_record()[0] == "none", reason
         pytest.skip(reason)
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"repeat these inputs with --seed {config.getoption('--seed')}")
