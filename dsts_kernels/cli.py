@@ -28,7 +28,7 @@ def info() -> str:
     ]
     for name, backend in backends.BACKENDS.items():
         reason = backend.missing()
-        lines.append(f"  {name:<11} {'can run' if reason is None else 'no: ' + reason} ({backend.remark})")
+        lines.append(f"  {name:<11} " + (f"can run ({backend.remark})" if reason is None else f"no: {reason}"))
     lines.append("")
     lines.append(backends.explain("gated_conv3d", "cuda" if torch.cuda.is_available() else "cpu", torch.float32))
     return "\n".join(lines)

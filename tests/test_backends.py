@@ -74,6 +74,22 @@ def test_missing_native_module(monkeypatch):
         use_backend("cpu")
 
 
+def test_a_failed_build_is_announced(monkeypatch):
+    """A build that was wanted and failed warns on import; one that was not wanted, or worked, does not."""
+    import warnings
+
+    from dsts_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "no compiler was found"))
+    with pytest.warns(RuntimeWarning, match="without its native kernels.*no compiler was found"):
+        cpu.warn_if_missing()
+    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "DSTS_BUILD=none"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu.warn_if_missing()
+
+
 def test_explain():
     """A line for every backend, headed by what runs."""
     text = explain("gated_conv3d", "cpu", torch.float32)

@@ -7,6 +7,7 @@ what it returns. Convolutions stay with the library, in :mod:`.convolution`.
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ except ImportError as error:
     _C, _IMPORT_ERROR = None, str(error)
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
 NO_STRIDES = (0, 0, 0, 0, 0)
 
 
@@ -32,6 +34,19 @@ def build_record() -> tuple[str, str]:
     except ImportError:
         return "none", "the package was not installed by its setup.py, so nothing was built"
     return record.BUILD, record.REASON
+
+
+def warn_if_missing() -> None:
+    """One line on import where a native build was wanted and failed: pip shows nothing of a build that succeeds."""
+    built, reason = build_record()
+    if _C is None and (built != "none" or reason != NOT_WANTED):
+        why = _IMPORT_ERROR if built != "none" else reason
+        warnings.warn(
+            f"dsts_kernels runs without its native kernels, through plain PyTorch: {why}. "
+            "'python -m dsts_kernels info' says more; DSTS_BUILD=none at install silences this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def build_details() -> dict[str, str]:
@@ -270,3 +285,6 @@ def _columns(channels: Tensor | None, count: int) -> Tensor | None:
     columns = torch.full((count,), -1, dtype=torch.int32)
     columns[channels.long()] = torch.arange(channels.numel(), dtype=torch.int32)
     return columns
+
+
+warn_if_missing()
