@@ -191,7 +191,7 @@ class DSTSLayer(nn.Module):
         if self.norm is not None:
             z = self.norm(z)
         if self.activation == "relu":
-            z = F.relu(z)
+            z = F.relu(z, inplace=not torch.is_grad_enabled())  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z
 
     def _gate(self, neuron: Tensor, draws: Draws | None) -> Tensor:

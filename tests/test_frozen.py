@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsts_kernels import FrozenDSTS, FusedDSTS
-from dsts_kernels.backends import convolution
+from dsts_kernels.backends import convolution, plan
 from dsts_kernels.testing import assert_close
 
 from .test_modules import OPTIONS, assert_same_routing, pair
@@ -57,6 +57,16 @@ def test_memory_format_and_batch(backend):
             y = fast(x.contiguous(memory_format=memory_format))
             assert y.is_contiguous(memory_format=memory_format)
             assert_close(y, torch.cat([fast(x[i : i + 1]) for i in range(5)]))
+
+
+def test_a_large_batch_in_several_calls(backend, monkeypatch):
+    """A batch on one neuron gives the same answers when it is cut into calls; so does the live module."""
+    _, fused = pair(8, backend=backend, num_neurons=1, mixing_kernel=(1, 3, 3))
+    x = torch.randn(5, 8, 3, 4, 5, dtype=torch.float64)
+    whole = fused.eval()(x)
+    monkeypatch.setattr(plan, "CALL_POSITIONS", 2 * 60)
+    assert_close(fused(x), whole)
+    assert_close(fused.freeze()(x), whole)
 
 
 def test_strided_and_smallest_inputs(backend):

@@ -94,14 +94,13 @@ class DirectBackend(Backend):
         is all channels, a panel of ``None`` is zero. The other four are ``(B, C)`` or ``(B, C, T, H, W)``.
         """
 
-    def groups(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor) -> list[Group]:
-        positions = x.shape[2] * x.shape[3] * x.shape[4]
-        return group_samples(gate, neuron, spatial.shape[0], positions, spatial.shape[1])
+    def groups(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, limited: bool = False) -> list[Group]:
+        return group_samples(gate, neuron, spatial.shape[0], positions_of(x), spatial.shape[1], limited)
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         outputs = spatial.shape[1]
         out = as_features(empty_rows(x, outputs))
-        for group in self.groups(x, gate, neuron, spatial) if out.numel() else ():
+        for group in self.groups(x, gate, neuron, spatial, limited=True) if out.numel() else ():
             panels = [
                 self.gate_panel(x, gate, group, group.spatial, SPATIAL),
                 self.gate_panel(x, gate, group, group.temporal, TEMPORAL),
@@ -235,7 +234,7 @@ class DirectBackend(Backend):
         out = as_features(empty_rows(z, mixing.shape[1]))
         kernel = tuple(mixing.shape[3:])
         if out.numel():
-            for index, samples in samples_by_neuron(neuron, mixing.shape[0]):
+            for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
                 panel = self.rows(z, samples)
                 mixed = convolution.forward(panel, self.weight_panel(mixing[index], None, panel), kernel)
                 out = self.scatter(mixed, out, samples)
@@ -280,7 +279,7 @@ class DirectBackend(Backend):
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
             starts = [0, *w.split.cumsum(0).tolist()]
-            for index, samples in samples_by_neuron(neuron, num_neurons):
+            for index, samples in samples_by_neuron(neuron, num_neurons, positions_of(x)):
                 self.frozen_neuron(x, samples, index, starts, y, next_sums, skip, w, options)
         return y, next_sums, neuron, scores
 
@@ -332,6 +331,10 @@ class DirectBackend(Backend):
             zs, zt = operate(whole)
             z = zs if zt is None else zt if zs is None else zs.add_(zt)
             finish(convolution.forward(z, w.mixing[n].to(z.dtype), tuple(options.mixing_kernel)), None, whole)
+
+
+def positions_of(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3] * x.shape[4]
 
 
 def operator_blocks(rows: int, spatial: int, temporal: int) -> list[slice]:

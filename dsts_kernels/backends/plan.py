@@ -17,6 +17,8 @@ SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3
 # and starting another convolution as much as this many multiply-adds.
 WEIGHT_GATHER_POSITIONS = 160
 CALL_MACS = 12e6
+# Beyond this a call has nothing left to share, and its results outgrow the memory that malloc reuses.
+CALL_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,38 @@ def check_neurons(neuron: Tensor, num_neurons: int) -> list[int]:
     return chosen
 
 
-def samples_by_neuron(neuron: Tensor, num_neurons: int) -> list[tuple[int, Tensor | None]]:
-    """``(neuron, samples)`` of every chosen neuron; ``samples`` is ``None`` when it is all of them."""
+def samples_by_neuron(neuron: Tensor, num_neurons: int, positions: int = 0) -> list[tuple[int, Tensor | None]]:
+    """``(neuron, samples)`` of every chosen neuron; ``samples`` is ``None`` when it is all of them.
+
+    With ``positions`` a sample, a neuron comes once for every :data:`CALL_POSITIONS` of them.
+    """
     rows: dict[int, list[int]] = {}
     for sample, index in enumerate(check_neurons(neuron, num_neurons)):
         rows.setdefault(index, []).append(sample)
     batch = neuron.numel()
-    return [(index, None if len(own) == batch else torch.tensor(own)) for index, own in sorted(rows.items())]
+    most = max(1, CALL_POSITIONS // positions) if positions else max(1, batch)
+    return [
+        (index, None if len(own) == batch <= most else torch.tensor(own[start : start + most]))
+        for index, own in sorted(rows.items())
+        for start in range(0, len(own), most)
+    ]
 
 
-def group_samples(gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int) -> list[Group]:
-    """Groups of samples for a gated convolution over ``positions`` positions and ``outputs`` channels."""
+def group_samples(
+    gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int, limited: bool = False
+) -> list[Group]:
+    """Groups of samples for a gated convolution over ``positions`` positions and ``outputs`` channels.
+
+    ``limited`` groups stay within :data:`CALL_POSITIONS`; a weight gradient would have to be added up for each.
+    """
+    most = max(1, CALL_POSITIONS // positions) if limited else len(neuron)
     chosen = check_neurons(neuron, num_neurons)
     to_spatial = (gate != 0).cpu().numpy()  # (B, C); a NaN gate is in both lists
     to_temporal = (gate != 1).cpu().numpy()
     clusters: dict[int, list[_Cluster]] = {}
     for sample, index in enumerate(chosen):
         single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
-        _place(clusters.setdefault(index, []), single, positions, outputs)
+        _place(clusters.setdefault(index, []), single, positions, outputs, most)
     batch = len(chosen)
     return [_group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]]
 
@@ -75,10 +91,12 @@ class _Cluster:
         return _Cluster(self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal)
 
 
-def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: int) -> None:
+def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: int, most: int) -> None:
     """Add a sample to the cluster where it costs least, or as a cluster of its own."""
     best, best_cost, best_joint = None, single.cost(positions, outputs), None
     for index, cluster in enumerate(clusters):
+        if len(cluster.samples) >= most:
+            continue
         joint = cluster.join(single)
         extra = joint.cost(positions, outputs) - cluster.cost(positions, outputs)
         if extra < best_cost:

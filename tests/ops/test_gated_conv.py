@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsts_kernels.backends import convolution
+from dsts_kernels.backends import convolution, plan
 from dsts_kernels.functional import gated_conv3d
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
 from dsts_kernels.testing import TOLERANCES, assert_close
@@ -216,6 +216,19 @@ def test_samples_of_a_neuron_share_a_call(backend, monkeypatch):
     gate = hard_gate(1, 12).expand(4, -1)
     gated_conv3d(x, gate, torch.zeros(4, dtype=torch.int64), spatial, temporal, backend=backend)
     assert calls == [4, 4]
+
+
+def test_calls_stay_within_their_positions(backend, monkeypatch):
+    """A large batch on one neuron is cut into calls, with the same result; its weight gradient is not."""
+    inputs = list(sample_inputs((5, 12, 3, 5, 4), 9, "all-half", "one"))
+    whole = gated_conv3d(*inputs, backend=backend)
+    monkeypatch.setattr(plan, "CALL_POSITIONS", 2 * 60)
+    macs = count_macs(monkeypatch)
+    inputs[3].requires_grad_()
+    out = gated_conv3d(*inputs, backend=backend)
+    assert_close(out, whole)
+    out.sum().backward()
+    assert macs["forward"] == 12 * 12 * 9 * 5 * 60 and macs["weight_gradient"] == 9 * 12 * 9 * 5 * 60
 
 
 def count_macs(monkeypatch) -> dict[str, int]:
