@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..backends.base import FLOATS
+
 
 
 def describe(value: object) -> str:
