@@ -8,7 +8,6 @@ from torch import Tensor
 from ..backends.base import FLOATS
 
 
-
 def describe(value: object) -> str:
     """A value in an error message: type, and for tensors shape and dtype."""
     if isinstance(value, Tensor):
