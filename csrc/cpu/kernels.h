@@ -7,6 +7,7 @@
 #include "cpu/gather_panel.h"
 #include "cpu/semhash.h"
 #include "cpu/tap_sums.h"
+#include "cpu/winograd.h"
 
 namespace dsts::cpu {
 
@@ -18,6 +19,7 @@ struct Kernels {
   Status (*gather_panel)(const GatherPanel&);
   Status (*epilogue)(const Epilogue&);
   Status (*gate_merge)(const GateMerge&);
+  Status (*winograd)(const Winograd&);
 };
 
 // Tables this build holds and this machine can run, the best last; count of them in *n.

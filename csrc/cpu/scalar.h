@@ -10,6 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#  include <omp.h>
+#endif
+
 #include "cpu/common.h"
 
 #define DSTS_INLINE inline __attribute__((always_inline))
@@ -136,6 +140,15 @@ void parallel_for(int64_t n, int64_t elements, int threads, F f) {
   (void)elements, (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && elements >= kSerialElements)
   for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// Which of the threads runs this task, from 0 on: for scratch memory of its own.
+inline int worker() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 DSTS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

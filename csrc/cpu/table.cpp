@@ -8,6 +8,6 @@ namespace dsts::cpu::DSTS_ISA {
 
 extern const Kernels table;
 const Kernels table = {DSTS_STRING(DSTS_ISA), semhash_forward, semhash_backward, tap_sums,
-                       gather_panel,          epilogue,        gate_merge};
+                       gather_panel,          epilogue,        gate_merge,       winograd};
 
 }  // namespace dsts::cpu::DSTS_ISA

@@ -37,6 +37,8 @@ template <class A>
 using index_t = typename Lanes<A>::lane;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
+using Vector = lanes_t<float>;
+constexpr int kWide = kLanes<float>;
 
 // Interleaves the low (kHalf = 0) or high (1) halves of a and b: a0 b0 a1 b1 ...
 template <class A, int kHalf>

@@ -1,0 +1,132 @@
+// Winograd's filter stage: filters as they lie in the caller's memory, transformed into U a slice of channels at
+// a time.
+#pragma once
+
+#include "cpu/tile.h"
+#include "cpu/winograd_plan.h"
+
+namespace dsts::cpu::DSTS_ISA {
+namespace {
+
+constexpr int64_t kGroup = 16;  // channels loaded at a time
+
+// w[channel][tap][kBlock] of up to kGroup channels from k0 on, for one block of outputs from o0 on.
+
+template <class T, int kTaps>
+void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0, int64_t n,
+                  float* w) {
+  const T* rows[kBlock];
+  for (int64_t o = 0; o < outputs; ++o)
+    rows[o] = static_cast<const T*>(op.weight) + (op.rows ? op.rows[o0 + o] : o0 + o) * op.stride_o;
+  const auto column = [&](int64_t k) { return (op.columns ? op.columns[k0 + k] : k0 + k) * op.stride_k; };
+  const auto transposed = [&](int64_t offset, int64_t count, int64_t step, float* to) {
+    transpose<float, false>(
+        outputs, count,
+        [&](int64_t o, int64_t j, int64_t m) { return load_lanes<float, false>(rows[o] + offset + j, m, end); },
+        [&](int64_t j, int64_t o, int64_t m, Vector v) { store_lanes<float, false>(v, to + j * step + o, m); });
+  };
+  if (op.stride_k == 1 && !op.columns) {
+    for (int64_t tap = 0; tap < kTaps; ++tap)
+      transposed(k0 + tap * op.stride_tap, n, kTaps * kBlock, w + tap * kBlock);
+  } else if (op.stride_tap == 1) {
+    for (int64_t k = 0; k < n; ++k) transposed(column(k), kTaps, kBlock, w + k * kTaps * kBlock);
+  } else if (op.stride_tap == -1) {
+    for (int64_t k = 0; k < n; ++k)
+      transposed(column(k) - (kTaps - 1), kTaps, -kBlock, w + (k * kTaps + kTaps - 1) * kBlock);
+  } else {
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t tap = 0; tap < kTaps; ++tap)
+        for (int64_t o = 0; o < outputs; ++o)
+          w[(k * kTaps + tap) * kBlock + o] = load(rows[o][column(k) + tap * op.stride_tap]);
+  }
+}
+
+// Filters (3, 3) to points (nh, nw), or 3 to nt where kH is 0; n of them, kBlock floats a tap.
+template <int kH, int kW>
+void transform_filters(const float* w, int64_t n, float* U, int64_t u_point) {
+  constexpr int nw = ::dsts::Winograd<kW>::kInputs;
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t c = 0; c < kBlock; c += kWide) {
+      float* at = U + k * kBlock + c;
+      if constexpr (kH == 0) {
+        Vector v[3];
+        for (int j = 0; j < 3; ++j) v[j] = vector_at(w + (3 * k + j) * kBlock + c);
+        apply<kW, Matrix::filter>(v, [&](int i, Vector sum) { memcpy(at + i * u_point, &sum, sizeof sum); });
+      } else {
+        Vector half[::dsts::Winograd<kH>::kInputs][3];
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          Vector v[3];
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i) v[i] = vector_at(w + (9 * k + 3 * i + j) * kBlock + c);
+          apply<kH, Matrix::filter>(v, [&](int i, Vector sum) { half[i][j] = sum; });
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < ::dsts::Winograd<kH>::kInputs; ++i)
+          apply<kW, Matrix::filter>(half[i], [&](int j, Vector sum) {
+            memcpy(at + (i * nw + j) * u_point, &sum, sizeof sum);
+          });
+      }
+    }
+}
+
+template <int kH>
+void transform_filters(int tile_w, const float* w, int64_t n, float* U, int64_t u_point) {
+  switch (tile_w) {
+    case 1:
+      return transform_filters<kH, 1>(w, n, U, u_point);
+    case 2:
+      return transform_filters<kH, 2>(w, n, U, u_point);
+    case 4:
+      return transform_filters<kH, 4>(w, n, U, u_point);
+    default:
+      if constexpr (kH == 0) transform_filters<0, 8>(w, n, U, u_point);
+  }
+}
+
+void transform_filters(int tile_h, int tile_w, const float* w, int64_t n, float* U, int64_t u_point) {
+  switch (tile_h) {
+    case 1:
+      return transform_filters<1>(tile_w, w, n, U, u_point);
+    case 2:
+      return transform_filters<2>(tile_w, w, n, U, u_point);
+    default:
+      return transform_filters<4>(tile_w, w, n, U, u_point);
+  }
+}
+
+// The end of the weights' memory as far as it is known to be readable.
+template <class T>
+const T* end_of(const WinogradOperator& op, int64_t outputs, int taps) {
+  int64_t row = outputs - 1, column = op.count - 1;
+  if (op.rows)
+    for (int64_t o = row = 0; o < outputs; ++o) row = max64(row, op.rows[o]);
+  if (op.columns)
+    for (int64_t k = column = 0; k < op.count; ++k) column = max64(column, op.columns[k]);
+  const int64_t last_tap = max64(0, (taps - 1) * op.stride_tap);
+  return static_cast<const T*>(op.weight) + row * op.stride_o + column * op.stride_k + last_tap + 1;
+}
+
+// One slice's channels for the outputs [o0, o0 + outputs).
+template <class T, int kTaps>
+void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t slice, int64_t o0, int64_t outputs,
+                  float* U) {
+  const int64_t channels = m.channels(slice);
+  alignas(64) float w[kGroup * kTaps * kBlock] = {};
+  for (int64_t block = 0; block * kBlock < outputs; ++block) {
+    const int64_t lanes = min64(kBlock, outputs - block * kBlock);
+    if (lanes < kBlock) memset(w, 0, sizeof w);
+    for (int64_t k = 0; k < channels; k += kGroup) {
+      const int64_t n = min64(kGroup, channels - k);
+      load_filters<T, kTaps>(m.op, end, o0 + block * kBlock, lanes, slice * m.width + k, n, w);
+      float* to = U + (block * channels + k) * kBlock;
+      if constexpr (kTaps == 9)
+        transform_filters(g.tile_h, g.tile_w, w, n, to, m.u_point);
+      else
+        transform_filters<0>(g.tile_t, w, n, to, m.u_point);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsts::cpu::DSTS_ISA

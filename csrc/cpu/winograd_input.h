@@ -1,0 +1,165 @@
+// Winograd's input stage: channels gathered from features in any layout, scaled, and transformed into V.
+#pragma once
+
+#include "cpu/pick.h"
+#include "cpu/tile.h"
+#include "cpu/winograd_plan.h"
+
+namespace dsts::cpu::DSTS_ISA {
+namespace {
+
+constexpr int64_t kChannels = 32;                        // of a patch
+constexpr int64_t kColumns = 16;                         // output columns, or positions, of a patch
+constexpr int64_t kPatchPositions = 10 * kColumns;       // 10 rows of 16, or 6 of 18
+
+// A block of an operator's channels, for one sample.
+template <class T>
+struct Channels {
+  int64_t count, padded;
+  int64_t offset[kChannels];
+  int64_t last;
+  float scale[kChannels + kWide] = {};  // Pick reads past the end
+  bool scaled, picks;
+  Pick<float, kChannels> pick;
+
+  Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t limit) {
+    count = min64(kChannels, limit), padded = ceil_div(count, kWide) * kWide;
+    last = 0, scaled = op.scale != nullptr;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t channel = op.channels ? op.channels[k0 + j] : k0 + j;
+      offset[j] = channel * a.x_strides.c;
+      last = max64(last, offset[j]);
+      if (!scaled) continue;
+      const float s = load(static_cast<const T*>(op.scale)[sample * op.scale_stride_b + channel]);
+      scale[j] = op.complement ? 1 - s : s;
+    }
+    picks = kHasPermute && a.x_strides.c == 1 && last + 1 >= kWide;
+    if (picks) pick.prepare(offset, count, last);
+  }
+};
+
+// to[p][kChannels] = the block's channels at n positions `off` of a sample.
+template <class T, bool kScaled>
+void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>& c, float* to) {
+  bool run = !c.picks;
+  for (int64_t p = 1; p < n; ++p) run = run && off[p] == off[0] + p;
+  if (c.picks) {
+    const int64_t begin = c.pick.window[0], span = c.pick.window[c.pick.groups - 1] + kWide - begin;
+    for (int64_t p = 0; p < n; ++p) {
+      if (p + kPrefetchRows < n) prefetch_row(x + off[p + kPrefetchRows] + begin, span);
+      c.pick.template run<false, kScaled>(x + off[p], x + off[p], c.scale, c.count, to + p * kChannels);
+    }
+  } else if (run && n > 1) {
+    const T* from = x + off[0];
+    const T* end = from + c.last + n;
+    transpose<float, false>(
+        c.count, n,
+        [&](int64_t j, int64_t p, int64_t m) {
+          const Vector v = load_lanes<float, false>(from + c.offset[j] + p, m, end);
+          return kScaled ? v * c.scale[j] : v;
+        },
+        [&](int64_t p, int64_t j, int64_t m, Vector v) {
+          store_lanes<float, false>(v, to + p * kChannels + j, m);
+        });
+  } else {
+    for (int64_t p = 0; p < n; ++p)
+      for (int64_t j = 0; j < c.count; ++j) {
+        const float v = load(x[off[p] + c.offset[j]]);
+        to[p * kChannels + j] = kScaled ? v * c.scale[j] : v;
+      }
+  }
+}
+
+template <class T>
+void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>& c, float* to) {
+  c.scaled ? load_positions<T, true>(x, off, n, c, to) : load_positions<T, false>(x, off, n, c, to);
+}
+
+// f(k0, end) for the blocks of kChannels channels of every slice, which ends at `end`.
+template <class F>
+void for_blocks(const Operand& m, F f) {
+  for (int64_t slice = 0; slice < m.slices; ++slice) {
+    const int64_t end = slice * m.width + m.channels(slice);
+    for (int64_t k0 = slice * m.width; k0 < end; k0 += kChannels) f(k0, end);
+  }
+}
+
+// The spatial tiles of one row of tiles of one frame.
+template <class T>
+void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, int64_t ty,
+                   const Operand& m) {
+  const int64_t sample = a.out.samples ? a.out.samples[u.i] : u.i;
+  const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
+  const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = kColumns / g.tile_w;
+  const int64_t first_row = u.spatial_row + (frame * g.tiles_y + ty) * g.tiles_x;
+  alignas(64) float patch[kPatchPositions * kChannels] = {};
+  int64_t off[kColumns + 2];
+  for_blocks(m, [&](int64_t k0, int64_t end) {
+    const Channels<T> channels(a, m.op, sample, k0, end - k0);
+    for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
+      const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + nw - g.tile_w;
+      const int64_t x0 = tx * g.tile_w - lead_of(g.tile_w), y0 = ty * g.tile_h - lead_of(g.tile_h);
+      const int64_t lo = max64(0, -x0), hi = min64(columns, g.W - x0), row = columns * kChannels;
+      for (int64_t r = 0; r < nh; ++r) {
+        float* to = patch + r * row;
+        const int64_t y = y0 + r;
+        const bool inside = y >= 0 && y < g.H;
+        memset(to, 0, size_t((inside ? lo : columns) * kChannels) * sizeof(float));
+        if (!inside) continue;
+        memset(to + hi * kChannels, 0, size_t((columns - hi) * kChannels) * sizeof(float));
+        for (int64_t c = lo; c < hi; ++c) off[c] = y * a.x_strides.h + (x0 + c) * a.x_strides.w;
+        load_positions(x, off + lo, hi - lo, channels, to + lo * kChannels);
+      }
+      if (nh > 1) pass_of<Matrix::input>(g.tile_h, patch, patch, {1, row, row, 0, row, 0});
+      for (int64_t i = 0; i < nh; ++i)
+        pass_of<Matrix::input>(g.tile_w, patch + i * row, m.v_at(k0, first_row + tx) + i * nw * m.v_point,
+                               {count, channels.padded, kChannels, g.tile_w * kChannels, m.v_point, m.width});
+    }
+  });
+}
+
+// The temporal tiles of up to kColumns positions of a unit.
+template <class T>
+void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0,
+                    const Operand& m) {
+  const int64_t sample = a.out.samples ? a.out.samples[u.i] : u.i;
+  const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
+  const int64_t nt = inputs_of(g.tile_t), np = min64(kColumns, g.plane - p0), row = np * kChannels;
+  alignas(64) float patch[kPatchPositions * kChannels] = {};
+  int64_t off[kColumns];
+  for_blocks(m, [&](int64_t k0, int64_t end) {
+    const Channels<T> channels(a, m.op, sample, k0, end - k0);
+    for (int64_t r = 0; r < nt; ++r) {
+      const int64_t t = u.t0 - lead_of(g.tile_t) + r;
+      if (t < 0 || t >= g.T) {
+        memset(patch + r * row, 0, size_t(row) * sizeof(float));
+        continue;
+      }
+      for (int64_t p = 0; p < np; ++p)
+        off[p] = t * a.x_strides.t + (p0 + p) / g.W * a.x_strides.h + (p0 + p) % g.W * a.x_strides.w;
+      load_positions(x, off, np, channels, patch + r * row);
+    }
+    pass_of<Matrix::input>(g.tile_t, patch, m.v_at(k0, u.temporal_row + p0),
+                           {np, channels.padded, row, kChannels, m.v_point, m.width});
+  });
+}
+
+template <class T>
+void input_stage(const Winograd& a, const Geometry& g, const Unit* units, int64_t n, const Operand& spatial,
+                 const Operand& temporal, int threads) {
+  const int64_t rows = g.tile_t * g.tiles_y, runs = ceil_div(g.plane, kColumns);
+  const int64_t positions = n * g.tile_t * g.plane;
+  if (spatial.K)
+    parallel_for(n * rows, positions * spatial.K, threads, [&](int64_t task) {
+      const Unit& u = units[task / rows];
+      const int64_t frame = task % rows / g.tiles_y;
+      if (frame < u.frames) spatial_input<T>(a, g, u, frame, task % g.tiles_y, spatial);
+    });
+  if (temporal.K)
+    parallel_for(n * runs, positions * temporal.K, threads, [&](int64_t task) {
+      temporal_input<T>(a, g, units[task / runs], task % runs * kColumns, temporal);
+    });
+}
+
+}  // namespace
+}  // namespace dsts::cpu::DSTS_ISA

@@ -1,0 +1,80 @@
+// How Winograd's work is cut up. A unit is a tile of frames of one sample. Units are taken in chunks, whose
+// transformed inputs lie in memory together; a task is some units of a chunk and some outputs.
+#pragma once
+
+#include "cpu/product.h"
+#include "cpu/winograd.h"
+#include "cpu/winograd_transform.h"
+
+namespace dsts::cpu::DSTS_ISA {
+namespace {
+
+constexpr int64_t kSliceChannels = 128;   // of a filter that is transformed and used at a time
+constexpr int64_t kTaskOutputs = 64;
+constexpr int64_t kChunkFloats = 4 << 20;  // transformed inputs of a chunk
+constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
+constexpr int64_t kPadding = 16;           // between points: a power of two apart they would share cache sets
+
+struct Unit {
+  int64_t i, t0, frames;
+  int64_t spatial_row, temporal_row;  // its first rows of the chunk
+};
+
+struct Geometry {
+  int64_t T, H, W, plane;
+  int tile_t, tile_h, tile_w;
+  int64_t tiles_t, tiles_y, tiles_x;
+
+  explicit Geometry(const Winograd& a)
+      : T(a.out.T),
+        H(a.out.H),
+        W(a.out.W),
+        plane(H * W),
+        tile_t(a.tile_t),
+        tile_h(a.tile_h),
+        tile_w(a.tile_w),
+        tiles_t(ceil_div(T, tile_t)),
+        tiles_y(ceil_div(H, tile_h)),
+        tiles_x(ceil_div(W, tile_w)) {}
+
+  Unit unit(int64_t index) const {
+    const int64_t t0 = index % tiles_t * tile_t;
+    return {index / tiles_t, t0, min64(tile_t, T - t0), 0, 0};
+  }
+};
+
+// One operator's matrices: V[slice][point][row][width] of a chunk, U[point][block][channel][kBlock] of a slice and
+// M[point][row][blocks * kBlock] of a task. A spatial row is a tile of one frame, a temporal row a position of
+// the plane over a tile of frames.
+struct Operand {
+  const WinogradOperator& op;
+  int64_t points, K;
+  int64_t slices, width;  // K channels in slices of at most `width`
+  int64_t unit_rows;      // of a unit with all its frames
+  int64_t v_point = 0, u_point = 0, m_point = 0;
+  float* V = nullptr;
+
+  Operand(const WinogradOperator& o, int64_t point_count, int64_t rows)
+      : op(o), points(o.count ? point_count : 0), K(o.count), unit_rows(rows) {
+    slices = ceil_div(K, kSliceChannels);
+    width = slices ? ceil_div(ceil_div(K, slices), kBlock) * kBlock : 0;
+    slices = width ? ceil_div(K, width) : 0;
+  }
+  int64_t channels(int64_t slice) const { return min64(width, K - slice * width); }
+
+  // For chunks and tasks of so many units, and outputs.
+  void resize(int64_t chunk, int64_t task, int64_t blocks) {
+    v_point = chunk * unit_rows * width + kPadding;
+    u_point = blocks * width * kBlock + kPadding;
+    m_point = task * unit_rows * blocks * kBlock + kPadding;
+  }
+  int64_t v_floats() const { return slices * points * v_point; }
+  int64_t u_floats() const { return points * u_point; }
+  int64_t m_floats() const { return points * m_point; }
+  float* v_at(int64_t channel, int64_t row) const {
+    return V + channel / width * points * v_point + row * width + channel % width;
+  }
+};
+
+}  // namespace
+}  // namespace dsts::cpu::DSTS_ISA
