@@ -201,8 +201,8 @@ void gate_merge(Address dxs, Address pos_s, int64_t ns, Address dxt, Address pos
             check.op);
 }
 
-// channels, count, scale, scale_stride_b, complement, weight, rows, columns, stride_o, stride_k, stride_tap
-using OperatorArgs = std::array<int64_t, 11>;
+// channels, count, scale, scale_stride_b, complement, weight, rows, columns, stride_o, stride_k, stride_tap, blocked
+using OperatorArgs = std::array<int64_t, 12>;
 
 WinogradOperator winograd_operator(const Check& check, const char* name, const OperatorArgs& v) {
   const auto address = [&](int i) { return static_cast<Address>(v[i]); };
@@ -210,7 +210,7 @@ WinogradOperator winograd_operator(const Check& check, const char* name, const O
   check.given(name, address(5), v[1]);
   return {pointer<int32_t>(address(0)), v[1], pointer<void>(address(2)),    v[3], v[4] != 0,
           pointer<void>(address(5)),    pointer<int32_t>(address(6)), pointer<int32_t>(address(7)),
-          v[8],                         v[9],                         v[10]};
+          v[8],                         v[9],                         v[10], v[11] != 0};
 }
 
 void winograd(Address x, const Strides5& x_strides, const OperatorArgs& spatial, const OperatorArgs& temporal,

@@ -118,7 +118,7 @@ void gather_to_planes(const Tile<T, U>& t, int64_t out_stride_c) {
         const int64_t begin = t.pick.window[0], n = t.pick.window[t.pick.groups - 1] + kLanes<A> - begin;
         prefetch_row(t.src + t.src_off[p + kPrefetchRows] + begin, n);
       }
-      t.pick.template run<kRaw, kScaled, T, A>(from, from, t.scale, t.listed, buf + p * kTileChannels);
+      t.pick.template run<kRaw, kScaled>(from, from, t.scale, t.listed, buf + p * kTileChannels);
       continue;
     }
     for (int64_t j = 0; j < t.listed; ++j) {

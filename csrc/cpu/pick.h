@@ -54,8 +54,8 @@ struct Pick {
   }
 
   // Each group stores a whole vector: the next group overwrites its surplus, and near the end only n are
-  // stored.
-  template <bool kRaw, bool kScaled, class T, class U>
+  // stored, unless with kSpare `out` has room for another vector there.
+  template <bool kRaw, bool kScaled, bool kSpare = false, class T, class U>
   void run(const T* row, const T* end, const A* scale, int64_t n, U* out) const {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t j = first[g];
@@ -65,7 +65,7 @@ struct Pick {
         memcpy(&s, scale + j, sizeof s);
         v *= s;
       }
-      store_lanes<A, kRaw>(v, out + j, min64(N, n - j));
+      store_lanes<A, kRaw>(v, out + j, kSpare ? N : min64(N, n - j));
     }
   }
 };

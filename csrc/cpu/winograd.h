@@ -14,11 +14,13 @@ struct WinogradOperator {
   int64_t scale_stride_b;
   bool complement;  // multiply by 1 - scale
   // The weight of output o, summed channel k and tap is weight[rows[o] * stride_o + columns[k] * stride_k +
-  // tap * stride_tap]; a null list counts 0, 1, ...
+  // tap * stride_tap]; a null list counts 0, 1, ... With `blocked` they lie dense as [o / 16][k][tap][o % 16], zero
+  // past the last output, and neither lists nor strides are used.
   const void* weight;
   const int32_t* rows;
   const int32_t* columns;
   int64_t stride_o, stride_k, stride_tap;
+  bool blocked;
 };
 
 // out[s, o, p] = relu(spatial + temporal + bias[o]) + skip[s, o, p] for s = samples[i], and the tap sums of it:

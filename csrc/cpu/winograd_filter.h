@@ -3,12 +3,34 @@
 #pragma once
 
 #include "cpu/tile.h"
+#include "cpu/tile.h"
 #include "cpu/winograd_plan.h"
 
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
 constexpr int64_t kGroup = 16;  // channels loaded at a time
+constexpr int64_t kAhead = 1;   // groups that packed filters are asked for ahead
+
+// w[tap][lane] = rows[lane][offset + tap], or in reverse order of taps: a transposition of which only kTaps rows
+// are wanted, a number known at compile time so that the rest of it is never done.
+template <class T, int kTaps, int kFirst = 0>
+DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, bool reversed, const T* end, float* w) {
+  constexpr int kCount = kTaps - kFirst < kWide ? kTaps - kFirst : kWide;
+  for (int64_t o = 0; o < lanes; o += kWide) {
+    Vector block[kWide];
+    for (int i = 0; i < kWide; ++i)
+      block[i] = o + i < lanes ? load_lanes<float, false>(rows[o + i] + offset + kFirst, kCount, end) : Vector{};
+    transpose_block<float>(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < kCount; ++j) {
+      const int tap = kFirst + j;
+      memcpy(w + (reversed ? kTaps - 1 - tap : tap) * kBlock + o, &block[j], sizeof block[j]);
+    }
+  }
+  if constexpr (kFirst + kCount < kTaps)
+    load_taps<T, kTaps, kFirst + kCount>(rows, lanes, offset, reversed, end, w);
+}
 
 // w[channel][tap][kBlock] of up to kGroup channels from k0 on, for one block of outputs from o0 on.
 
@@ -19,20 +41,10 @@ void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t 
   for (int64_t o = 0; o < outputs; ++o)
     rows[o] = static_cast<const T*>(op.weight) + (op.rows ? op.rows[o0 + o] : o0 + o) * op.stride_o;
   const auto column = [&](int64_t k) { return (op.columns ? op.columns[k0 + k] : k0 + k) * op.stride_k; };
-  const auto transposed = [&](int64_t offset, int64_t count, int64_t step, float* to) {
-    transpose<float, false>(
-        outputs, count,
-        [&](int64_t o, int64_t j, int64_t m) { return load_lanes<float, false>(rows[o] + offset + j, m, end); },
-        [&](int64_t j, int64_t o, int64_t m, Vector v) { store_lanes<float, false>(v, to + j * step + o, m); });
-  };
-  if (op.stride_k == 1 && !op.columns) {
-    for (int64_t tap = 0; tap < kTaps; ++tap)
-      transposed(k0 + tap * op.stride_tap, n, kTaps * kBlock, w + tap * kBlock);
-  } else if (op.stride_tap == 1) {
-    for (int64_t k = 0; k < n; ++k) transposed(column(k), kTaps, kBlock, w + k * kTaps * kBlock);
-  } else if (op.stride_tap == -1) {
+  if (op.stride_tap == 1 || op.stride_tap == -1) {
     for (int64_t k = 0; k < n; ++k)
-      transposed(column(k) - (kTaps - 1), kTaps, -kBlock, w + (k * kTaps + kTaps - 1) * kBlock);
+      load_taps<T, kTaps>(rows, outputs, column(k) - (op.stride_tap < 0 ? kTaps - 1 : 0), op.stride_tap < 0, end,
+                          w + k * kTaps * kBlock);
   } else {
     for (int64_t k = 0; k < n; ++k)
       for (int64_t tap = 0; tap < kTaps; ++tap)
@@ -118,12 +130,22 @@ void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t sli
     if (lanes < kBlock) memset(w, 0, sizeof w);
     for (int64_t k = 0; k < channels; k += kGroup) {
       const int64_t n = min64(kGroup, channels - k);
-      load_filters<T, kTaps>(m.op, end, o0 + block * kBlock, lanes, slice * m.width + k, n, w);
+      const float* filters = w;
+      const int64_t first = (o0 / kBlock + block) * m.K + slice * m.width + k;
+      if (m.op.blocked && same<T, float>) {
+        filters = static_cast<const float*>(m.op.weight) + first * kTaps * kBlock;
+        prefetch_row(filters + kAhead * kGroup * kTaps * kBlock, n * kTaps * kBlock);
+      } else if (m.op.blocked) {
+        const T* from = static_cast<const T*>(m.op.weight) + first * kTaps * kBlock;
+        for (int64_t i = 0; i < n * kTaps * kBlock; ++i) w[i] = load(from[i]);
+      } else {
+        load_filters<T, kTaps>(m.op, end, o0 + block * kBlock, lanes, slice * m.width + k, n, w);
+      }
       float* to = U + (block * channels + k) * kBlock;
       if constexpr (kTaps == 9)
-        transform_filters(g.tile_h, g.tile_w, w, n, to, m.u_point);
+        transform_filters(g.tile_h, g.tile_w, filters, n, to, m.u_point);
       else
-        transform_filters<0>(g.tile_t, w, n, to, m.u_point);
+        transform_filters<0>(g.tile_t, filters, n, to, m.u_point);
     }
   }
 }

@@ -38,16 +38,18 @@ struct Channels {
   }
 };
 
-// to[p][kChannels] = the block's channels at n positions `off` of a sample.
+// to[p][kChannels] = the block's channels at n positions `off` of a sample; up to a vector past the end is
+// overwritten.
 template <class T, bool kScaled>
 void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>& c, float* to) {
   bool run = !c.picks;
   for (int64_t p = 1; p < n; ++p) run = run && off[p] == off[0] + p;
   if (c.picks) {
-    const int64_t begin = c.pick.window[0], span = c.pick.window[c.pick.groups - 1] + kWide - begin;
+    // Rows of channels lie pages apart, further than hardware looks ahead: ask for what the next block will read.
+    const int64_t span = c.last + 1 - c.offset[0];
     for (int64_t p = 0; p < n; ++p) {
-      if (p + kPrefetchRows < n) prefetch_row(x + off[p + kPrefetchRows] + begin, span);
-      c.pick.template run<false, kScaled>(x + off[p], x + off[p], c.scale, c.count, to + p * kChannels);
+      prefetch_row(x + off[p] + c.last + 1, span);
+      c.pick.template run<false, kScaled, true>(x + off[p], x + off[p], c.scale, c.count, to + p * kChannels);
     }
   } else if (run && n > 1) {
     const T* from = x + off[0];
@@ -92,7 +94,7 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
   const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = kColumns / g.tile_w;
   const int64_t first_row = u.spatial_row + (frame * g.tiles_y + ty) * g.tiles_x;
-  alignas(64) float patch[kPatchPositions * kChannels] = {};
+  alignas(64) float patch[kPatchPositions * kChannels + kWide] = {};
   int64_t off[kColumns + 2];
   for_blocks(m, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end - k0);
@@ -106,9 +108,9 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
         const bool inside = y >= 0 && y < g.H;
         memset(to, 0, size_t((inside ? lo : columns) * kChannels) * sizeof(float));
         if (!inside) continue;
-        memset(to + hi * kChannels, 0, size_t((columns - hi) * kChannels) * sizeof(float));
         for (int64_t c = lo; c < hi; ++c) off[c] = y * a.x_strides.h + (x0 + c) * a.x_strides.w;
         load_positions(x, off + lo, hi - lo, channels, to + lo * kChannels);
+        memset(to + hi * kChannels, 0, size_t((columns - hi) * kChannels) * sizeof(float));
       }
       if (nh > 1) pass_of<Matrix::input>(g.tile_h, patch, patch, {1, row, row, 0, row, 0});
       for (int64_t i = 0; i < nh; ++i)
@@ -125,7 +127,7 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
   const int64_t sample = a.out.samples ? a.out.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
   const int64_t nt = inputs_of(g.tile_t), np = min64(kColumns, g.plane - p0), row = np * kChannels;
-  alignas(64) float patch[kPatchPositions * kChannels] = {};
+  alignas(64) float patch[kPatchPositions * kChannels + kWide] = {};
   int64_t off[kColumns];
   for_blocks(m, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end - k0);

@@ -26,30 +26,89 @@ constexpr int kResults = kMatrix == Matrix::output ? ::dsts::Winograd<M>::kOutpu
 template <int M, Matrix kMatrix>
 constexpr int kTerms = kMatrix == Matrix::filter ? 3 : ::dsts::Winograd<M>::kInputs;
 
-// sum += row i of the matrix times v, from column j on; kFirst: nothing has been added yet.
-template <int M, Matrix kMatrix, int i, int j, bool kFirst>
+// Which columns of a row count: the points come in pairs p, -p, whose rows differ in the sign of the odd ones.
+enum class Part { all, even, odd };
+
+template <Part kPart>
+constexpr bool counts(int column) {
+  return kPart == Part::all || (column % 2 == 1) == (kPart == Part::odd);
+}
+
+// sum += part of row i of the matrix times v, from column j on; kFirst: nothing has been added yet.
+template <int M, Matrix kMatrix, Part kPart, int i, int j = 0, bool kFirst = true>
 DSTS_INLINE void add_columns(Vector& sum, const Vector* v) {
   if constexpr (j < kTerms<M, kMatrix>) {
-    constexpr double c = coefficient<M, kMatrix>(i, j);
-    constexpr bool kNone = kFirst && c == 0;
+    constexpr double c = counts<kPart>(j) ? coefficient<M, kMatrix>(i, j) : 0;
     if constexpr (c == 1)
       sum = kFirst ? v[j] : sum + v[j];
     else if constexpr (c == -1)
       sum = kFirst ? -v[j] : sum - v[j];
     else if constexpr (c != 0)
       sum = kFirst ? float(c) * v[j] : sum + float(c) * v[j];
-    add_columns<M, kMatrix, i, j + 1, kNone>(sum, v);
+    add_columns<M, kMatrix, kPart, i, j + 1, kFirst && c == 0>(sum, v);
   }
 }
 
-// put(i, row i of matrix * v) for every row.
+// put(i, row i of matrix * v) for every row, from row i on: input and filter. Rows of p and -p share their terms.
 template <int M, Matrix kMatrix, int i = 0, class Put>
-DSTS_INLINE void apply(const Vector* v, Put put) {
-  if constexpr (i < kResults<M, kMatrix>) {
+DSTS_INLINE void apply_rows(const Vector* v, Put put) {
+  constexpr int n = kResults<M, kMatrix>;
+  if constexpr (i == 0 || i == n - 1) {
     Vector sum = {};
-    add_columns<M, kMatrix, i, 0, true>(sum, v);
+    add_columns<M, kMatrix, Part::all, i>(sum, v);
     put(i, sum);
-    apply<M, kMatrix, i + 1>(v, put);
+    if constexpr (i + 1 < n) apply_rows<M, kMatrix, i + 1>(v, put);
+  } else {
+    Vector even = {}, odd = {};
+    add_columns<M, kMatrix, Part::even, i>(even, v);
+    add_columns<M, kMatrix, Part::odd, i>(odd, v);
+    put(i, even + odd);
+    put(i + 1, even - odd);
+    apply_rows<M, kMatrix, i + 2>(v, put);
+  }
+}
+
+// The output matrix holds powers of the points, row by row: even rows see the sum of a pair, odd rows the difference.
+template <int M>
+constexpr double pair_coefficient(int i, int j) {
+  const bool paired = j > 0 && j < M + 1, sum = j % 2 == 1;
+  if (!paired) return kScheme<M>.output[i][j];
+  return sum == (i % 2 == 0) ? kScheme<M>.output[i][sum ? j : j - 1] : 0;
+}
+
+template <int M, int i, int j = 0, bool kFirst = true>
+DSTS_INLINE void add_pairs(Vector& sum, const Vector* v) {
+  if constexpr (j < ::dsts::Winograd<M>::kInputs) {
+    constexpr double c = pair_coefficient<M>(i, j);
+    if constexpr (c == 1)
+      sum = kFirst ? v[j] : sum + v[j];
+    else if constexpr (c != 0)
+      sum = kFirst ? float(c) * v[j] : sum + float(c) * v[j];
+    add_pairs<M, i, j + 1, kFirst && c == 0>(sum, v);
+  }
+}
+
+template <int M, int i = 0, class Put>
+DSTS_INLINE void apply_output(const Vector* v, Put put) {
+  if constexpr (i < M) {
+    Vector sum = {};
+    add_pairs<M, i>(sum, v);
+    put(i, sum);
+    apply_output<M, i + 1>(v, put);
+  }
+}
+
+template <int M, Matrix kMatrix, class Put>
+DSTS_INLINE void apply(Vector* v, Put put) {
+  if constexpr (kMatrix == Matrix::output) {
+#pragma GCC unroll 4
+    for (int j = 1; j + 1 < ::dsts::Winograd<M>::kInputs; j += 2) {
+      const Vector sum = v[j] + v[j + 1], difference = v[j] - v[j + 1];
+      v[j] = sum, v[j + 1] = difference;
+    }
+    apply_output<M>(v, put);
+  } else {
+    apply_rows<M, kMatrix>(v, put);
   }
 }
 
