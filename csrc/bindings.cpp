@@ -201,23 +201,33 @@ void gate_merge(Address dxs, Address pos_s, int64_t ns, Address dxt, Address pos
             check.op);
 }
 
-// channels, count, scale, scale_stride_b, complement, weight, rows, columns, stride_o, stride_k, stride_tap, blocked
+// channels, count, scale, scale_stride_b, complement, weight, rows, columns, stride_o, stride_k, stride_tap,
+// blocked
 using OperatorArgs = std::array<int64_t, 12>;
 
 WinogradOperator winograd_operator(const Check& check, const char* name, const OperatorArgs& v) {
   const auto address = [&](int i) { return static_cast<Address>(v[i]); };
   check.size(name, v[1]);
   check.given(name, address(5), v[1]);
-  return {pointer<int32_t>(address(0)), v[1], pointer<void>(address(2)),    v[3], v[4] != 0,
-          pointer<void>(address(5)),    pointer<int32_t>(address(6)), pointer<int32_t>(address(7)),
-          v[8],                         v[9],                         v[10], v[11] != 0};
+  return {pointer<int32_t>(address(0)),
+          v[1],
+          pointer<void>(address(2)),
+          v[3],
+          v[4] != 0,
+          pointer<void>(address(5)),
+          pointer<int32_t>(address(6)),
+          pointer<int32_t>(address(7)),
+          v[8],
+          v[9],
+          v[10],
+          v[11] != 0};
 }
 
-void winograd(Address x, const Strides5& x_strides, const OperatorArgs& spatial, const OperatorArgs& temporal,
-              const std::array<int, 3>& tiles, Address bias, bool relu, Address skip,
-              const Strides5& skip_strides, Address out, const Strides5& out_strides, Address samples, int64_t nb,
-              Address sums, int taps, int64_t O, int64_t T, int64_t H, int64_t W, int x_dtype, int weight_dtype,
-              int out_dtype, int threads, Address seconds) {
+void winograd(Address x, const Strides5& x_strides, Address x_samples, const OperatorArgs& spatial,
+              const OperatorArgs& temporal, const std::array<int, 3>& tiles, Address bias, bool relu,
+              Address skip, const Strides5& skip_strides, Address out, const Strides5& out_strides,
+              Address samples, int64_t nb, Address sums, int taps, int64_t O, int64_t T, int64_t H, int64_t W,
+              int x_dtype, int weight_dtype, int out_dtype, int threads, Address seconds) {
   const Check check{"winograd"};
   check.size("nb", nb), check.size("O", O), check.size("T", T), check.size("H", H), check.size("W", W);
   check.taps(taps), check.threads(threads);
@@ -228,11 +238,13 @@ void winograd(Address x, const Strides5& x_strides, const OperatorArgs& spatial,
   const int64_t sizes[3] = {T, H, W};
   for (int i = 0; i < 3; ++i)
     require((tiles[i] == 1 && sizes[i] <= 1) || tiles[i] == 2 || tiles[i] == 4 || (i == 0 && tiles[i] == 8),
-            check.op, "a tile is " + std::to_string(tiles[i]) + " for a size of " + std::to_string(sizes[i]) +
-                          "; wanted 1 for a size of 1, 2, 4, or 8 in time");
+            check.op,
+            "a tile is " + std::to_string(tiles[i]) + " for a size of " + std::to_string(sizes[i]) +
+                "; wanted 1 for a size of 1, 2, 4, or 8 in time");
   const int64_t P = T * H * W;
   const Winograd a{pointer<void>(x),
                    check.strides("x_strides", x_strides),
+                   pointer<int64_t>(x_samples),
                    winograd_operator(check, "spatial", spatial),
                    winograd_operator(check, "temporal", temporal),
                    tiles[0],
@@ -240,10 +252,26 @@ void winograd(Address x, const Strides5& x_strides, const OperatorArgs& spatial,
                    tiles[2],
                    x_dtype,
                    weight_dtype,
-                   {nullptr, nullptr, pointer<void>(bias), 0, relu, pointer<void>(skip),
-                    check.strides("skip_strides", skip_strides), pointer<void>(out),
-                    check.strides("out_strides", out_strides), pointer<int64_t>(samples), nb, pointer<void>(sums),
-                    taps, O, T, H, W, kFloat32, out_dtype, threads},
+                   {nullptr,
+                    nullptr,
+                    pointer<void>(bias),
+                    0,
+                    relu,
+                    pointer<void>(skip),
+                    check.strides("skip_strides", skip_strides),
+                    pointer<void>(out),
+                    check.strides("out_strides", out_strides),
+                    pointer<int64_t>(samples),
+                    nb,
+                    pointer<void>(sums),
+                    taps,
+                    O,
+                    T,
+                    H,
+                    W,
+                    kFloat32,
+                    out_dtype,
+                    threads},
                    pointer<double>(seconds)};
   require(a.spatial.count + a.temporal.count > 0, check.op, "both operators have no channels");
   check.given("x", x, nb * P), check.given("out", out, nb * O * P);
@@ -312,9 +340,10 @@ PYBIND11_MODULE(_C, m) {
         "gate_stride_b"_a, "x"_a, "x_strides"_a, "dx"_a, "dx_strides"_a, "dgate"_a, "samples"_a, "nb"_a,
         "C"_a, "T"_a, "H"_a, "W"_a, "panel_dtype"_a, "dtype"_a, "threads"_a);
 
-  m.def("winograd", &winograd, unlocked, "x"_a, "x_strides"_a, "spatial"_a, "temporal"_a, "tiles"_a, "bias"_a,
-        "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a, "nb"_a, "sums"_a, "taps"_a,
-        "O"_a, "T"_a, "H"_a, "W"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a, "threads"_a, "seconds"_a);
+  m.def("winograd", &winograd, unlocked, "x"_a, "x_strides"_a, "x_samples"_a, "spatial"_a, "temporal"_a,
+        "tiles"_a, "bias"_a, "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a,
+        "nb"_a, "sums"_a, "taps"_a, "O"_a, "T"_a, "H"_a, "W"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a,
+        "threads"_a, "seconds"_a);
 
   m.def("supported_isas", &supported_isas,
         "Instruction sets in this build that this machine can run, the best last.");

@@ -1,11 +1,11 @@
 // Winograd's minimal filtering F(M, 3): M outputs of a filter of 3 taps from M + 2 inputs in M + 2
 // multiplications, y = output * ((filter * g) . (input * d)). The three matrices come from the Toom-Cook
-// construction (evaluate both polynomials at M + 1 points and at infinity, multiply, interpolate), done here at
-// compile time from the points, so that the points are all there is to choose.
+// construction (evaluate both polynomials at M + 1 points and at infinity, multiply, interpolate), done here
+// at compile time from the points, so that the points are all there is to choose.
 //
 // The points decide the rounding error. They were searched over small dyadic fractions, whose powers float32
-// holds exactly, for the smallest error of a float32 convolution: relative error 1.7e-6 for F(4x4, 3x3) at 512
-// channels, where the textbook's 0, 1, -1, 2, -2 give 3.7e-6 and a direct convolution 0.8e-6.
+// holds exactly, for the smallest error of a float32 convolution: relative error 1.7e-6 for F(4x4, 3x3) at
+// 512 channels, where the textbook's 0, 1, -1, 2, -2 give 3.7e-6 and a direct convolution 0.8e-6.
 #pragma once
 
 namespace dsts {

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .backends import choose
 from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
+from .backends.packing import pack
 from .modules import DSTSLayer, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["FrozenDSTS", "FrozenLayer"]
 
+ALGORITHMS = ("auto", "direct", "winograd")
+
 
 class FrozenLayer(nn.Module):
     """The packed weights of one layer, as buffers: see :class:`~dsts_kernels.backends.base.FrozenWeights`."""
 
-    def __init__(self, layer: DSTSLayer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: DSTSLayer, dtype: torch.dtype, blocked: bool) -> None:
         super().__init__()
+        self.blocked = blocked
         wide = accumulate_dtype(dtype)
         scale, shift = _norm_affine(layer)
         folds = layer.mixing_kernel == (1, 1, 1)
@@ -39,7 +44,9 @@ class FrozenLayer(nn.Module):
 
         # A stable sort of "not spatial" lists the spatial channels first, each part in order.
         channels = (~hard).to(torch.int8).sort(dim=1, stable=True).indices
-        packed = [_pack(layer, n, channels[n], hard[n], scale if folds else None, dtype) for n in range(len(hard))]
+        packed = [
+            _pack(layer, n, channels[n], hard[n], scale if folds else None, dtype, blocked) for n in range(len(hard))
+        ]
         self.register_buffer("scoring", ops.collapse_scoring(layer.scoring).to(wide))
         self.register_buffer("gate", hard)
         self.register_buffer("channels", channels.to(torch.int32))
@@ -50,7 +57,8 @@ class FrozenLayer(nn.Module):
         mixing = None
         if not folds:
             scaled = layer.mixing.double() * scale[None, :, None, None, None, None]
-            mixing = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
+            panels = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
+            mixing = torch.stack([pack(panel) for panel in panels]) if blocked else panels
         self.register_buffer("mixing", mixing)
 
     def _apply(self, fn, recurse: bool = True) -> FrozenLayer:
@@ -68,7 +76,9 @@ class FrozenLayer(nn.Module):
 
     def options(self, x: Tensor, next_taps: int) -> FrozenOptions:
         positions = x.shape[2] * x.shape[3] * x.shape[4]
-        return FrozenOptions(self.score_elements * positions or 1, self.mixing_kernel, self.relu, next_taps)
+        return FrozenOptions(
+            self.score_elements * positions or 1, self.mixing_kernel, self.relu, self.blocked, next_taps
+        )
 
 
 def _norm_affine(layer: DSTSLayer) -> tuple[Tensor, Tensor]:
@@ -86,7 +96,13 @@ def _norm_affine(layer: DSTSLayer) -> tuple[Tensor, Tensor]:
 
 
 def _pack(
-    layer: DSTSLayer, n: int, channels: Tensor, hard: Tensor, scale: Tensor | None, dtype: torch.dtype
+    layer: DSTSLayer,
+    n: int,
+    channels: Tensor,
+    hard: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    blocked: bool,
 ) -> tuple[Tensor, Tensor]:
     """Neuron ``n``'s two panels ``(O, taps, c)``, flat; folded with mixing and norm where ``scale`` is given."""
     split = int(hard.sum())
@@ -95,7 +111,7 @@ def _pack(
     for weight, own in ((layer.spatial, channels[:split]), (layer.temporal, channels[split:])):
         panel = weight[n].index_select(1, own).flatten(2).transpose(1, 2).double()  # (O, taps, c)
         folded = panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
-        panels.append(folded.to(dtype).flatten())
+        panels.append(pack(folded.to(dtype)) if blocked else folded.to(dtype).flatten())
     return panels[0], panels[1]
 
 
@@ -108,14 +124,23 @@ class FrozenDSTS(nn.Module):
     Args:
         source: the module to freeze.
         dtype: of features and packed weights; ``None`` keeps the source's. Scores and biases stay float32.
+        algorithm: ``"winograd"`` packs for fast convolution, ``"direct"`` for the library's; ``"auto"`` takes
+            fast convolution where the backend has it (a CPU, float32 and half types).
         backend: the name of a backend; ``None`` keeps the source's choice.
 
     Raises:
         TypeError: ``dtype`` is not a floating dtype we run in.
-        ValueError: a BatchNorm of the source has no running statistics.
+        ValueError: a BatchNorm of the source has no running statistics, or ``algorithm`` is unknown or cannot run.
     """
 
-    def __init__(self, source: FusedDSTS, *, dtype: torch.dtype | None = None, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        source: FusedDSTS,
+        *,
+        dtype: torch.dtype | None = None,
+        algorithm: str = "auto",
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         first = source.layers[0]
         dtype = first.gate.dtype if dtype is None else dtype
@@ -124,8 +149,15 @@ class FrozenDSTS(nn.Module):
         self.in_channels, self.num_neurons = first.in_channels, first.num_neurons
         self.dtype, self.skip = dtype, source.skip
         self.backend = first.backend if backend is None else backend
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: got {algorithm!r}, wanted {' or '.join(map(repr, ALGORITHMS))}")
+        device = first.gate.device
+        reason = choose("frozen_layer", device, dtype, self.backend).why_not_fast(device, dtype)
+        if algorithm == "winograd" and reason is not None:
+            raise ValueError(f"algorithm: got 'winograd', wanted 'auto' or 'direct' for {dtype} on {device}: {reason}")
+        blocked = algorithm != "direct" and reason is None
         with torch.no_grad():
-            self.layers = nn.ModuleList(FrozenLayer(layer, dtype) for layer in source.layers)
+            self.layers = nn.ModuleList(FrozenLayer(layer, dtype, blocked) for layer in source.layers)
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenDSTS:

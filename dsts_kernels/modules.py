@@ -337,17 +337,20 @@ class FusedDSTS(nn.Module):
             return h
         return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))
 
-    def freeze(self, *, dtype: torch.dtype | None = None, backend: str | None = None) -> FrozenDSTS:
+    def freeze(
+        self, *, dtype: torch.dtype | None = None, algorithm: str = "auto", backend: str | None = None
+    ) -> FrozenDSTS:
         """A folded and packed copy for inference: see :class:`FrozenDSTS`.
 
         Args:
             dtype: of its features and packed weights; ``None`` keeps the module's.
+            algorithm: of its convolutions: ``"auto"``, ``"direct"`` or ``"winograd"``.
             backend: the name of a backend; ``None`` keeps the module's choice.
         """
         from .frozen import FrozenDSTS
 
         _one_of("backend", backend, (None, *backends.BACKENDS))
-        return FrozenDSTS(self, dtype=dtype, backend=backend)
+        return FrozenDSTS(self, dtype=dtype, algorithm=algorithm, backend=backend)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

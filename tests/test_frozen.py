@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsts_kernels import FrozenDSTS, FusedDSTS
-from dsts_kernels.backends import convolution, plan
+from dsts_kernels.backends import BACKENDS, convolution, plan
 from dsts_kernels.testing import assert_close
 
 from .test_modules import OPTIONS, assert_same_routing, pair
@@ -100,16 +100,51 @@ def test_one_gated_convolution_a_layer(backend, monkeypatch):
         convolution, "forward", lambda a, b, k: macs.append(a[..., 0].numel() * b.numel()) or original(a, b, k)
     )
     dsts = FusedDSTS(16, num_layers=1, num_neurons=3, backend=backend).eval()
-    _, routing = dsts.freeze()(torch.randn(1, 16, 2, 4, 4), return_routing=True)
+    _, routing = dsts.freeze(algorithm="direct")(torch.randn(1, 16, 2, 4, 4), return_routing=True)
     spatial = int(routing.gate.sum())
     assert sum(macs) == (9 * spatial + 3 * (16 - spatial)) * 16 * 32
 
 
+@pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_algorithms_agree(backend, dtype, mixing_kernel):
+    """Direct and fast convolution are the same layer; "auto" is fast where the backend is."""
+    dsts = FusedDSTS(20, num_neurons=3, mixing_kernel=mixing_kernel, backend=backend).eval()
+    x = torch.randn(3, 20, 4, 7, 9).to(dtype)
+    results = {"auto": dsts.freeze(dtype=dtype)(x), "direct": dsts.freeze(dtype=dtype, algorithm="direct")(x)}
+    if BACKENDS[backend].why_not_fast(x.device, dtype) is None:
+        results["winograd"] = dsts.freeze(dtype=dtype, algorithm="winograd")(x)
+        assert torch.equal(results["winograd"], results["auto"])
+    else:
+        assert torch.equal(results["direct"], results["auto"])
+    assert_close(results["auto"], results["direct"], factor=2)
+
+
+def test_packed_filters_run_anywhere(monkeypatch):
+    """A module packed for fast convolution also runs on a backend that has none."""
+    dsts = FusedDSTS(20, num_neurons=2, mixing_kernel=(3, 1, 1)).eval()
+    fast, x = dsts.freeze(), torch.randn(2, 20, 4, 5, 5)
+    wanted = fast(x)
+    fast.backend = "eager"
+    assert_close(fast(x), wanted)
+
+
+def test_refuses_algorithms():
+    """An unknown name, and fast convolution where there is none."""
+    dsts = FusedDSTS(8, num_layers=1, num_neurons=2).eval()
+    with pytest.raises(ValueError, match="algorithm: got 'fft', wanted 'auto' or 'direct' or 'winograd'"):
+        dsts.freeze(algorithm="fft")
+    with pytest.raises(ValueError, match=r"algorithm: got 'winograd', wanted 'auto' or 'direct' for torch.float64"):
+        dsts.freeze(dtype=torch.float64, algorithm="winograd")
+    with pytest.raises(ValueError, match="the 'eager' backend has none"):
+        dsts.freeze(algorithm="winograd", backend="eager")
+
+
 def test_is_independent_of_its_source():
     """Later changes of the source do not show, and only packed weights are held."""
-    dsts = FusedDSTS(8, num_layers=1, num_neurons=3).eval()
+    dsts = FusedDSTS(16, num_layers=1, num_neurons=3).eval()
     fast = dsts.freeze()
-    x = torch.randn(2, 8, 2, 4, 4)
+    x = torch.randn(2, 16, 2, 4, 4)
     before = fast(x)
     with torch.no_grad():
         for p in dsts.parameters():
@@ -118,7 +153,7 @@ def test_is_independent_of_its_source():
     assert not list(fast.parameters())
     weights = sum(b.numel() for name, b in fast.named_buffers() if name.endswith((".spatial", ".temporal")))
     spatial = int(fast.layers[0].gate.sum())
-    assert weights == (9 * spatial + 3 * (24 - spatial)) * 8
+    assert weights == (9 * spatial + 3 * (48 - spatial)) * 16
 
 
 def test_copies(backend):

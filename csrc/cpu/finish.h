@@ -1,6 +1,6 @@
-// The end of a convolution, shared by the kernels that have one: sum of operators, bias, ReLU, skip connection,
-// rounding, tap sums and the store, a tile of positions x channels at a time, in any layout. What a kernel
-// supplies is where the rows of its result lie.
+// The end of a convolution, shared by the kernels that have one: sum of operators, bias, ReLU, skip
+// connection, rounding, tap sums and the store, a tile of positions x channels at a time, in any layout. What
+// a kernel supplies is where the rows of its result lie.
 #pragma once
 
 #include "cpu/epilogue.h"
@@ -63,11 +63,12 @@ inline bool finishes_rows(const Epilogue& a) {
   return a.out_strides.c == 1 && (!a.skip || a.skip_strides.c == 1);
 }
 
-// Channels [c0, c0 + nc) of a tile; nc <= kTileChannels unless finishes_rows, then <= kRowChannels. z(p) is the
-// tile's row p from channel c0 on, and z2(p) one to add to it or null. sums: class sums [class][O], or null.
+// Channels [c0, c0 + nc) of a tile; nc <= kTileChannels unless finishes_rows, then <= kRowChannels. z(p) is
+// the tile's row p from channel c0 on, and z2(p) one to add to it or null. sums: class sums [class][O], or
+// null.
 template <class A, class U, class Z, class Z2>
-void finish_tile(const Epilogue& a, const Target<A, U>& t, const Positions& at, int64_t c0, int64_t nc, A* sums,
-                 Z z, Z2 z2) {
+void finish_tile(const Epilogue& a, const Target<A, U>& t, const Positions& at, int64_t c0, int64_t nc,
+                 A* sums, Z z, Z2 z2) {
   A buf[kTileElements];
   static const A no_bias[kRowChannels] = {};
   const A floor = a.relu ? A(0) : -A(__builtin_inf());

@@ -1,7 +1,8 @@
-// The matrix product inside fast convolution, for one Winograd point: C = A * B, or C += A * B. A (rows, K) has
-// its rows lda apart; B is [block][k][kBlock], a block being kBlock columns; C (rows, blocks * kBlock) has its rows
-// ldc apart. The accumulators of a tile of rows x columns stay in registers over the whole of K, so each element
-// of A and B is read once a tile; tile sizes fill the register file of the instruction set being compiled.
+// The matrix product inside fast convolution, for one Winograd point: C = A * B, or C += A * B. A (rows, K)
+// has its rows lda apart; B is [block][k][kBlock], a block being kBlock columns; C (rows, blocks * kBlock)
+// has its rows ldc apart. The accumulators of a tile of rows x columns stay in registers over the whole of K,
+// so each element of A and B is read once a tile; tile sizes fill the register file of the instruction set
+// being compiled.
 #pragma once
 
 #include "cpu/transpose.h"
@@ -37,7 +38,8 @@ void product_tile(const float* A, int64_t lda, const float* B, int64_t K, float*
       Vector b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
-        memcpy(&b[v], B + v / kVectorsABlock * K * kBlock + k * kBlock + v % kVectorsABlock * kWide, sizeof b[v]);
+        memcpy(&b[v], B + v / kVectorsABlock * K * kBlock + k * kBlock + v % kVectorsABlock * kWide,
+               sizeof b[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const float a = A[r * lda + k];

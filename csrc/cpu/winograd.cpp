@@ -1,14 +1,13 @@
 // Gated convolution by Winograd's minimal filtering, in four stages:
 //
-//   input    x, any layout -> V: gather, scale and transform of the listed channels, once for a chunk of units
-//   filter   weights -> U, a slice of channels of some outputs
-//   product  M += V * U, point by point
+//   input    x, any layout -> V: gather, scale and transform of the listed channels, once for a chunk of
+//   units filter   weights -> U, a slice of channels of some outputs product  M += V * U, point by point
 //   output   M -> out: inverse transform of both operators, sum, epilogue
 //
-// Of the last three a task does all for its units and outputs, in memory of its thread that stays in its caches.
-// Filters are transformed anew at every call: that costs a tenth of the product, where keeping them would take four
-// times the memory, for all neurons, and be read from memory at every call instead. Results do not depend on the
-// number of threads: every output is one task's, summed slice by slice.
+// Of the last three a task does all for its units and outputs, in memory of its thread that stays in its
+// caches. Filters are transformed anew at every call: that costs a tenth of the product, where keeping them
+// would take four times the memory, for all neurons, and be read from memory at every call instead. Results
+// do not depend on the number of threads: every output is one task's, summed slice by slice.
 #include "cpu/winograd.h"
 
 #include <time.h>
@@ -67,7 +66,8 @@ struct Run {
     const int64_t macs = chunk * (rows_s * spatial.K + rows_t * temporal.K) * e.O;
     threads = macs / kMacsAnElement < kSerialElements ? 1 : e.threads;
     // Outputs in even tasks, at least one a thread.
-    const int64_t blocks = ceil_div(e.O, kBlock), tasks = max64(ceil_div(e.O, kTaskOutputs), min64(threads, blocks));
+    const int64_t blocks = ceil_div(e.O, kBlock),
+                  tasks = max64(ceil_div(e.O, kTaskOutputs), min64(threads, blocks));
     task_outputs = ceil_div(blocks, tasks) * kBlock;
     task_units = min64(chunk, max64(1, kTaskFloats / ((rows_s + rows_t) * task_outputs)));
     const int64_t groups = ceil_div(threads, ceil_div(e.O, task_outputs));
@@ -107,13 +107,15 @@ struct Run {
     const int64_t row_s = list[first].spatial_row, row_t = list[first].temporal_row;
     multiply<9>(spatial, row_s, list[last].spatial_row - row_s, o0, outputs, U, M_s, watch);
     multiply<3>(temporal, row_t, list[last].temporal_row - row_t, o0, outputs, U, M_t, watch);
-    const Products products_s{M_s, spatial.m_point, ldm, row_s}, products_t{M_t, temporal.m_point, ldm, row_t};
+    const Products products_s{M_s, spatial.m_point, ldm, row_s},
+        products_t{M_t, temporal.m_point, ldm, row_t};
     const int64_t classes = class_count(a.out.taps);
     for (int64_t j = first; j < last; ++j)
       for (int64_t ty = 0; ty < g.tiles_y; ++ty) {
         float* sums = nullptr;
         if (partial) {
-          sums = partial + ((list[j].i * g.tiles_t + list[j].t0 / g.tile_t) * g.tiles_y + ty) * classes * a.out.O;
+          sums = partial +
+                 ((list[j].i * g.tiles_t + list[j].t0 / g.tile_t) * g.tiles_y + ty) * classes * a.out.O;
           for (int64_t k = 0; k < classes; ++k)
             memset(sums + k * a.out.O + o0, 0, size_t(outputs) * sizeof(float));
         }

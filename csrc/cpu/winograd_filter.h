@@ -1,8 +1,7 @@
-// Winograd's filter stage: filters as they lie in the caller's memory, transformed into U a slice of channels at
-// a time.
+// Winograd's filter stage: filters as they lie in the caller's memory, transformed into U a slice of channels
+// at a time.
 #pragma once
 
-#include "cpu/tile.h"
 #include "cpu/tile.h"
 #include "cpu/winograd_plan.h"
 
@@ -12,15 +11,17 @@ namespace {
 constexpr int64_t kGroup = 16;  // channels loaded at a time
 constexpr int64_t kAhead = 1;   // groups that packed filters are asked for ahead
 
-// w[tap][lane] = rows[lane][offset + tap], or in reverse order of taps: a transposition of which only kTaps rows
-// are wanted, a number known at compile time so that the rest of it is never done.
+// w[tap][lane] = rows[lane][offset + tap], or in reverse order of taps: a transposition of which only kTaps
+// rows are wanted, a number known at compile time so that the rest of it is never done.
 template <class T, int kTaps, int kFirst = 0>
-DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, bool reversed, const T* end, float* w) {
+DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, bool reversed, const T* end,
+                           float* w) {
   constexpr int kCount = kTaps - kFirst < kWide ? kTaps - kFirst : kWide;
   for (int64_t o = 0; o < lanes; o += kWide) {
     Vector block[kWide];
     for (int i = 0; i < kWide; ++i)
-      block[i] = o + i < lanes ? load_lanes<float, false>(rows[o + i] + offset + kFirst, kCount, end) : Vector{};
+      block[i] =
+          o + i < lanes ? load_lanes<float, false>(rows[o + i] + offset + kFirst, kCount, end) : Vector{};
     transpose_block<float>(block);
 #pragma GCC unroll 16
     for (int j = 0; j < kCount; ++j) {
@@ -35,16 +36,16 @@ DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, 
 // w[channel][tap][kBlock] of up to kGroup channels from k0 on, for one block of outputs from o0 on.
 
 template <class T, int kTaps>
-void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0, int64_t n,
-                  float* w) {
+void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0,
+                  int64_t n, float* w) {
   const T* rows[kBlock];
   for (int64_t o = 0; o < outputs; ++o)
     rows[o] = static_cast<const T*>(op.weight) + (op.rows ? op.rows[o0 + o] : o0 + o) * op.stride_o;
   const auto column = [&](int64_t k) { return (op.columns ? op.columns[k0 + k] : k0 + k) * op.stride_k; };
   if (op.stride_tap == 1 || op.stride_tap == -1) {
     for (int64_t k = 0; k < n; ++k)
-      load_taps<T, kTaps>(rows, outputs, column(k) - (op.stride_tap < 0 ? kTaps - 1 : 0), op.stride_tap < 0, end,
-                          w + k * kTaps * kBlock);
+      load_taps<T, kTaps>(rows, outputs, column(k) - (op.stride_tap < 0 ? kTaps - 1 : 0), op.stride_tap < 0,
+                          end, w + k * kTaps * kBlock);
   } else {
     for (int64_t k = 0; k < n; ++k)
       for (int64_t tap = 0; tap < kTaps; ++tap)
@@ -75,9 +76,8 @@ void transform_filters(const float* w, int64_t n, float* U, int64_t u_point) {
         }
 #pragma GCC unroll 6
         for (int i = 0; i < ::dsts::Winograd<kH>::kInputs; ++i)
-          apply<kW, Matrix::filter>(half[i], [&](int j, Vector sum) {
-            memcpy(at + (i * nw + j) * u_point, &sum, sizeof sum);
-          });
+          apply<kW, Matrix::filter>(
+              half[i], [&](int j, Vector sum) { memcpy(at + (i * nw + j) * u_point, &sum, sizeof sum); });
       }
     }
 }
@@ -121,8 +121,8 @@ const T* end_of(const WinogradOperator& op, int64_t outputs, int taps) {
 
 // One slice's channels for the outputs [o0, o0 + outputs).
 template <class T, int kTaps>
-void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t slice, int64_t o0, int64_t outputs,
-                  float* U) {
+void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t slice, int64_t o0,
+                  int64_t outputs, float* U) {
   const int64_t channels = m.channels(slice);
   alignas(64) float w[kGroup * kTaps * kBlock] = {};
   for (int64_t block = 0; block * kBlock < outputs; ++block) {

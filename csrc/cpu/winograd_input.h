@@ -8,9 +8,9 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kChannels = 32;                        // of a patch
-constexpr int64_t kColumns = 16;                         // output columns, or positions, of a patch
-constexpr int64_t kPatchPositions = 10 * kColumns;       // 10 rows of 16, or 6 of 18
+constexpr int64_t kChannels = 32;                   // of a patch
+constexpr int64_t kColumns = 16;                    // output columns, or positions, of a patch
+constexpr int64_t kPatchPositions = 10 * kColumns;  // 10 rows of 16, or 6 of 18
 
 // A block of an operator's channels, for one sample.
 template <class T>
@@ -45,7 +45,8 @@ void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>
   bool run = !c.picks;
   for (int64_t p = 1; p < n; ++p) run = run && off[p] == off[0] + p;
   if (c.picks) {
-    // Rows of channels lie pages apart, further than hardware looks ahead: ask for what the next block will read.
+    // Rows of channels lie pages apart, further than hardware looks ahead: ask for what the next block will
+    // read.
     const int64_t span = c.last + 1 - c.offset[0];
     for (int64_t p = 0; p < n; ++p) {
       prefetch_row(x + off[p] + c.last + 1, span);
@@ -90,7 +91,7 @@ void for_blocks(const Operand& m, F f) {
 template <class T>
 void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, int64_t ty,
                    const Operand& m) {
-  const int64_t sample = a.out.samples ? a.out.samples[u.i] : u.i;
+  const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
   const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = kColumns / g.tile_w;
   const int64_t first_row = u.spatial_row + (frame * g.tiles_y + ty) * g.tiles_x;
@@ -122,9 +123,8 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
 
 // The temporal tiles of up to kColumns positions of a unit.
 template <class T>
-void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0,
-                    const Operand& m) {
-  const int64_t sample = a.out.samples ? a.out.samples[u.i] : u.i;
+void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0, const Operand& m) {
+  const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
   const int64_t nt = inputs_of(g.tile_t), np = min64(kColumns, g.plane - p0), row = np * kChannels;
   alignas(64) float patch[kPatchPositions * kChannels + kWide] = {};

@@ -48,7 +48,7 @@ void output_rows(const Winograd& a, const Geometry& g, const Unit& u, int64_t ty
         const float* M = temporal->at(u.temporal_row + (y0 + y) * g.W + x0, lane);
         const Lines lines{columns, length, temporal->point, temporal->ld, z_frame, L};
         spatial ? pass_of<Matrix::output, true>(g.tile_t, M, z + y * z_row, lines)
-                  : pass_of<Matrix::output, false>(g.tile_t, M, z + y * z_row, lines);
+                : pass_of<Matrix::output, false>(g.tile_t, M, z + y * z_row, lines);
       }
     for (int64_t f = 0; f < u.frames; ++f) {
       Positions at;

@@ -9,7 +9,7 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kSliceChannels = 128;   // of a filter that is transformed and used at a time
+constexpr int64_t kSliceChannels = 128;  // of a filter that is transformed and used at a time
 constexpr int64_t kTaskOutputs = 64;
 constexpr int64_t kChunkFloats = 4 << 20;  // transformed inputs of a chunk
 constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
@@ -43,9 +43,9 @@ struct Geometry {
   }
 };
 
-// One operator's matrices: V[slice][point][row][width] of a chunk, U[point][block][channel][kBlock] of a slice and
-// M[point][row][blocks * kBlock] of a task. A spatial row is a tile of one frame, a temporal row a position of
-// the plane over a tile of frames.
+// One operator's matrices: V[slice][point][row][width] of a chunk, U[point][block][channel][kBlock] of a
+// slice and M[point][row][blocks * kBlock] of a task. A spatial row is a tile of one frame, a temporal row a
+// position of the plane over a tile of frames.
 struct Operand {
   const WinogradOperator& op;
   int64_t points, K;

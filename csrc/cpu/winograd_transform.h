@@ -3,8 +3,8 @@
 // constants and zeros cost nothing, in the strict arithmetic where 0 * x is not 0.
 #pragma once
 
-#include "cpu/transpose.h"
 #include "../winograd.h"
+#include "cpu/transpose.h"
 
 namespace dsts::cpu::DSTS_ISA {
 namespace {
@@ -22,11 +22,13 @@ constexpr double coefficient(int i, int j) {
 }
 
 template <int M, Matrix kMatrix>
-constexpr int kResults = kMatrix == Matrix::output ? ::dsts::Winograd<M>::kOutputs : ::dsts::Winograd<M>::kInputs;
+constexpr int kResults =
+    kMatrix == Matrix::output ? ::dsts::Winograd<M>::kOutputs : ::dsts::Winograd<M>::kInputs;
 template <int M, Matrix kMatrix>
 constexpr int kTerms = kMatrix == Matrix::filter ? 3 : ::dsts::Winograd<M>::kInputs;
 
-// Which columns of a row count: the points come in pairs p, -p, whose rows differ in the sign of the odd ones.
+// Which columns of a row count: the points come in pairs p, -p, whose rows differ in the sign of the odd
+// ones.
 enum class Part { all, even, odd };
 
 template <Part kPart>
@@ -49,7 +51,8 @@ DSTS_INLINE void add_columns(Vector& sum, const Vector* v) {
   }
 }
 
-// put(i, row i of matrix * v) for every row, from row i on: input and filter. Rows of p and -p share their terms.
+// put(i, row i of matrix * v) for every row, from row i on: input and filter. Rows of p and -p share their
+// terms.
 template <int M, Matrix kMatrix, int i = 0, class Put>
 DSTS_INLINE void apply_rows(const Vector* v, Put put) {
   constexpr int n = kResults<M, kMatrix>;
@@ -68,7 +71,8 @@ DSTS_INLINE void apply_rows(const Vector* v, Put put) {
   }
 }
 
-// The output matrix holds powers of the points, row by row: even rows see the sum of a pair, odd rows the difference.
+// The output matrix holds powers of the points, row by row: even rows see the sum of a pair, odd rows the
+// difference.
 template <int M>
 constexpr double pair_coefficient(int i, int j) {
   const bool paired = j > 0 && j < M + 1, sum = j % 2 == 1;
@@ -118,8 +122,8 @@ DSTS_INLINE Vector vector_at(const float* p) {
   return v;
 }
 
-// How the lines of a pass lie: `count` of them, each `length` floats long (whole vectors), in source and target;
-// the elements that a transform combines, or gives, are `step` apart.
+// How the lines of a pass lie: `count` of them, each `length` floats long (whole vectors), in source and
+// target; the elements that a transform combines, or gives, are `step` apart.
 struct Lines {
   int64_t count, length;
   int64_t from_step, from_next, to_step, to_next;

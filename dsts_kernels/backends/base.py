@@ -25,7 +25,8 @@ class FrozenWeights(NamedTuple):
     """One frozen layer, packed. A neuron's panels lie behind one another in flat tensors.
 
     Neuron ``n`` sends ``channels[n, :split[n]]`` to its spatial panel ``(O, 9, split[n])`` and the rest of
-    ``channels[n]`` to its temporal panel ``(O, 3, C - split[n])``.
+    ``channels[n]`` to its temporal panel ``(O, 3, C - split[n])``. Panels of fast convolution are packed in blocks
+    of outputs (:mod:`.packing`); ``FrozenOptions.blocked`` says which.
     """
 
     scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
@@ -34,15 +35,16 @@ class FrozenWeights(NamedTuple):
     spatial: Tensor  # flat
     temporal: Tensor  # flat
     bias: Tensor  # (N, O), float32 or float64
-    mixing: Tensor | None  # (N, O, kernel taps, O), only for a kernel that does not fold
+    mixing: Tensor | None  # (N, O, kernel taps, O) or (N, packed), only for a kernel that does not fold
 
 
 class FrozenOptions(NamedTuple):
-    """What a frozen layer does besides: divisor of the scores, mixing kernel, activation, what comes next."""
+    """What a frozen layer does besides: divisor of the scores, mixing kernel, activation, packing, what comes next."""
 
     score_divisor: int
     mixing_kernel: list[int]
     relu: bool
+    blocked: bool  # packed for fast convolution
     next_taps: int  # taps of the next layer's scoring kernel: 0 when no layer follows
 
 
@@ -59,6 +61,10 @@ class Backend(ABC):
     @abstractmethod
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run ``op`` on such tensors; ``None`` when it can."""
+
+    def why_not_fast(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why frozen layers have no fast convolution here; ``None`` when they have."""
+        return f"the {self.name!r} backend has none"
 
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The CPU backend: thin launchers over the native module ``dsts_kernels._C``.
 
 Each launcher hands plain pointers, sizes and strides to one kernel, on torch's own thread count, and allocates
-what it returns. Convolutions stay with the library, in :mod:`.convolution`.
+what it returns. Convolutions are fast ones where :mod:`.winograd` has them, else the library's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
-from .direct import DirectBackend
 from .plan import check_neurons
+from .winograd import Operator, WinogradBackend, tile_sizes
 
 try:
     _C = importlib.import_module("dsts_kernels._C")
@@ -25,6 +25,7 @@ except ImportError as error:
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
 NO_STRIDES = (0, 0, 0, 0, 0)
+NO_OPERATOR = (0,) * 12
 
 
 def build_record() -> tuple[str, str]:
@@ -69,11 +70,11 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return NO_STRIDES if tensor is None else tensor.stride()
 
 
-class CpuBackend(DirectBackend):
+class CpuBackend(WinogradBackend):
     """Native passes around the library's convolutions, on CPU tensors."""
 
     name = "cpu"
-    remark = "native kernels around oneDNN convolutions"
+    remark = "native kernels: fast convolution in float32, half types computed so; float64 around oneDNN"
 
     def missing(self) -> str | None:
         if _C is not None:
@@ -88,6 +89,9 @@ class CpuBackend(DirectBackend):
         if dtype not in DTYPE_CODES:
             return f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
         return self.missing()
+
+    def why_not_fast(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return "float64 is convolved directly" if dtype == torch.float64 else None
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         if neuron is not None:
@@ -228,6 +232,50 @@ class CpuBackend(DirectBackend):
             where = slice(None) if samples is None else samples
             sums[where] = found[where]
 
+    def winograd(
+        self,
+        x: Tensor,
+        spatial: Operator | None,
+        temporal: Operator | None,
+        out: Tensor,
+        *,
+        x_samples: Tensor | None = None,
+        samples: Tensor | None = None,
+        bias: Tensor | None = None,
+        relu: bool = False,
+        skip: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        _, o, t, h, w = out.shape
+        weight = (temporal if spatial is None else spatial).weight
+        _C.winograd(
+            x.data_ptr(),
+            x.stride(),
+            _address(x_samples),
+            _operator(spatial),
+            _operator(temporal),
+            tile_sizes(x),
+            _address(bias),
+            int(relu),
+            _address(skip),
+            _strides(skip),
+            out.data_ptr(),
+            out.stride(),
+            _address(samples),
+            x.shape[0] if x_samples is None else x_samples.numel(),
+            _address(sums),
+            1 if sums is None else sums.shape[2],
+            o,
+            t,
+            h,
+            w,
+            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[weight.dtype],
+            DTYPE_CODES[out.dtype],
+            torch.get_num_threads(),
+            0,
+        )
+
     def gate_merge(
         self,
         dxs: Tensor | None,
@@ -272,6 +320,24 @@ class CpuBackend(DirectBackend):
         if dgate is not None:
             where = slice(None) if samples is None else samples
             dgate[where] = found[where].to(dgate.dtype)
+
+
+def _operator(operator: Operator | None) -> tuple[int, ...]:
+    if operator is None:
+        return NO_OPERATOR
+    weight, scale = operator.weight, operator.scale
+    return (
+        _address(operator.channels),
+        operator.count,
+        _address(scale),
+        0 if scale is None else scale.stride(0),
+        int(operator.complement),
+        weight.data_ptr() + operator.start * weight.element_size(),
+        _address(operator.rows),
+        _address(operator.columns),
+        *operator.strides,
+        int(operator.blocked),
+    )
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -16,7 +16,8 @@ from . import convolution
 from .base import Backend, FrozenOptions, FrozenWeights
 from .convolution import SPATIAL, TEMPORAL, Kernel
 from .memory import lazy_zeros
-from .plan import Group, group_samples, samples_by_neuron
+from .packing import packed_size, unpack
+from .plan import DIRECT_COSTS, Costs, Group, group_samples, samples_by_neuron
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -95,21 +96,29 @@ class DirectBackend(Backend):
         """
 
     def groups(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, limited: bool = False) -> list[Group]:
-        return group_samples(gate, neuron, spatial.shape[0], positions_of(x), spatial.shape[1], limited)
+        return group_samples(gate, neuron, spatial.shape[0], positions_of(x), spatial.shape[1], self.costs(x), limited)
+
+    def costs(self, x: Tensor) -> Costs:
+        """What :mod:`.plan` reckons with for these features."""
+        return DIRECT_COSTS
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         outputs = spatial.shape[1]
         out = as_features(empty_rows(x, outputs))
         for group in self.groups(x, gate, neuron, spatial, limited=True) if out.numel() else ():
-            panels = [
-                self.gate_panel(x, gate, group, group.spatial, SPATIAL),
-                self.gate_panel(x, gate, group, group.temporal, TEMPORAL),
-            ]
-            for block in operator_blocks(outputs, group.spatial.numel(), group.temporal.numel()):
-                zs = self.operate(panels[0], spatial[group.neuron, block], group.spatial, SPATIAL)
-                zt = self.operate(panels[1], temporal[group.neuron, block], group.temporal, TEMPORAL)
-                self.epilogue(zs, zt, out[:, block], samples=group.samples)
+            self.run_group(x, gate, group, spatial, temporal, out)
         return out
+
+    def run_group(self, x: Tensor, gate: Tensor, group: Group, spatial: Tensor, temporal: Tensor, out: Tensor) -> None:
+        """One group's samples of :meth:`gated_conv3d`."""
+        panels = [
+            self.gate_panel(x, gate, group, group.spatial, SPATIAL),
+            self.gate_panel(x, gate, group, group.temporal, TEMPORAL),
+        ]
+        for block in operator_blocks(out.shape[1], group.spatial.numel(), group.temporal.numel()):
+            zs = self.operate(panels[0], spatial[group.neuron, block], group.spatial, SPATIAL)
+            zt = self.operate(panels[1], temporal[group.neuron, block], group.temporal, TEMPORAL)
+            self.epilogue(zs, zt, out[:, block], samples=group.samples)
 
     def gate_panel(
         self, x: Tensor, gate: Tensor, group: Group, channels: Tensor, kernel: Kernel, first: bool = False
@@ -300,8 +309,8 @@ class DirectBackend(Backend):
         split, begin = starts[n + 1] - starts[n], starts[n]
         lists = w.channels[n, :split], w.channels[n, split:]
         filters = (
-            packed_filter(w.spatial, begin, split, outputs, 9),
-            packed_filter(w.temporal, n * x.shape[1] - begin, x.shape[1] - split, outputs, 3),
+            frozen_filter(w.spatial, begin, split, outputs, 9, options.blocked),
+            frozen_filter(w.temporal, n * x.shape[1] - begin, x.shape[1] - split, outputs, 3, options.blocked),
         )
         panels = [self.gather_panel(x, samples, own, dtype=compute_dtype(x)) if own.numel() else None for own in lists]
 
@@ -330,7 +339,10 @@ class DirectBackend(Backend):
             whole = slice(0, outputs)
             zs, zt = operate(whole)
             z = zs if zt is None else zt if zs is None else zs.add_(zt)
-            finish(convolution.forward(z, w.mixing[n].to(z.dtype), tuple(options.mixing_kernel)), None, whole)
+            kernel = tuple(options.mixing_kernel)
+            taps = kernel[0] * kernel[1] * kernel[2]
+            mixing = frozen_filter(w.mixing[n].flatten(), 0, outputs, outputs, taps, options.blocked)
+            finish(convolution.forward(z, mixing.to(z.dtype), kernel), None, whole)
 
 
 def positions_of(x: Tensor) -> int:
@@ -342,10 +354,11 @@ def operator_blocks(rows: int, spatial: int, temporal: int) -> list[slice]:
     return convolution.filter_blocks(rows, max(9 * spatial, 3 * temporal))
 
 
-def packed_filter(flat: Tensor, begin: int, count: int, outputs: int, taps: int) -> Tensor:
-    """One neuron's packed panel ``(O, taps, count)``, ``begin`` channels into a flat tensor."""
-    size = outputs * taps
-    return flat[begin * size : (begin + count) * size].view(outputs, taps, count)
+def frozen_filter(flat: Tensor, begin: int, count: int, outputs: int, taps: int, blocked: bool) -> Tensor:
+    """One neuron's filter ``(O, taps, count)``, ``begin`` channels into a flat tensor."""
+    size = packed_size(outputs, taps) if blocked else outputs * taps
+    own = flat[begin * size : (begin + count) * size]
+    return unpack(own, outputs, taps, count) if blocked else own.view(outputs, taps, count)
 
 
 def within(channels: Tensor, block: slice) -> Tensor:

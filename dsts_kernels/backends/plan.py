@@ -6,18 +6,28 @@ the union of their lists but fewer calls and fewer passes over the weights. The 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3
-# Estimates from a 2-core AVX-512 machine, where gathering 4.7 M weights took 2.8 ms, a small convolution 52 us and a
-# large one 200 multiply-adds a nanosecond: what one gathered weight costs in positions of work on it (rounded up for
-# the library's own reordering), and what one more call costs in multiply-adds.
-WEIGHT_GATHER_POSITIONS = 160
-CALL_MACS = 12e6
+
+class Costs(NamedTuple):
+    """What a call costs, in multiply-adds: estimates from a 2-core AVX-512 machine, at 200 a nanosecond."""
+
+    spatial: float  # a position, listed channel and output
+    temporal: float
+    weight_positions: float  # what bringing in a filter costs, in positions of work on it
+    call: float  # one more call
+
+
+# Gathering 4.7 M weights took 2.8 ms, rounded up for the library's own reordering, and a small convolution 52 us.
+DIRECT_COSTS = Costs(spatial=9, temporal=3, weight_positions=160, call=12e6)
+# F(4x4, 3x3) and F(4, 3); transforming both filters took 2.4 ms where the products of 2048 positions took 16.
+WINOGRAD_COSTS = Costs(spatial=2.25, temporal=1.5, weight_positions=300, call=1e6)
 # Beyond this a call has nothing left to share, and its results outgrow the memory that malloc reuses.
 CALL_POSITIONS = 4096
 
@@ -59,8 +69,23 @@ def samples_by_neuron(neuron: Tensor, num_neurons: int, positions: int = 0) -> l
     ]
 
 
+def in_calls(samples: Tensor | None, batch: int, positions: int) -> Iterator[Tensor | None]:
+    """Samples, ``None`` being the whole batch, in pieces of at most :data:`CALL_POSITIONS`."""
+    most = max(1, CALL_POSITIONS // max(1, positions))
+    if samples is None and batch <= most:
+        yield None
+        return
+    yield from (torch.arange(batch) if samples is None else samples).split(most)
+
+
 def group_samples(
-    gate: Tensor, neuron: Tensor, num_neurons: int, positions: int, outputs: int, limited: bool = False
+    gate: Tensor,
+    neuron: Tensor,
+    num_neurons: int,
+    positions: int,
+    outputs: int,
+    costs: Costs,
+    limited: bool = False,
 ) -> list[Group]:
     """Groups of samples for a gated convolution over ``positions`` positions and ``outputs`` channels.
 
@@ -73,7 +98,7 @@ def group_samples(
     clusters: dict[int, list[_Cluster]] = {}
     for sample, index in enumerate(chosen):
         single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
-        _place(clusters.setdefault(index, []), single, positions, outputs, most)
+        _place(clusters.setdefault(index, []), single, lambda cluster: cluster.cost(positions, outputs, costs), most)
     batch = len(chosen)
     return [_group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]]
 
@@ -84,22 +109,22 @@ class _Cluster:
     spatial: np.ndarray  # (C,) bool
     temporal: np.ndarray
 
-    def cost(self, positions: int, outputs: int) -> float:
-        taps = SPATIAL_TAPS * np.count_nonzero(self.spatial) + TEMPORAL_TAPS * np.count_nonzero(self.temporal)
-        return taps * (len(self.samples) * positions + WEIGHT_GATHER_POSITIONS) + CALL_MACS / outputs
+    def cost(self, positions: int, outputs: int, costs: Costs) -> float:
+        taps = costs.spatial * np.count_nonzero(self.spatial) + costs.temporal * np.count_nonzero(self.temporal)
+        return taps * (len(self.samples) * positions + costs.weight_positions) + costs.call / outputs
 
     def join(self, other: _Cluster) -> _Cluster:
         return _Cluster(self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal)
 
 
-def _place(clusters: list[_Cluster], single: _Cluster, positions: int, outputs: int, most: int) -> None:
+def _place(clusters: list[_Cluster], single: _Cluster, cost: Callable[[_Cluster], float], most: int) -> None:
     """Add a sample to the cluster where it costs least, or as a cluster of its own."""
-    best, best_cost, best_joint = None, single.cost(positions, outputs), None
+    best, best_cost, best_joint = None, cost(single), None
     for index, cluster in enumerate(clusters):
         if len(cluster.samples) >= most:
             continue
         joint = cluster.join(single)
-        extra = joint.cost(positions, outputs) - cluster.cost(positions, outputs)
+        extra = cost(joint) - cost(cluster)
         if extra < best_cost:
             best, best_cost, best_joint = index, extra, joint
     if best is None:

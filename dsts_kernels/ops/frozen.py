@@ -28,11 +28,12 @@ def _frozen_layer(
     score_divisor: int,
     mixing_kernel: list[int],
     relu: bool,
+    blocked: bool,
     next_taps: int,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = FrozenWeights(scoring, channels, split, spatial, temporal, bias, mixing)
-    options = FrozenOptions(score_divisor, mixing_kernel, relu, next_taps)
+    options = FrozenOptions(score_divisor, mixing_kernel, relu, blocked, next_taps)
     return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
 
 
@@ -50,6 +51,7 @@ def _frozen_layer_fake(
     score_divisor,
     mixing_kernel,
     relu,
+    blocked,
     next_taps,
     backend=None,
 ):
@@ -67,7 +69,7 @@ def _frozen_layer_fake(
 frozen_layer_op = define(
     "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor split, "
     "Tensor spatial, Tensor temporal, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
-    "bool relu, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool relu, bool blocked, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _frozen_layer,
     _frozen_layer_fake,
 )

@@ -1,0 +1,186 @@
+"""Fast convolution: Winograd's minimal filtering in place of the library's direct convolution (DESIGN 2.4).
+
+One native pass gathers channels, transforms, multiplies, transforms back, sums both operators and finishes, so no
+panel is written. It runs in float32, half precision being a storage format, and takes every shape:
+a tile's size is chosen for each dimension, down to 1 for a dimension that only ever meets the middle tap.
+Float64 stays with the direct path.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import FrozenOptions, FrozenWeights
+from .convolution import SPATIAL, TEMPORAL, Kernel
+from .direct import DirectBackend, as_features, empty_rows, positions_of, within
+from .packing import BLOCK, packed_size
+from .plan import WINOGRAD_COSTS, Costs, Group, in_calls
+
+TILES = (1, 2, 4)  # outputs of a tile along the height and the width
+TEMPORAL_TILES = (*TILES, 8)
+
+
+def tile_size(size: int, tiles: tuple[int, ...]) -> int:
+    """The tile that covers ``size`` outputs in the fewest multiplications, the larger of equals; 1 for a size of 1."""
+    if size <= 1:
+        return 1
+    return min(tiles[1:], key=lambda tile: (-(-size // tile) * (tile + 2), -tile))
+
+
+def tile_sizes(x: Tensor) -> tuple[int, int, int]:
+    """Tiles ``(t, h, w)`` for features ``(B, C, T, H, W)``."""
+    t, h, w = x.shape[2:]
+    return tile_size(t, TEMPORAL_TILES), tile_size(h, TILES), tile_size(w, TILES)
+
+
+class Operator(NamedTuple):
+    """One operator as the native kernel sees it: the channels it reads, and its filter where it lies.
+
+    The weight of output ``o``, listed channel ``k`` and tap is at ``start + rows[o]*stride_o + columns[k]*stride_k +
+    tap*stride_tap`` elements into ``weight``; a list of ``None`` counts 0, 1, ... ``blocked`` filters lie as
+    :func:`.packing.pack` leaves them.
+    """
+
+    weight: Tensor
+    count: int
+    channels: Tensor | None = None  # (count,) int32
+    start: int = 0
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    strides: tuple[int, int, int] = (0, 0, 0)  # of outputs, channels, taps
+    scale: Tensor | None = None  # (B, C), gates in the dtype of x
+    complement: bool = False  # multiply by 1 - scale
+    blocked: bool = False
+
+    @classmethod
+    def forward(cls, weight: Tensor, channels: Tensor | None, scale: Tensor | None, kernel: Kernel) -> Operator:
+        """A live filter ``(O, C, *kernel)`` on its listed channels."""
+        weight = weight.contiguous()
+        count = weight.shape[1] if channels is None else channels.numel()
+        taps = weight[0, 0].numel()
+        strides = (weight.stride(0), taps, 1)
+        return cls(weight, count, channels, 0, None, channels, strides, scale, kernel == TEMPORAL)
+
+    @classmethod
+    def data_gradient(cls, weight: Tensor, inputs: Tensor | None) -> Operator:
+        """Its transpose: a gradient ``(B, O, ...)`` to the listed inputs of the filter, taps reversed."""
+        weight = weight.contiguous()
+        taps = weight[0, 0].numel()
+        strides = (taps, weight.stride(0), -1)
+        return cls(weight, weight.shape[0], start=taps - 1, rows=inputs, strides=strides)
+
+    @classmethod
+    def packed(cls, flat: Tensor, begin: int, count: int, outputs: int, taps: int, channels: Tensor) -> Operator:
+        """A packed filter of ``count`` channels that begins ``begin`` channels into a flat tensor."""
+        return cls(flat, count, channels, begin * packed_size(outputs, taps), blocked=True)
+
+
+class WinogradBackend(DirectBackend):
+    """Gated convolutions by :meth:`winograd` wherever it applies, the rest as in :class:`DirectBackend`."""
+
+    @abstractmethod
+    def winograd(
+        self,
+        x: Tensor,
+        spatial: Operator | None,
+        temporal: Operator | None,
+        out: Tensor,
+        *,
+        x_samples: Tensor | None = None,
+        samples: Tensor | None = None,
+        bias: Tensor | None = None,
+        relu: bool = False,
+        skip: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        """Both convolutions of ``x[x_samples]`` summed and finished: the rest as in :meth:`epilogue`."""
+
+    def fast(self, x: Tensor) -> bool:
+        """Whether fast convolution runs these features."""
+        return x.dtype != torch.float64
+
+    def costs(self, x: Tensor) -> Costs:
+        return WINOGRAD_COSTS if self.fast(x) else super().costs(x)
+
+    def run_group(self, x: Tensor, gate: Tensor, group: Group, spatial: Tensor, temporal: Tensor, out: Tensor) -> None:
+        if not self.fast(x):
+            return super().run_group(x, gate, group, spatial, temporal, out)
+        scale = gate.to(x.dtype).contiguous() if group.scaled else None
+        operators = [
+            Operator.forward(weight[group.neuron], channels, scale, kernel) if channels.numel() else None
+            for weight, channels, kernel in (
+                (spatial, group.spatial, SPATIAL),
+                (temporal, group.temporal, TEMPORAL),
+            )
+        ]
+        self.winograd(x, *operators, out, x_samples=group.samples, samples=group.samples)
+
+    def input_gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        group: Group,
+        spatial: Tensor,
+        temporal: Tensor,
+        dx: Tensor | None,
+        dgate: Tensor | None,
+    ) -> None:
+        if not self.fast(x):
+            return super().input_gradient(grad, x, gate, group, spatial, temporal, dx, dgate)
+        whole = slice(0, x.shape[1])
+        lists = [None if dgate is not None else within(own, whole) for own in (group.spatial, group.temporal)]
+        for samples in in_calls(group.samples, x.shape[0], positions_of(x)):
+            count = x.shape[0] if samples is None else samples.numel()
+            panels = []
+            for weight, kernel, own in ((spatial, SPATIAL, lists[0]), (temporal, TEMPORAL, lists[1])):
+                channels = x.shape[1] if own is None else own.numel()
+                if not channels:
+                    panels.append(None)
+                    continue
+                operator = Operator.data_gradient(weight[group.neuron], own)
+                panel = torch.empty((count, *x.shape[2:], channels), dtype=torch.float32)
+                pair = (operator, None) if kernel == SPATIAL else (None, operator)
+                self.winograd(grad, *pair, as_features(panel), x_samples=samples)
+                panels.append(panel)
+            self.gate_merge(*panels, tuple(lists), samples, gate, x, dx, dgate)
+
+    def frozen_neuron(
+        self,
+        x: Tensor,
+        samples: Tensor | None,
+        n: int,
+        starts: list[int],
+        y: Tensor,
+        next_sums: Tensor,
+        skip: Tensor | None,
+        w: FrozenWeights,
+        options: FrozenOptions,
+    ) -> None:
+        if not (options.blocked and self.fast(x)):
+            return super().frozen_neuron(x, samples, n, starts, y, next_sums, skip, w, options)
+        outputs, channels = w.bias.shape[1], x.shape[1]
+        begin, split = starts[n], starts[n + 1] - starts[n]
+        spatial = Operator.packed(w.spatial, begin, split, outputs, 9, w.channels[n, :split])
+        temporal = Operator.packed(
+            w.temporal, n * channels - begin, channels - split, outputs, 3, w.channels[n, split:]
+        )
+        operators = [operator if operator.count else None for operator in (spatial, temporal)]
+        finish = {"bias": w.bias[n], "relu": options.relu, "skip": skip, "samples": samples}
+        finish["sums"] = next_sums if options.next_taps else None
+        if w.mixing is None:
+            self.winograd(x, *operators, y, x_samples=samples, **finish)
+            return
+        count = x.shape[0] if samples is None else samples.numel()
+        z = as_features(empty_rows(x.new_empty((count, 0, *x.shape[2:]), dtype=torch.float32), outputs))
+        self.winograd(x, *operators, z, x_samples=samples)
+        mixing = Operator(w.mixing[n], outputs, blocked=True)
+        pair = (mixing, None) if tuple(options.mixing_kernel) == SPATIAL else (None, mixing)
+        self.winograd(z, *pair, y, **finish)
+
+
+__all__ = ["BLOCK", "Operator", "WinogradBackend", "tile_size", "tile_sizes"]
