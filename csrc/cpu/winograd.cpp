@@ -56,13 +56,14 @@ struct Run {
   explicit Run(const Winograd& w)
       : a(w),
         g(w),
-        spatial(w.spatial, inputs_of(g.tile_h) * inputs_of(g.tile_w), g.tile_t * g.tiles_y * g.tiles_x),
-        temporal(w.temporal, inputs_of(g.tile_t), g.plane) {
+        spatial(w.spatial, inputs_of(g.tile_h) * inputs_of(g.tile_w), g.tile_t * g.tiles_x),
+        temporal(w.temporal, inputs_of(g.tile_t), g.tile_h * g.W) {
     const Epilogue& e = a.out;
-    units = e.nb * g.tiles_t;
+    units = e.nb * g.units_a_sample();
     const int64_t rows_s = spatial.points * spatial.unit_rows, rows_t = temporal.points * temporal.unit_rows;
     const int64_t v = rows_s * spatial.slices * spatial.width + rows_t * temporal.slices * temporal.width;
-    chunk = min64(units, max64(1, kChunkFloats / v));
+    const int64_t enough = min64(kChunkFloats, max64(kCachedFloats, kEnoughPositions / (g.tile_t * g.tile_h * g.W) * v));
+    chunk = min64(units, max64(1, enough / v));
     const int64_t macs = chunk * (rows_s * spatial.K + rows_t * temporal.K) * e.O;
     threads = macs / kMacsAnElement < kSerialElements ? 1 : e.threads;
     // Outputs in even tasks, at least one a thread.
@@ -109,29 +110,24 @@ struct Run {
     multiply<3>(temporal, row_t, list[last].temporal_row - row_t, o0, outputs, U, M_t, watch);
     const Products products_s{M_s, spatial.m_point, ldm, row_s},
         products_t{M_t, temporal.m_point, ldm, row_t};
-    const int64_t classes = class_count(a.out.taps);
-    for (int64_t j = first; j < last; ++j)
-      for (int64_t ty = 0; ty < g.tiles_y; ++ty) {
-        float* sums = nullptr;
-        if (partial) {
-          sums = partial +
-                 ((list[j].i * g.tiles_t + list[j].t0 / g.tile_t) * g.tiles_y + ty) * classes * a.out.O;
-          for (int64_t k = 0; k < classes; ++k)
-            memset(sums + k * a.out.O + o0, 0, size_t(outputs) * sizeof(float));
-        }
-        for (int64_t lane = 0; lane < outputs; lane += kOutputLanes)
-          with_float(a.out.out_dtype, [&](auto tag) {
-            output_rows<typename decltype(tag)::type>(a, g, list[j], ty, spatial.K ? &products_s : nullptr,
-                                                      temporal.K ? &products_t : nullptr, o0, lane,
-                                                      min64(kOutputLanes, outputs - lane), sums);
-          });
-      }
+    const int64_t classes = class_count(a.out.taps), lanes = Piece(a).lanes;
+    for (int64_t j = first; j < last; ++j) {
+      float* sums = partial ? partial + (list[j].number * classes) * a.out.O : nullptr;
+      for (int64_t k = 0; sums && k < classes; ++k)
+        memset(sums + k * a.out.O + o0, 0, size_t(outputs) * sizeof(float));
+      for (int64_t lane = 0; lane < outputs; lane += lanes)
+        with_float(a.out.out_dtype, [&](auto tag) {
+          output_rows<typename decltype(tag)::type>(a, g, list[j], spatial.K ? &products_s : nullptr,
+                                                    temporal.K ? &products_t : nullptr, o0, lane,
+                                                    min64(lanes, outputs - lane), sums);
+        });
+    }
     watch.lap(3);
   }
 
   Status operator()() {
     const Epilogue& e = a.out;
-    const int64_t sum_chunks = g.tiles_t * g.tiles_y;
+    const int64_t sum_chunks = g.units_a_sample();
     Scratch<float> scratch(floats()), partial(e.sums ? e.nb * sum_chunks * class_count(e.taps) * e.O : 0);
     Scratch<Unit> list(chunk + 1);
     Scratch<double> seconds(threads * 4);
@@ -143,11 +139,11 @@ struct Run {
 
     for (int64_t begin = 0; begin < units; begin += chunk) {
       const int64_t n = min64(chunk, units - begin);
-      int64_t rows = 0;
+      int64_t spatial_row = 0, temporal_row = 0;
       for (int64_t j = 0; j <= n; ++j) {
-        list.data[j] = g.unit(begin + j);
-        list.data[j].spatial_row = rows, list.data[j].temporal_row = j * g.plane;
-        rows += list.data[j].frames * g.tiles_y * g.tiles_x;
+        Unit& u = list.data[j] = g.unit(begin + j);
+        u.spatial_row = spatial_row, u.temporal_row = temporal_row;
+        spatial_row += u.frames * g.tiles_x, temporal_row += u.rows * g.W;
       }
       Stopwatch watch{a.seconds};
       with_float(a.x_dtype, [&](auto tag) {
@@ -161,7 +157,7 @@ struct Run {
              e.sums ? partial.data : nullptr, {a.seconds ? seconds.data + 4 * worker() : nullptr});
       });
     }
-    if (e.sums) combine_sums(e, partial.data, sum_chunks, e.nb * e.O * g.T * g.plane);
+    if (e.sums) combine_sums(e, partial.data, sum_chunks, e.nb * e.O * g.T * g.H * g.W);
     if (a.seconds)
       for (int i = 0; i < threads * 4; ++i) a.seconds[i % 4] += seconds.data[i] / threads;
     return Status::ok;

@@ -8,14 +8,19 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kChannels = 32;                   // of a patch
-constexpr int64_t kColumns = 16;                    // output columns, or positions, of a patch
-constexpr int64_t kPatchPositions = 10 * kColumns;  // 10 rows of 16, or 6 of 18
+constexpr int64_t kChannels = 32;            // of a patch, at most
+constexpr int64_t kPatchFloats = 10 << 10;   // 10 frames of a patch's positions, or 6 rows with an edge
+
+// A patch is some channels and some output columns (or positions): as it suits the side that is contiguous.
+struct Patch {
+  int64_t channels, columns;
+  explicit Patch(const Winograd& a) : channels(a.x_strides.c == 1 ? 32 : 16), columns(a.x_strides.c == 1 ? 16 : 64) {}
+};
 
 // A block of an operator's channels, for one sample.
 template <class T>
 struct Channels {
-  int64_t count, padded;
+  int64_t count, padded, ld;  // ld: channels of the patch
   int64_t offset[kChannels];
   int64_t last;
   float scale[kChannels + kWide] = {};  // Pick reads past the end
@@ -23,7 +28,8 @@ struct Channels {
   Pick<float, kChannels> pick;
 
   Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t limit) {
-    count = min64(kChannels, limit), padded = ceil_div(count, kWide) * kWide;
+    ld = Patch(a).channels;
+    count = min64(ld, limit), padded = ceil_div(count, kWide) * kWide;
     last = 0, scaled = op.scale != nullptr;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t channel = op.channels ? op.channels[k0 + j] : k0 + j;
@@ -38,7 +44,7 @@ struct Channels {
   }
 };
 
-// to[p][kChannels] = the block's channels at n positions `off` of a sample; up to a vector past the end is
+// to[p][ld] = the block's channels at n positions `off` of a sample; up to a vector past the end is
 // overwritten.
 template <class T, bool kScaled>
 void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>& c, float* to) {
@@ -50,7 +56,7 @@ void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>
     const int64_t span = c.last + 1 - c.offset[0];
     for (int64_t p = 0; p < n; ++p) {
       prefetch_row(x + off[p] + c.last + 1, span);
-      c.pick.template run<false, kScaled, true>(x + off[p], x + off[p], c.scale, c.count, to + p * kChannels);
+      c.pick.template run<false, kScaled, true>(x + off[p], x + off[p], c.scale, c.count, to + p * c.ld);
     }
   } else if (run && n > 1) {
     const T* from = x + off[0];
@@ -62,13 +68,13 @@ void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>
           return kScaled ? v * c.scale[j] : v;
         },
         [&](int64_t p, int64_t j, int64_t m, Vector v) {
-          store_lanes<float, false>(v, to + p * kChannels + j, m);
+          store_lanes<float, false>(v, to + p * c.ld + j, m);
         });
   } else {
     for (int64_t p = 0; p < n; ++p)
       for (int64_t j = 0; j < c.count; ++j) {
         const float v = load(x[off[p] + c.offset[j]]);
-        to[p * kChannels + j] = kScaled ? v * c.scale[j] : v;
+        to[p * c.ld + j] = kScaled ? v * c.scale[j] : v;
       }
   }
 }
@@ -78,58 +84,63 @@ void load_positions(const T* x, const int64_t* off, int64_t n, const Channels<T>
   c.scaled ? load_positions<T, true>(x, off, n, c, to) : load_positions<T, false>(x, off, n, c, to);
 }
 
-// f(k0, end) for the blocks of kChannels channels of every slice, which ends at `end`.
+// f(k0, end) for the blocks of so many channels of every slice, which ends at `end`.
 template <class F>
-void for_blocks(const Operand& m, F f) {
+void for_blocks(const Operand& m, int64_t channels, F f) {
   for (int64_t slice = 0; slice < m.slices; ++slice) {
     const int64_t end = slice * m.width + m.channels(slice);
-    for (int64_t k0 = slice * m.width; k0 < end; k0 += kChannels) f(k0, end);
+    for (int64_t k0 = slice * m.width; k0 < end; k0 += channels) f(k0, end);
   }
 }
 
-// The spatial tiles of one row of tiles of one frame.
+// The spatial tiles of one frame of a unit.
 template <class T>
-void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, int64_t ty,
-                   const Operand& m) {
+void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, const Operand& m) {
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
-  const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = kColumns / g.tile_w;
-  const int64_t first_row = u.spatial_row + (frame * g.tiles_y + ty) * g.tiles_x;
-  alignas(64) float patch[kPatchPositions * kChannels + kWide] = {};
-  int64_t off[kColumns + 2];
-  for_blocks(m, [&](int64_t k0, int64_t end) {
+  const Patch cut(a);
+  const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = cut.columns / g.tile_w;
+  const int64_t L = cut.channels;
+  const int64_t first_row = u.spatial_row + frame * g.tiles_x;
+  alignas(64) float patch[kPatchFloats + kWide];
+  if (m.K % kWide) memset(patch, 0, sizeof patch);
+  int64_t off[66];
+  for_blocks(m, L, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end - k0);
     for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
       const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + nw - g.tile_w;
-      const int64_t x0 = tx * g.tile_w - lead_of(g.tile_w), y0 = ty * g.tile_h - lead_of(g.tile_h);
-      const int64_t lo = max64(0, -x0), hi = min64(columns, g.W - x0), row = columns * kChannels;
+      const int64_t x0 = tx * g.tile_w - lead_of(g.tile_w), y0 = u.y0 - lead_of(g.tile_h);
+      const int64_t lo = max64(0, -x0), hi = min64(columns, g.W - x0), row = columns * L;
       for (int64_t r = 0; r < nh; ++r) {
         float* to = patch + r * row;
         const int64_t y = y0 + r;
         const bool inside = y >= 0 && y < g.H;
-        memset(to, 0, size_t((inside ? lo : columns) * kChannels) * sizeof(float));
+        memset(to, 0, size_t((inside ? lo : columns) * L) * sizeof(float));
         if (!inside) continue;
         for (int64_t c = lo; c < hi; ++c) off[c] = y * a.x_strides.h + (x0 + c) * a.x_strides.w;
-        load_positions(x, off + lo, hi - lo, channels, to + lo * kChannels);
-        memset(to + hi * kChannels, 0, size_t((columns - hi) * kChannels) * sizeof(float));
+        load_positions(x, off + lo, hi - lo, channels, to + lo * L);
+        memset(to + hi * L, 0, size_t((columns - hi) * L) * sizeof(float));
       }
       if (nh > 1) pass_of<Matrix::input>(g.tile_h, patch, patch, {1, row, row, 0, row, 0});
       for (int64_t i = 0; i < nh; ++i)
         pass_of<Matrix::input>(g.tile_w, patch + i * row, m.v_at(k0, first_row + tx) + i * nw * m.v_point,
-                               {count, channels.padded, kChannels, g.tile_w * kChannels, m.v_point, m.width});
+                               {count, channels.padded, L, g.tile_w * L, m.v_point, m.width});
     }
   });
 }
 
-// The temporal tiles of up to kColumns positions of a unit.
+// The temporal tiles of up to a patch's positions of a unit.
 template <class T>
 void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0, const Operand& m) {
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
-  const int64_t nt = inputs_of(g.tile_t), np = min64(kColumns, g.plane - p0), row = np * kChannels;
-  alignas(64) float patch[kPatchPositions * kChannels + kWide] = {};
-  int64_t off[kColumns];
-  for_blocks(m, [&](int64_t k0, int64_t end) {
+  const Patch cut(a);
+  const int64_t nt = inputs_of(g.tile_t), np = min64(cut.columns, u.rows * g.W - p0);
+  const int64_t L = cut.channels, row = np * L;
+  alignas(64) float patch[kPatchFloats + kWide];
+  if (m.K % kWide) memset(patch, 0, sizeof patch);
+  int64_t off[64];
+  for_blocks(m, L, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end - k0);
     for (int64_t r = 0; r < nt; ++r) {
       const int64_t t = u.t0 - lead_of(g.tile_t) + r;
@@ -138,28 +149,29 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
         continue;
       }
       for (int64_t p = 0; p < np; ++p)
-        off[p] = t * a.x_strides.t + (p0 + p) / g.W * a.x_strides.h + (p0 + p) % g.W * a.x_strides.w;
+        off[p] = t * a.x_strides.t + (u.y0 + (p0 + p) / g.W) * a.x_strides.h + (p0 + p) % g.W * a.x_strides.w;
       load_positions(x, off, np, channels, patch + r * row);
     }
     pass_of<Matrix::input>(g.tile_t, patch, m.v_at(k0, u.temporal_row + p0),
-                           {np, channels.padded, row, kChannels, m.v_point, m.width});
+                           {np, channels.padded, row, L, m.v_point, m.width});
   });
 }
 
 template <class T>
 void input_stage(const Winograd& a, const Geometry& g, const Unit* units, int64_t n, const Operand& spatial,
                  const Operand& temporal, int threads) {
-  const int64_t rows = g.tile_t * g.tiles_y, runs = ceil_div(g.plane, kColumns);
-  const int64_t positions = n * g.tile_t * g.plane;
+  const int64_t columns = Patch(a).columns, runs = ceil_div(g.tile_h * g.W, columns);
+  const int64_t positions = n * g.tile_t * g.tile_h * g.W;
   if (spatial.K)
-    parallel_for(n * rows, positions * spatial.K, threads, [&](int64_t task) {
-      const Unit& u = units[task / rows];
-      const int64_t frame = task % rows / g.tiles_y;
-      if (frame < u.frames) spatial_input<T>(a, g, u, frame, task % g.tiles_y, spatial);
+    parallel_for(n * g.tile_t, positions * spatial.K, threads, [&](int64_t task) {
+      const Unit& u = units[task / g.tile_t];
+      if (task % g.tile_t < u.frames) spatial_input<T>(a, g, u, task % g.tile_t, spatial);
     });
   if (temporal.K)
     parallel_for(n * runs, positions * temporal.K, threads, [&](int64_t task) {
-      temporal_input<T>(a, g, units[task / runs], task % runs * kColumns, temporal);
+      const Unit& u = units[task / runs];
+      const int64_t p0 = task % runs * columns;
+      if (p0 < u.rows * g.W) temporal_input<T>(a, g, u, p0, temporal);
     });
 }
 

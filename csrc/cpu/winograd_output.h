@@ -7,8 +7,12 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kOutputLanes = 32;    // outputs finished at a time
-constexpr int64_t kOutputColumns = 16;  // of the plane
+// Outputs and columns of the plane that are finished at a time: as it suits the side that is contiguous.
+struct Piece {
+  int64_t lanes, columns;
+  explicit Piece(const Winograd& a) : lanes(finishes_rows(a.out) ? 32 : 16), columns(finishes_rows(a.out) ? 16 : 64) {}
+};
+constexpr int64_t kPieceFloats = 1024;
 
 // A task's products of one operator.
 struct Products {
@@ -17,23 +21,41 @@ struct Products {
   const float* at(int64_t row, int64_t lane) const { return M + (row - first_row) * ld + lane; }
 };
 
-// One row of tiles of a unit, over the plane's width, for the outputs [o0 + lane, o0 + lane + nc).
+// Positions p0 and on of a frame's band of `columns` columns, which ends at `end`.
+inline Positions positions_at(const Winograd& a, const Geometry& g, int64_t t, int64_t y0, int64_t x0,
+                              int64_t columns, int64_t p0, int64_t end) {
+  const Strides &o = a.out.out_strides, &s = a.out.skip_strides;
+  Positions at;
+  at.np = min64(kTilePositions, end - p0), at.out_run = at.skip_run = true;
+  for (int64_t p = 0; p < at.np; ++p) {
+    const int64_t h = y0 + (p0 + p) / columns, w = x0 + (p0 + p) % columns;
+    at.out_off[p] = t * o.t + h * o.h + w * o.w;
+    at.skip_off[p] = t * s.t + h * s.h + w * s.w;
+    at.out_run = at.out_run && at.out_off[p] == at.out_off[0] + p;
+    at.skip_run = at.skip_run && at.skip_off[p] == at.skip_off[0] + p;
+    at.cls[p] = a.out.taps == 9 ? 3 * edge_class(h, g.H) + edge_class(w, g.W) : 0;
+  }
+  return at;
+}
+
+// One unit's outputs [o0 + lane, o0 + lane + nc).
 template <class U>
-void output_rows(const Winograd& a, const Geometry& g, const Unit& u, int64_t ty, const Products* spatial,
+void output_rows(const Winograd& a, const Geometry& g, const Unit& u, const Products* spatial,
                  const Products* temporal, int64_t o0, int64_t lane, int64_t nc, float* sums) {
   const Target<float, U> target(a.out, u.i);
-  const int64_t y0 = ty * g.tile_h, rows = min64(g.tile_h, g.H - y0), L = kOutputLanes;
-  const int64_t nw = inputs_of(g.tile_w), tiles = kOutputColumns / g.tile_w;
+  const Piece piece(a);
+  const int64_t y0 = u.y0, rows = u.rows, L = piece.lanes;
+  const int64_t nw = inputs_of(g.tile_w), tiles = piece.columns / g.tile_w;
   const int64_t length = ceil_div(nc, kWide) * kWide;
-  alignas(64) float half[4 * 2 * kOutputColumns * kOutputLanes];  // [y][point of w][tile][lane]
-  alignas(64) float z[8 * 4 * kOutputColumns * kOutputLanes];     // [frame][y][x][lane]
-  const int64_t z_row = kOutputColumns * L, z_frame = g.tile_h * z_row;
+  alignas(64) float half[4 * 2 * kPieceFloats];  // [y][point of w][tile][lane]
+  alignas(64) float z[8 * 4 * kPieceFloats];     // [frame][y][x][lane]
+  const int64_t z_row = piece.columns * L, z_frame = g.tile_h * z_row;
   for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
     const int64_t count = min64(tiles, g.tiles_x - tx), x0 = tx * g.tile_w;
     const int64_t columns = min64(count * g.tile_w, g.W - x0);
     if (spatial)
       for (int64_t f = 0; f < u.frames; ++f) {
-        const int64_t first = u.spatial_row + (f * g.tiles_y + ty) * g.tiles_x + tx;
+        const int64_t first = u.spatial_row + f * g.tiles_x + tx;
         const float* M = spatial->at(first, lane);
         const int64_t half_y = nw * count * L;
         for (int64_t j = 0; j < nw; ++j)
@@ -45,28 +67,19 @@ void output_rows(const Winograd& a, const Geometry& g, const Unit& u, int64_t ty
       }
     if (temporal)
       for (int64_t y = 0; y < rows; ++y) {
-        const float* M = temporal->at(u.temporal_row + (y0 + y) * g.W + x0, lane);
+        const float* M = temporal->at(u.temporal_row + y * g.W + x0, lane);
         const Lines lines{columns, length, temporal->point, temporal->ld, z_frame, L};
         spatial ? pass_of<Matrix::output, true>(g.tile_t, M, z + y * z_row, lines)
                 : pass_of<Matrix::output, false>(g.tile_t, M, z + y * z_row, lines);
       }
-    for (int64_t f = 0; f < u.frames; ++f) {
-      Positions at;
-      at.np = rows * columns, at.out_run = at.skip_run = true;
-      for (int64_t p = 0; p < at.np; ++p) {
-        const int64_t t = u.t0 + f, h = y0 + p / columns, w = x0 + p % columns;
-        const Strides &o = a.out.out_strides, &s = a.out.skip_strides;
-        at.out_off[p] = t * o.t + h * o.h + w * o.w;
-        at.skip_off[p] = t * s.t + h * s.h + w * s.w;
-        at.out_run = at.out_run && at.out_off[p] == at.out_off[0] + p;
-        at.skip_run = at.skip_run && at.skip_off[p] == at.skip_off[0] + p;
-        at.cls[p] = a.out.taps == 9 ? 3 * edge_class(h, g.H) + edge_class(w, g.W) : 0;
+    for (int64_t f = 0; f < u.frames; ++f)
+      for (int64_t p0 = 0; p0 < rows * columns; p0 += kTilePositions) {
+        const float* from = z + f * z_frame;
+        finish_tile(
+            a.out, target, positions_at(a, g, u.t0 + f, y0, x0, columns, p0, rows * columns), o0 + lane, nc, sums,
+            [&](int64_t p) { return from + (p0 + p) / columns * z_row + (p0 + p) % columns * L; },
+            [](int64_t) -> const float* { return nullptr; });
       }
-      finish_tile(
-          a.out, target, at, o0 + lane, nc, sums,
-          [&](int64_t p) -> const float* { return z + f * z_frame + p / columns * z_row + p % columns * L; },
-          [](int64_t) -> const float* { return nullptr; });
-    }
   }
 }
 

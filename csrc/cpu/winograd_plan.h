@@ -1,5 +1,5 @@
-// How Winograd's work is cut up. A unit is a tile of frames of one sample. Units are taken in chunks, whose
-// transformed inputs lie in memory together; a task is some units of a chunk and some outputs.
+// How Winograd's work is cut up. Units are taken in chunks, whose transformed inputs lie in memory together; a task
+// is some units of a chunk and some outputs.
 #pragma once
 
 #include "cpu/product.h"
@@ -11,17 +11,20 @@ namespace {
 
 constexpr int64_t kSliceChannels = 128;  // of a filter that is transformed and used at a time
 constexpr int64_t kTaskOutputs = 64;
-constexpr int64_t kChunkFloats = 4 << 20;  // transformed inputs of a chunk
+constexpr int64_t kChunkFloats = 4 << 20;  // transformed inputs of a chunk, at most
+constexpr int64_t kCachedFloats = 1 << 20;  // and no more than these, unless the chunk has fewer positions than
+constexpr int64_t kEnoughPositions = 2048;   // these: filters are transformed again for every chunk
 constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
 constexpr int64_t kPadding = 16;           // between points: a power of two apart they would share cache sets
 
+// One tile of frames of one sample, over one row of tiles of its plane.
 struct Unit {
-  int64_t i, t0, frames;
-  int64_t spatial_row, temporal_row;  // its first rows of the chunk
+  int64_t number, i, t0, frames, y0, rows;
+  int64_t spatial_row, temporal_row;  // its first rows of the chunk's matrices
 };
 
 struct Geometry {
-  int64_t T, H, W, plane;
+  int64_t T, H, W;
   int tile_t, tile_h, tile_w;
   int64_t tiles_t, tiles_y, tiles_x;
 
@@ -29,7 +32,6 @@ struct Geometry {
       : T(a.out.T),
         H(a.out.H),
         W(a.out.W),
-        plane(H * W),
         tile_t(a.tile_t),
         tile_h(a.tile_h),
         tile_w(a.tile_w),
@@ -37,9 +39,11 @@ struct Geometry {
         tiles_y(ceil_div(H, tile_h)),
         tiles_x(ceil_div(W, tile_w)) {}
 
+  int64_t units_a_sample() const { return tiles_t * tiles_y; }
+
   Unit unit(int64_t index) const {
-    const int64_t t0 = index % tiles_t * tile_t;
-    return {index / tiles_t, t0, min64(tile_t, T - t0), 0, 0};
+    const int64_t t0 = index / tiles_y % tiles_t * tile_t, y0 = index % tiles_y * tile_h;
+    return {index, index / units_a_sample(), t0, min64(tile_t, T - t0), y0, min64(tile_h, H - y0), 0, 0};
   }
 };
 
@@ -50,7 +54,7 @@ struct Operand {
   const WinogradOperator& op;
   int64_t points, K;
   int64_t slices, width;  // K channels in slices of at most `width`
-  int64_t unit_rows;      // of a unit with all its frames
+  int64_t unit_rows;      // of a unit that the sample's edge does not cut
   int64_t v_point = 0, u_point = 0, m_point = 0;
   float* V = nullptr;
 
