@@ -50,7 +50,7 @@ class FrozenLayer(nn.Module):
         self.register_buffer("scoring", ops.collapse_scoring(layer.scoring).to(wide))
         self.register_buffer("gate", hard)
         self.register_buffer("channels", channels.to(torch.int32))
-        self.register_buffer("split", hard.sum(1))
+        self.register_buffer("starts", torch.nn.functional.pad(hard.sum(1).cumsum(0), (1, 0)))
         self.register_buffer("spatial", torch.cat([spatial for spatial, _ in packed]))
         self.register_buffer("temporal", torch.cat([temporal for _, temporal in packed]))
         self.register_buffer("bias", shift.to(wide).expand(len(hard), -1).clone())
@@ -72,7 +72,7 @@ class FrozenLayer(nn.Module):
         return self
 
     def weights(self) -> FrozenWeights:
-        return FrozenWeights(*(getattr(self, name) for name in FrozenWeights._fields))
+        return FrozenWeights(*map(self._buffers.get, FrozenWeights._fields))
 
     def options(self, x: Tensor, next_taps: int) -> FrozenOptions:
         positions = x.shape[2] * x.shape[3] * x.shape[4]
@@ -178,20 +178,25 @@ class FrozenDSTS(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"
 
-    @torch.no_grad()
     def forward(
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """``x (B, C, T, H, W)`` to the same shape, in the memory format of ``x``; see :meth:`FusedDSTS.forward`."""
-        first, last = self.layers[0], len(self.layers) - 1
-        check_input(x, self.in_channels, first.spatial)
-        x = x.to(self.dtype)
+        check_input(x, self.in_channels, self.layers[0].spatial)
+        if torch.is_grad_enabled():  # asking costs less than entering
+            with torch.no_grad():
+                return self._run(x.to(self.dtype), draws, return_routing)
+        return self._run(x if x.dtype == self.dtype else x.to(self.dtype), draws, return_routing)
+
+    def _run(self, x: Tensor, draws: Draws | None, return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
+        layers = list(self.layers)
+        first, last = layers[0], len(layers) - 1
         if draws is not None:
-            size = (len(self.layers), x.shape[0])
+            size = (len(layers), x.shape[0])
             check_draws(draws, size, self.in_channels, self.num_neurons, first.spatial)
         h, sums, routings = x, None, []
-        for index, layer in enumerate(self.layers):
-            next_taps = 0 if index == last else self.layers[index + 1].scoring.shape[2]
+        for index, layer in enumerate(layers):
+            next_taps = 0 if index == last else layers[index + 1].scoring.shape[2]
             h, sums, neuron, scores = ops.frozen_layer(
                 h,
                 sums,

@@ -216,4 +216,6 @@ def test_opcheck(backend):
     layer = fused.eval().freeze().layers[0]
     x = torch.randn(2, 6, 2, 4, 4)
     for skip, taps in ((None, 9), (x, 0)):
-        torch.library.opcheck(frozen_layer_op, (x, None, skip, *layer.weights(), *layer.options(x, taps), backend))
+        torch.library.opcheck(
+            frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(x, taps), backend)
+        )

@@ -24,14 +24,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class FrozenWeights(NamedTuple):
     """One frozen layer, packed. A neuron's panels lie behind one another in flat tensors.
 
-    Neuron ``n`` sends ``channels[n, :split[n]]`` to its spatial panel ``(O, 9, split[n])`` and the rest of
-    ``channels[n]`` to its temporal panel ``(O, 3, C - split[n])``. Panels of fast convolution are packed in blocks
+    Neuron ``n`` sends ``channels[n, :split]`` to its spatial panel ``(O, 9, split)`` and the rest of ``channels[n]``
+    to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``. Panels of fast convolution are packed in blocks
     of outputs (:mod:`.packing`); ``FrozenOptions.blocked`` says which.
     """
 
     scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
     channels: Tensor  # (N, C) int32
-    split: Tensor  # (N,) int64
+    starts: Tensor  # (N + 1,) int64, spatial channels of the neurons before, summed
     spatial: Tensor  # flat
     temporal: Tensor  # flat
     bias: Tensor  # (N, O), float32 or float64

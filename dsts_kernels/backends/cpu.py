@@ -254,7 +254,7 @@ class CpuBackend(WinogradBackend):
             _address(x_samples),
             _operator(spatial),
             _operator(temporal),
-            tile_sizes(x),
+            tile_sizes(t, h, w),
             _address(bias),
             int(relu),
             _address(skip),
@@ -327,7 +327,7 @@ def _operator(operator: Operator | None) -> tuple[int, ...]:
         return NO_OPERATOR
     weight, scale = operator.weight, operator.scale
     return (
-        _address(operator.channels),
+        _address(operator.channels) + 4 * operator.first,
         operator.count,
         _address(scale),
         0 if scale is None else scale.stride(0),

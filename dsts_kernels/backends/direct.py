@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import convolution
@@ -281,13 +282,15 @@ class DirectBackend(Backend):
         batch = x.shape[0]
         num_neurons, outputs = w.bias.shape
         sums = self.tap_sums(x, w.scoring.shape[2]) if sums is None else sums
-        scores = (sums.flatten(1) @ w.scoring.flatten(1).t()) / options.score_divisor
+        scores = F.linear(sums.flatten(1), w.scoring.flatten(1))
+        if options.score_divisor != 1:
+            scores = scores / options.score_divisor
         neuron = scores.argmax(dim=1)
 
         y = torch.empty_like(skip) if skip is not None else as_features(empty_rows(x, outputs))
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
-            starts = [0, *w.split.cumsum(0).tolist()]
+            starts = w.starts.tolist()
             for index, samples in samples_by_neuron(neuron, num_neurons, positions_of(x)):
                 self.frozen_neuron(x, samples, index, starts, y, next_sums, skip, w, options)
         return y, next_sums, neuron, scores

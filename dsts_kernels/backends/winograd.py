@@ -8,6 +8,7 @@ Float64 stays with the direct path.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ def tile_size(size: int, tiles: tuple[int, ...]) -> int:
     return min(tiles[1:], key=lambda tile: (-(-size // tile) * (tile + 2), -tile))
 
 
-def tile_sizes(x: Tensor) -> tuple[int, int, int]:
-    """Tiles ``(t, h, w)`` for features ``(B, C, T, H, W)``."""
-    t, h, w = x.shape[2:]
+@functools.cache
+def tile_sizes(t: int, h: int, w: int) -> tuple[int, int, int]:
+    """Tiles for features of ``t`` frames of ``h`` by ``w``."""
     return tile_size(t, TEMPORAL_TILES), tile_size(h, TILES), tile_size(w, TILES)
 
 
@@ -47,7 +48,8 @@ class Operator(NamedTuple):
 
     weight: Tensor
     count: int
-    channels: Tensor | None = None  # (count,) int32
+    channels: Tensor | None = None  # int32
+    first: int = 0  # of `channels`, where the list begins
     start: int = 0
     rows: Tensor | None = None
     columns: Tensor | None = None
@@ -63,7 +65,7 @@ class Operator(NamedTuple):
         count = weight.shape[1] if channels is None else channels.numel()
         taps = weight[0, 0].numel()
         strides = (weight.stride(0), taps, 1)
-        return cls(weight, count, channels, 0, None, channels, strides, scale, kernel == TEMPORAL)
+        return cls(weight, count, channels, 0, 0, None, channels, strides, scale, kernel == TEMPORAL)
 
     @classmethod
     def data_gradient(cls, weight: Tensor, inputs: Tensor | None) -> Operator:
@@ -74,9 +76,11 @@ class Operator(NamedTuple):
         return cls(weight, weight.shape[0], start=taps - 1, rows=inputs, strides=strides)
 
     @classmethod
-    def packed(cls, flat: Tensor, begin: int, count: int, outputs: int, taps: int, channels: Tensor) -> Operator:
+    def packed(
+        cls, flat: Tensor, begin: int, count: int, outputs: int, taps: int, channels: Tensor, first: int
+    ) -> Operator:
         """A packed filter of ``count`` channels that begins ``begin`` channels into a flat tensor."""
-        return cls(flat, count, channels, begin * packed_size(outputs, taps), blocked=True)
+        return cls(flat, count, channels, first, begin * packed_size(outputs, taps), blocked=True)
 
 
 class WinogradBackend(DirectBackend):
@@ -165,10 +169,9 @@ class WinogradBackend(DirectBackend):
             return super().frozen_neuron(x, samples, n, starts, y, next_sums, skip, w, options)
         outputs, channels = w.bias.shape[1], x.shape[1]
         begin, split = starts[n], starts[n + 1] - starts[n]
-        spatial = Operator.packed(w.spatial, begin, split, outputs, 9, w.channels[n, :split])
-        temporal = Operator.packed(
-            w.temporal, n * channels - begin, channels - split, outputs, 3, w.channels[n, split:]
-        )
+        first, rest = n * channels, channels - split  # of the neuron's lists; its temporal channels
+        spatial = Operator.packed(w.spatial, begin, split, outputs, 9, w.channels, first)
+        temporal = Operator.packed(w.temporal, first - begin, rest, outputs, 3, w.channels, first + split)
         operators = [operator if operator.count else None for operator in (spatial, temporal)]
         finish = {"bias": w.bias[n], "relu": options.relu, "skip": skip, "samples": samples}
         finish["sums"] = next_sums if options.next_taps else None

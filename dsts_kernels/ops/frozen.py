@@ -20,7 +20,7 @@ def _frozen_layer(
     skip: Tensor | None,
     scoring: Tensor,
     channels: Tensor,
-    split: Tensor,
+    starts: Tensor,
     spatial: Tensor,
     temporal: Tensor,
     bias: Tensor,
@@ -32,7 +32,7 @@ def _frozen_layer(
     next_taps: int,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = FrozenWeights(scoring, channels, split, spatial, temporal, bias, mixing)
+    weights = FrozenWeights(scoring, channels, starts, spatial, temporal, bias, mixing)
     options = FrozenOptions(score_divisor, mixing_kernel, relu, blocked, next_taps)
     return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
 
@@ -43,7 +43,7 @@ def _frozen_layer_fake(
     skip,
     scoring,
     channels,
-    split,
+    starts,
     spatial,
     temporal,
     bias,
@@ -67,7 +67,7 @@ def _frozen_layer_fake(
 
 
 frozen_layer_op = define(
-    "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor split, "
+    "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor starts, "
     "Tensor spatial, Tensor temporal, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
     "bool relu, bool blocked, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _frozen_layer,

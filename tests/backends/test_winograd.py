@@ -117,7 +117,7 @@ def test_values(isa, shape, layout):
 @pytest.mark.parametrize("tiles", [t for t in itertools.product(TEMPORAL_TILES, TILES, TILES) if 1 not in t], ids=str)
 def test_every_tile(isa, tiles, monkeypatch):
     """Each tile gives the same convolution, also where it does not divide the size."""
-    monkeypatch.setattr(cpu, "tile_sizes", lambda x: tiles)
+    monkeypatch.setattr(cpu, "tile_sizes", lambda *sizes: tiles)
     x = torch.randn(1, 24, 5, 6, 7)
     spatial, temporal = weights(17, 24)
     gate = half_gate(x)
@@ -185,7 +185,7 @@ def test_packed(isa, dtype):
         channels = own.nonzero()[:, 0].int()
         panel = weight.flatten(2)[:, channels.long()].transpose(1, 2)
         flats.append(torch.cat([torch.full((32 * taps,), torch.nan, dtype=dtype), pack(panel)]))  # not at the start
-        operators.append(Operator.packed(flats[-1], 1, channels.numel(), 21, taps, channels))
+        operators.append(Operator.packed(flats[-1], 1, channels.numel(), 21, taps, channels, 0))
         assert torch.equal(unpack(flats[-1][32 * taps :], 21, taps, channels.numel()), panel)
     out = torch.empty(1, 21, 3, 8, 8, dtype=dtype)
     BACKENDS["cpu"].winograd(x, *operators, out)
@@ -272,7 +272,7 @@ def test_tile_sizes():
     """A tile of 1 only for a size of 1; else the fewest multiplications, the larger tile of equals."""
     assert [tile_size(n, TILES) for n in (1, 2, 3, 4, 5, 7, 16)] == [1, 2, 4, 4, 4, 4, 4]
     assert [tile_size(n, TEMPORAL_TILES) for n in (1, 2, 4, 8, 12, 16)] == [1, 2, 4, 8, 4, 8]
-    assert tile_sizes(torch.empty(1, 2, 16, 1, 7)) == (8, 1, 4)
+    assert tile_sizes(16, 1, 7) == (8, 1, 4)
 
 
 def test_bad_arguments():

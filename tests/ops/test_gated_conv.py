@@ -254,10 +254,10 @@ def count_macs(monkeypatch) -> dict[str, int]:
 def test_opcheck(backend):
     """Schema, fakes and dispatch of both ops."""
     inputs = sample_inputs(dtype=torch.float32)
-    torch.library.opcheck(forward_op, (*inputs, backend))
+    torch.library.opcheck(forward_op.overload, (*inputs, backend))
     grad = torch.randn(4, 9, 3, 5, 4)
-    torch.library.opcheck(backward_op, (grad, *inputs, [True, True, True, True], backend))
-    torch.library.opcheck(backward_op, (grad, *inputs, [True, False, False, True], backend))
+    torch.library.opcheck(backward_op.overload, (grad, *inputs, [True, True, True, True], backend))
+    torch.library.opcheck(backward_op.overload, (grad, *inputs, [True, False, False, True], backend))
 
 
 def test_double_backward_is_refused(backend):

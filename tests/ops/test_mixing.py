@@ -61,8 +61,8 @@ def test_frozen_sides(backend):
 def test_opcheck(backend):
     """Schema, fakes and dispatch of both ops."""
     z, neuron, mixing = sample_inputs(dtype=torch.float32)
-    torch.library.opcheck(forward_op, (z, neuron, mixing, backend))
-    torch.library.opcheck(backward_op, (torch.randn_like(z), z, neuron, mixing, [True, True], backend))
+    torch.library.opcheck(forward_op.overload, (z, neuron, mixing, backend))
+    torch.library.opcheck(backward_op.overload, (torch.randn_like(z), z, neuron, mixing, [True, True], backend))
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 8, 1, 1, 1), (3, 9, 9, 3, 3, 3), (3, 8, 9, 1, 1, 1)], ids=str)

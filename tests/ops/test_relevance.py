@@ -82,4 +82,4 @@ def test_bad_input(change, error, message):
 
 def test_opcheck():
     """Schema, fake and dispatch of the backward op."""
-    torch.library.opcheck(spread_op, (torch.randn(2, 4, 9), torch.randn(2, 3, 4, 1, 3, 3)))
+    torch.library.opcheck(spread_op.overload, (torch.randn(2, 4, 9), torch.randn(2, 3, 4, 1, 3, 3)))

@@ -97,9 +97,9 @@ def test_strided_logits(backend):
 def test_opcheck(backend):
     """Schema, fakes and dispatch of both ops."""
     logits, noise, hard, neuron = sample_inputs(4, 3, 6, torch.float32)
-    torch.library.opcheck(gate_op, (logits, neuron, noise, hard, backend))
-    torch.library.opcheck(gate_op, (logits, None, None, None, backend))
-    torch.library.opcheck(backward_op, (torch.randn(4, 6), logits, neuron, noise, backend))
+    torch.library.opcheck(gate_op.overload, (logits, neuron, noise, hard, backend))
+    torch.library.opcheck(gate_op.overload, (logits, None, None, None, backend))
+    torch.library.opcheck(backward_op.overload, (torch.randn(4, 6), logits, neuron, noise, backend))
 
 
 BAD = {

@@ -84,7 +84,7 @@ def test_threads_do_not_change_bits():
 
 def test_opcheck(backend):
     """Schema, fake and dispatch."""
-    torch.library.opcheck(tap_sums_op, (torch.randn(2, 3, 2, 4, 5), 9, backend))
+    torch.library.opcheck(tap_sums_op.overload, (torch.randn(2, 3, 2, 4, 5), 9, backend))
 
 
 def test_bad_input():
