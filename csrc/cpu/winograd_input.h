@@ -14,7 +14,8 @@ constexpr int64_t kPatchFloats = 10 << 10;   // 10 frames of a patch's positions
 // A patch is some channels and some output columns (or positions): as it suits the side that is contiguous.
 struct Patch {
   int64_t channels, columns;
-  explicit Patch(const Winograd& a) : channels(a.x_strides.c == 1 ? 32 : 16), columns(a.x_strides.c == 1 ? 16 : 64) {}
+  Patch(const Winograd& a, const Operand& m)
+      : channels(a.x_strides.c == 1 ? min64(32, m.width) : 16), columns(a.x_strides.c == 1 ? 16 : 64) {}
 };
 
 // A block of an operator's channels, for one sample.
@@ -27,9 +28,9 @@ struct Channels {
   bool scaled, picks;
   Pick<float, kChannels> pick;
 
-  Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t limit) {
-    ld = Patch(a).channels;
-    count = min64(ld, limit), padded = ceil_div(count, kWide) * kWide;
+  Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t end, int64_t patch) {
+    ld = patch;
+    count = min64(ld, end - k0), padded = ceil_div(count, kWide) * kWide;
     last = 0, scaled = op.scale != nullptr;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t channel = op.channels ? op.channels[k0 + j] : k0 + j;
@@ -98,7 +99,7 @@ template <class T>
 void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, const Operand& m) {
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
-  const Patch cut(a);
+  const Patch cut(a, m);
   const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = cut.columns / g.tile_w;
   const int64_t L = cut.channels;
   const int64_t first_row = u.spatial_row + frame * g.tiles_x;
@@ -106,7 +107,7 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
   if (m.K % kWide) memset(patch, 0, sizeof patch);
   int64_t off[66];
   for_blocks(m, L, [&](int64_t k0, int64_t end) {
-    const Channels<T> channels(a, m.op, sample, k0, end - k0);
+    const Channels<T> channels(a, m.op, sample, k0, end, L);
     for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
       const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + nw - g.tile_w;
       const int64_t x0 = tx * g.tile_w - lead_of(g.tile_w), y0 = u.y0 - lead_of(g.tile_h);
@@ -134,14 +135,14 @@ template <class T>
 void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0, const Operand& m) {
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
-  const Patch cut(a);
+  const Patch cut(a, m);
   const int64_t nt = inputs_of(g.tile_t), np = min64(cut.columns, u.rows * g.W - p0);
   const int64_t L = cut.channels, row = np * L;
   alignas(64) float patch[kPatchFloats + kWide];
   if (m.K % kWide) memset(patch, 0, sizeof patch);
   int64_t off[64];
   for_blocks(m, L, [&](int64_t k0, int64_t end) {
-    const Channels<T> channels(a, m.op, sample, k0, end - k0);
+    const Channels<T> channels(a, m.op, sample, k0, end, L);
     for (int64_t r = 0; r < nt; ++r) {
       const int64_t t = u.t0 - lead_of(g.tile_t) + r;
       if (t < 0 || t >= g.T) {
@@ -160,7 +161,7 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
 template <class T>
 void input_stage(const Winograd& a, const Geometry& g, const Unit* units, int64_t n, const Operand& spatial,
                  const Operand& temporal, int threads) {
-  const int64_t columns = Patch(a).columns, runs = ceil_div(g.tile_h * g.W, columns);
+  const int64_t columns = Patch(a, temporal).columns, runs = ceil_div(g.tile_h * g.W, columns);
   const int64_t positions = n * g.tile_t * g.tile_h * g.W;
   if (spatial.K)
     parallel_for(n * g.tile_t, positions * spatial.K, threads, [&](int64_t task) {

@@ -25,8 +25,8 @@ class FrozenWeights(NamedTuple):
     """One frozen layer, packed. A neuron's panels lie behind one another in flat tensors.
 
     Neuron ``n`` sends ``channels[n, :split]`` to its spatial panel ``(O, 9, split)`` and the rest of ``channels[n]``
-    to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``. Panels of fast convolution are packed in blocks
-    of outputs (:mod:`.packing`); ``FrozenOptions.blocked`` says which.
+    to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``. Panels of fast
+    convolution are packed in blocks of outputs (:mod:`.packing`); ``FrozenOptions.blocked`` says which.
     """
 
     scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
