@@ -137,8 +137,8 @@ def _group(neuron: int, cluster: _Cluster, batch: int) -> Group:
     return Group(
         neuron=neuron,
         samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples),
-        spatial=torch.from_numpy(np.flatnonzero(cluster.spatial).astype(np.int32)),
-        temporal=torch.from_numpy(np.flatnonzero(cluster.temporal).astype(np.int32)),
+        spatial=torch.from_numpy(cluster.spatial.nonzero()[0].astype(np.int32)),
+        temporal=torch.from_numpy(cluster.temporal.nonzero()[0].astype(np.int32)),
         # Lists that partition the channels leave nothing to multiply: each gate on a list is exactly 1.
         scaled=bool((cluster.spatial & cluster.temporal).any()),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import autocast_features, autocast_on, define
+from ._library import apply, autocast_features, autocast_on, define
 
 
 def _forward(
@@ -112,4 +112,4 @@ def gated_conv3d(
     _checks.shaped("temporal", temporal, (num_neurons, outputs, channels, 3, 1, 1), dtypes)
     for name, value in (("gate", gate), ("spatial", spatial), ("temporal", temporal)):
         _checks.same_device(name, value, x.device)
-    return GatedConv3d.apply(autocast_features(x), gate, neuron, spatial, temporal, backend)
+    return apply(GatedConv3d, forward_op, autocast_features(x), gate, neuron, spatial, temporal, backend)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._library import apply
+
 __all__ = ["identity", "to_memory_format"]
 
 
@@ -21,10 +23,14 @@ def identity(z: Tensor) -> Tensor:
     return torch.ops.aten.alias.default(z)
 
 
+def relaid(h: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return h.contiguous(memory_format=memory_format)
+
+
 class ToMemoryFormat(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, memory_format):
-        laid = h.contiguous(memory_format=memory_format)
+        laid = relaid(h, memory_format)
         return identity(h) if laid is h else laid
 
     @staticmethod
@@ -34,4 +40,4 @@ class ToMemoryFormat(torch.autograd.Function):
 
 def to_memory_format(h: Tensor, memory_format: torch.memory_format) -> Tensor:
     """``h (B, C, T, H, W)`` in ``memory_format``, its gradient in ``torch.channels_last_3d``."""
-    return ToMemoryFormat.apply(h, memory_format)
+    return apply(ToMemoryFormat, relaid, h, memory_format)

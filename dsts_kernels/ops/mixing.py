@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import autocast_features, autocast_on, define
+from ._library import apply, autocast_features, autocast_on, define
 
 MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
 
@@ -91,4 +91,4 @@ def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | N
         raise TypeError(f"mixing: got {_checks.describe(mixing)}, wanted {z.dtype}")
     _checks.neurons(neuron, z.shape[0], z.device)
     _checks.same_device("mixing", mixing, z.device)
-    return MixingConv3d.apply(autocast_features(z), neuron, mixing, backend)
+    return apply(MixingConv3d, forward_op, autocast_features(z), neuron, mixing, backend)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.base import accumulate_dtype
 from ..backends.memory import lazy_zeros
 from . import _checks
-from ._library import define, without_autocast
+from ._library import apply, define, without_autocast
 from .tap_sums import tap_sums
 
 SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
@@ -29,11 +29,15 @@ spread_op = define(
 )
 
 
+def summed_over_outputs(scoring: Tensor) -> Tensor:
+    return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
+
+
 class CollapseScoring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scoring):
         ctx.save_for_backward(scoring)
-        return scoring.sum(1, dtype=accumulate_dtype(scoring.dtype)).flatten(2)
+        return summed_over_outputs(scoring)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -44,7 +48,7 @@ class CollapseScoring(torch.autograd.Function):
 
 def collapse_scoring(scoring: Tensor) -> Tensor:
     """Scoring kernels ``(N, K, C, 1, h, w)`` summed over outputs: ``(N, C, h*w)``, float32 or float64."""
-    return CollapseScoring.apply(scoring)
+    return apply(CollapseScoring, summed_over_outputs, scoring)
 
 
 def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", backend: str | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import define
+from ._library import apply, define
 
 
 def _gate(
@@ -109,7 +109,7 @@ def semhash_gate(
     if hard is not None:
         _checks.shaped("hard", hard, (batch,), (torch.bool,))
         _checks.same_device("hard", hard, logits.device)
-    return SemHashGate.apply(logits, neuron, noise, hard, backend)
+    return apply(SemHashGate, gate_op, logits, neuron, noise, hard, backend)
 
 
 def saturating_sigmoid(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -120,4 +120,4 @@ def saturating_sigmoid(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     x = _checks.floating("x", x)
     soft = torch.zeros(1, dtype=torch.bool, device=x.device)
-    return SemHashGate.apply(x.reshape(1, -1), None, None, soft, backend).reshape(x.shape)
+    return apply(SemHashGate, gate_op, x.reshape(1, -1), None, None, soft, backend).reshape(x.shape)

@@ -13,7 +13,7 @@ from ..backends import choose
 from ..backends.base import accumulate_dtype
 from ..backends.eager import valid_positions
 from . import _checks
-from ._library import define
+from ._library import apply, define
 
 
 def _tap_sums(x: Tensor, taps: int, backend: str | None = None) -> Tensor:
@@ -51,4 +51,4 @@ def tap_sums(x: Tensor, taps: int, *, backend: str | None = None) -> Tensor:
     x = _checks.features("x", x)
     if taps not in (1, 9):
         raise ValueError(f"taps: got {taps!r}, wanted 1 or 9")
-    return TapSums.apply(x, taps, backend)
+    return apply(TapSums, tap_sums_op, x, taps, backend)
