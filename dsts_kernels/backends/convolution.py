@@ -43,7 +43,12 @@ def _even_slices(count: int, pieces: int) -> list[slice]:
 def _as_images(panel: Tensor, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, c)`` as channels-last images ``(n, c, h, w)`` for a 2-d convolution."""
     b, t, h, w, c = panel.shape
-    images = panel.view(b, t, h * w, c) if kernel[0] > 1 else panel.view(b * t, h, w, c)
+    if kernel[0] > 1:
+        images = panel.view(b, t, h * w, c)
+    elif kernel[2] > 1:
+        images = panel.view(b * t, h, w, c)
+    else:  # many small images cost more than one large one
+        images = panel.view(1, b * t * h * w, 1, c)
     return images.permute(0, 3, 1, 2)
 
 
