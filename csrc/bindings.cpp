@@ -50,6 +50,10 @@ struct Check {
             std::string(wide_name) + " is " + std::to_string(wide) + "; wanted " + narrow_name + " (" +
                 std::to_string(narrow) + ")" + (is_half(narrow) ? " or 0 (float32)" : ""));
   }
+  void float_dtype(const char* name, int code) const {
+    dtype(name, code);
+    require(code != kFloat64, op, std::string(name) + " is 1 (float64); wanted float32 or a half type");
+  }
   void size(const char* name, int64_t n) const {
     require(n >= 0, op, std::string(name) + " is " + std::to_string(n) + "; wanted a size >= 0");
   }
@@ -223,59 +227,70 @@ WinogradOperator winograd_operator(const Check& check, const char* name, const O
           v[11] != 0};
 }
 
-void winograd(Address x, const Strides5& x_strides, Address x_samples, const OperatorArgs& spatial,
-              const OperatorArgs& temporal, const std::array<int, 3>& tiles, Address bias, bool relu,
-              Address skip, const Strides5& skip_strides, Address out, const Strides5& out_strides,
-              Address samples, int64_t nb, Address sums, int taps, int64_t O, int64_t T, int64_t H, int64_t W,
-              int x_dtype, int weight_dtype, int out_dtype, int threads, Address seconds) {
-  const Check check{"winograd"};
-  check.size("nb", nb), check.size("O", O), check.size("T", T), check.size("H", H), check.size("W", W);
-  check.taps(taps), check.threads(threads);
-  for (int code : {x_dtype, weight_dtype, out_dtype}) {
-    check.dtype("dtype", code);
-    require(code != kFloat64, check.op, "dtype is 1 (float64); wanted float32 or a half type");
-  }
-  const int64_t sizes[3] = {T, H, W};
-  for (int i = 0; i < 3; ++i)
+// What both fast convolutions share: features, operators, tiles and sizes. The rest of `out` is the caller's.
+Winograd winograd_arguments(const Check& check, Address x, const Strides5& x_strides, Address x_samples,
+                            const OperatorArgs& spatial, const OperatorArgs& temporal,
+                            const std::array<int, 3>& tiles, int64_t nb, int64_t O,
+                            const std::array<int64_t, 3>& sizes, int x_dtype, int weight_dtype, int threads,
+                            Address seconds) {
+  check.size("nb", nb), check.size("O", O), check.threads(threads);
+  const char* names[3] = {"T", "H", "W"};
+  for (int i = 0; i < 3; ++i) {
+    check.size(names[i], sizes[i]);
     require((tiles[i] == 1 && sizes[i] <= 1) || tiles[i] == 2 || tiles[i] == 4 || (i == 0 && tiles[i] == 8),
             check.op,
             "a tile is " + std::to_string(tiles[i]) + " for a size of " + std::to_string(sizes[i]) +
                 "; wanted 1 for a size of 1, 2, 4, or 8 in time");
-  const int64_t P = T * H * W;
-  const Winograd a{pointer<void>(x),
-                   check.strides("x_strides", x_strides),
-                   pointer<int64_t>(x_samples),
-                   winograd_operator(check, "spatial", spatial),
-                   winograd_operator(check, "temporal", temporal),
-                   tiles[0],
-                   tiles[1],
-                   tiles[2],
-                   x_dtype,
-                   weight_dtype,
-                   {nullptr,
-                    nullptr,
-                    pointer<void>(bias),
-                    0,
-                    relu,
-                    pointer<void>(skip),
-                    check.strides("skip_strides", skip_strides),
-                    pointer<void>(out),
-                    check.strides("out_strides", out_strides),
-                    pointer<int64_t>(samples),
-                    nb,
-                    pointer<void>(sums),
-                    taps,
-                    O,
-                    T,
-                    H,
-                    W,
-                    kFloat32,
-                    out_dtype,
-                    threads},
-                   pointer<double>(seconds)};
+  }
+  check.float_dtype("x_dtype", x_dtype), check.float_dtype("weight_dtype", weight_dtype);
+  Winograd a{};
+  a.x = pointer<void>(x), a.x_strides = check.strides("x_strides", x_strides);
+  a.samples = pointer<int64_t>(x_samples);
+  a.spatial = winograd_operator(check, "spatial", spatial);
+  a.temporal = winograd_operator(check, "temporal", temporal);
+  a.tile_t = tiles[0], a.tile_h = tiles[1], a.tile_w = tiles[2];
+  a.x_dtype = x_dtype, a.weight_dtype = weight_dtype, a.seconds = pointer<double>(seconds);
+  a.out.nb = nb, a.out.O = O, a.out.T = sizes[0], a.out.H = sizes[1], a.out.W = sizes[2];
+  a.out.threads = threads, a.out.taps = 1;
   require(a.spatial.count + a.temporal.count > 0, check.op, "both operators have no channels");
-  check.given("x", x, nb * P), check.given("out", out, nb * O * P);
+  check.given("x", x, nb * sizes[0] * sizes[1] * sizes[2]);
+  return a;
+}
+
+void winograd(Address x, const Strides5& x_strides, Address x_samples, const OperatorArgs& spatial,
+              const OperatorArgs& temporal, const std::array<int, 3>& tiles, Address bias, bool relu,
+              Address skip, const Strides5& skip_strides, Address out, const Strides5& out_strides,
+              Address samples, int64_t nb, Address sums, int taps, int64_t O,
+              const std::array<int64_t, 3>& sizes, int x_dtype, int weight_dtype, int out_dtype, int threads,
+              Address seconds) {
+  const Check check{"winograd"};
+  check.taps(taps), check.float_dtype("out_dtype", out_dtype);
+  Winograd a = winograd_arguments(check, x, x_strides, x_samples, spatial, temporal, tiles, nb, O, sizes, x_dtype,
+                                  weight_dtype, threads, seconds);
+  a.out.bias = pointer<void>(bias), a.out.relu = relu;
+  a.out.skip = pointer<void>(skip), a.out.skip_strides = check.strides("skip_strides", skip_strides);
+  a.out.out = pointer<void>(out), a.out.out_strides = check.strides("out_strides", out_strides);
+  a.out.samples = pointer<int64_t>(samples), a.out.sums = pointer<void>(sums), a.out.taps = taps;
+  a.out.in_dtype = kFloat32, a.out.out_dtype = out_dtype;
+  check.given("out", out, nb * O * sizes[0] * sizes[1] * sizes[2]);
   raise_for(kernels().winograd(a), check.op);
+}
+
+void winograd_gradient(Address x, const Strides5& x_strides, Address samples, const OperatorArgs& spatial,
+                       const OperatorArgs& temporal, const std::array<int, 3>& tiles, Address grad,
+                       const Strides5& grad_strides, int64_t nb, int64_t O, const std::array<int64_t, 3>& sizes,
+                       int x_dtype, int weight_dtype, int grad_dtype, bool add, int threads, Address seconds) {
+  const Check check{"winograd_gradient"};
+  check.float_dtype("grad_dtype", grad_dtype);
+  const Winograd forward = winograd_arguments(check, x, x_strides, samples, spatial, temporal, tiles, nb, O, sizes,
+                                              x_dtype, weight_dtype, threads, seconds);
+  check.given("grad", grad, nb * O * sizes[0] * sizes[1] * sizes[2]);
+  for (const WinogradOperator& op : {forward.spatial, forward.temporal})
+    require(op.count == 0 || (op.stride_tap == 1 && !op.blocked), check.op,
+            "stride_tap is " + std::to_string(op.stride_tap) + "; wanted 1, and a filter without blocks");
+  raise_for(kernels().winograd_gradient(
+                {forward, pointer<void>(grad), check.strides("grad_strides", grad_strides), grad_dtype, add}),
+            check.op);
 }
 
 std::vector<std::string> supported_isas() {
@@ -341,9 +356,12 @@ PYBIND11_MODULE(_C, m) {
         "C"_a, "T"_a, "H"_a, "W"_a, "panel_dtype"_a, "dtype"_a, "threads"_a);
 
   m.def("winograd", &winograd, unlocked, "x"_a, "x_strides"_a, "x_samples"_a, "spatial"_a, "temporal"_a,
-        "tiles"_a, "bias"_a, "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a,
-        "nb"_a, "sums"_a, "taps"_a, "O"_a, "T"_a, "H"_a, "W"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a,
-        "threads"_a, "seconds"_a);
+        "tiles"_a, "bias"_a, "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a, "nb"_a,
+        "sums"_a, "taps"_a, "O"_a, "sizes"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a, "threads"_a,
+        "seconds"_a);
+  m.def("winograd_gradient", &winograd_gradient, unlocked, "x"_a, "x_strides"_a, "samples"_a, "spatial"_a,
+        "temporal"_a, "tiles"_a, "grad"_a, "grad_strides"_a, "nb"_a, "O"_a, "sizes"_a, "x_dtype"_a,
+        "weight_dtype"_a, "grad_dtype"_a, "add"_a, "threads"_a, "seconds"_a);
 
   m.def("supported_isas", &supported_isas,
         "Instruction sets in this build that this machine can run, the best last.");

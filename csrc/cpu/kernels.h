@@ -8,6 +8,7 @@
 #include "cpu/semhash.h"
 #include "cpu/tap_sums.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_gradient.h"
 
 namespace dsts::cpu {
 
@@ -20,6 +21,7 @@ struct Kernels {
   Status (*epilogue)(const Epilogue&);
   Status (*gate_merge)(const GateMerge&);
   Status (*winograd)(const Winograd&);
+  Status (*winograd_gradient)(const WinogradGradient&);
 };
 
 // Tables this build holds and this machine can run, the best last; count of them in *n.

@@ -24,25 +24,35 @@ constexpr int kMaxBlocks = 1;  // 8 accumulators of 16 registers
 constexpr int tile_rows(int) { return 2; }
 #endif
 
-template <int kRows, int kBlocks, bool kAdd>
-void product_tile(const float* A, int64_t lda, const float* B, int64_t K, float* C, int64_t ldc) {
+struct Left {
+  const float* data;
+  int64_t ld;
+};
+struct Right {
+  const float* data;
+  int64_t step, block;  // between rows of B, and between blocks
+};
+enum class Kind { plain, add, transposed };  // transposed: A in memory, and C is not added to
+
+template <int kRows, int kBlocks, Kind kKind>
+void product_tile(Left A, Right B, int64_t K, float* C, int64_t ldc) {
   constexpr int kVectors = kBlocks * kVectorsABlock;
   // What comes from beyond the first-level cache is asked for a tile's time ahead.
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; v += kVectorsABlock) __builtin_prefetch(C + r * ldc + v * kWide, 1);
   Vector sum[kRows][kVectors] = {};
   for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(A + (kRows + r) * lda + k0);
+    for (int r = 0; r < kRows && kKind != Kind::transposed; ++r)
+      __builtin_prefetch(A.data + (kRows + r) * A.ld + k0);
     const int64_t end = min64(K, k0 + kBlock);
     for (int64_t k = k0; k < end; ++k) {
       Vector b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
-        memcpy(&b[v], B + v / kVectorsABlock * K * kBlock + k * kBlock + v % kVectorsABlock * kWide,
-               sizeof b[v]);
+        memcpy(&b[v], B.data + v / kVectorsABlock * B.block + k * B.step + v % kVectorsABlock * kWide, sizeof b[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const float a = A[r * lda + k];
+        const float a = kKind == Kind::transposed ? A.data[k * A.ld + r] : A.data[r * A.ld + k];
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[r][v] += a * b[v];
       }
@@ -54,7 +64,7 @@ void product_tile(const float* A, int64_t lda, const float* B, int64_t K, float*
     for (int v = 0; v < kVectors; ++v) {
       float* to = C + r * ldc + v * kWide;
       Vector before;
-      if constexpr (kAdd) {
+      if constexpr (kKind == Kind::add) {
         memcpy(&before, to, sizeof before);
         sum[r][v] += before;
       }
@@ -63,38 +73,35 @@ void product_tile(const float* A, int64_t lda, const float* B, int64_t K, float*
 }
 
 // The last rows, fewer than a tile's.
-template <int kRows, int kBlocks, bool kAdd>
-void product_rest(int64_t rows, const float* A, int64_t lda, const float* B, int64_t K, float* C,
+template <int kRows, int kBlocks, Kind kKind>
+void product_rest(int64_t rows, Left A, Right B, int64_t K, float* C,
                   int64_t ldc) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return product_tile<kRows, kBlocks, kAdd>(A, lda, B, K, C, ldc);
-    product_rest<kRows - 1, kBlocks, kAdd>(rows, A, lda, B, K, C, ldc);
+    if (rows == kRows) return product_tile<kRows, kBlocks, kKind>(A, B, K, C, ldc);
+    product_rest<kRows - 1, kBlocks, kKind>(rows, A, B, K, C, ldc);
   }
 }
 
-template <int kBlocks, bool kAdd>
-void product_columns(int64_t rows, const float* A, int64_t lda, const float* B, int64_t K, float* C,
-                     int64_t ldc) {
+template <int kBlocks, Kind kKind>
+void product_columns(int64_t rows, Left A, Right B, int64_t K, float* C, int64_t ldc) {
   constexpr int kRows = tile_rows(kBlocks);
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    product_tile<kRows, kBlocks, kAdd>(A + r * lda, lda, B, K, C + r * ldc, ldc);
-  product_rest<kRows - 1, kBlocks, kAdd>(rows - r, A + r * lda, lda, B, K, C + r * ldc, ldc);
+  const int64_t step = kKind == Kind::transposed ? 1 : A.ld;
+  for (; rows >= kRows; rows -= kRows, A.data += kRows * step, C += kRows * ldc)
+    product_tile<kRows, kBlocks, kKind>(A, B, K, C, ldc);
+  product_rest<kRows - 1, kBlocks, kKind>(rows, A, B, K, C, ldc);
 }
 
-template <int kBlocks, bool kAdd>
-void product_from(int64_t rows, const float* A, int64_t lda, const float* B, int64_t K, int64_t blocks,
-                  float* C, int64_t ldc) {
-  for (; blocks >= kBlocks; blocks -= kBlocks, B += kBlocks * K * kBlock, C += kBlocks * kBlock)
-    product_columns<kBlocks, kAdd>(rows, A, lda, B, K, C, ldc);
+template <int kBlocks, Kind kKind>
+void product_from(int64_t rows, Left A, Right B, int64_t K, int64_t blocks, float* C, int64_t ldc) {
+  for (; blocks >= kBlocks; blocks -= kBlocks, B.data += kBlocks * B.block, C += kBlocks * kBlock)
+    product_columns<kBlocks, kKind>(rows, A, B, K, C, ldc);
   if constexpr (kBlocks > 1)
-    if (blocks) product_from<kBlocks - 1, kAdd>(rows, A, lda, B, K, blocks, C, ldc);
+    if (blocks) product_from<kBlocks - 1, kKind>(rows, A, B, K, blocks, C, ldc);
 }
 
-inline void product(int64_t rows, const float* A, int64_t lda, const float* B, int64_t K, int64_t blocks,
-                    float* C, int64_t ldc, bool add) {
-  add ? product_from<kMaxBlocks, true>(rows, A, lda, B, K, blocks, C, ldc)
-      : product_from<kMaxBlocks, false>(rows, A, lda, B, K, blocks, C, ldc);
+template <Kind kKind>
+void product(int64_t rows, Left A, Right B, int64_t K, int64_t blocks, float* C, int64_t ldc) {
+  product_from<kMaxBlocks, kKind>(rows, A, B, K, blocks, C, ldc);
 }
 
 }  // namespace

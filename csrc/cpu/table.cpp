@@ -8,6 +8,7 @@ namespace dsts::cpu::DSTS_ISA {
 
 extern const Kernels table;
 const Kernels table = {DSTS_STRING(DSTS_ISA), semhash_forward, semhash_backward, tap_sums,
-                       gather_panel,          epilogue,        gate_merge,       winograd};
+                       gather_panel,          epilogue,        gate_merge,       winograd,
+                       winograd_gradient};
 
 }  // namespace dsts::cpu::DSTS_ISA

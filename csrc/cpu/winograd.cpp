@@ -10,40 +10,12 @@
 // do not depend on the number of threads: every output is one task's, summed slice by slice.
 #include "cpu/winograd.h"
 
-#include <time.h>
-
 #include "cpu/winograd_filter.h"
 #include "cpu/winograd_input.h"
 #include "cpu/winograd_output.h"
 
 namespace dsts::cpu::DSTS_ISA {
 namespace {
-
-constexpr int64_t kMacsAnElement = 32;  // of a product, for parallel_for's count of elements
-
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-// Adds the time since the last lap to a stage, where anyone asked for it.
-struct Stopwatch {
-  double* seconds;
-  double last = seconds ? now() : 0;
-  void lap(int stage) {
-    if (!seconds) return;
-    const double time = now();
-    seconds[stage] += time - last;
-    last = time;
-  }
-};
-
-// Everything but float64, which is not computed in float32.
-template <class F>
-void with_float(int dtype, F f) {
-  dtype == kBFloat16 ? f(Tag<bf16>{}) : dtype == kFloat16 ? f(Tag<f16>{}) : f(Tag<float>{});
-}
 
 // The whole call: how it is cut up, and its memory.
 struct Run {
@@ -93,9 +65,13 @@ struct Run {
         filter_slice<T, kTaps>(g, m, end_of<T>(m.op, a.out.O, kTaps), slice, o0, outputs, U);
       });
       watch.lap(1);
-      for (int64_t p = 0; p < m.points; ++p)
-        product(rows, m.v_at(slice * m.width, first_row) + p * m.v_point, m.width, U + p * m.u_point,
-                m.channels(slice), blocks, M + p * m.m_point, ldm, slice > 0);
+      const int64_t K = m.channels(slice);
+      for (int64_t p = 0; p < m.points; ++p) {
+        const Left A{m.v_at(slice * m.width, first_row) + p * m.v_point, m.width};
+        const Right B{U + p * m.u_point, kBlock, K * kBlock};
+        slice ? product<Kind::add>(rows, A, B, K, blocks, M + p * m.m_point, ldm)
+              : product<Kind::plain>(rows, A, B, K, blocks, M + p * m.m_point, ldm);
+      }
       watch.lap(2);
     }
   }
@@ -139,12 +115,7 @@ struct Run {
 
     for (int64_t begin = 0; begin < units; begin += chunk) {
       const int64_t n = min64(chunk, units - begin);
-      int64_t spatial_row = 0, temporal_row = 0;
-      for (int64_t j = 0; j <= n; ++j) {
-        Unit& u = list.data[j] = g.unit(begin + j);
-        u.spatial_row = spatial_row, u.temporal_row = temporal_row;
-        spatial_row += u.frames * g.tiles_x, temporal_row += u.rows * g.W;
-      }
+      g.number_rows(list.data, begin, n);
       Stopwatch watch{a.seconds};
       with_float(a.x_dtype, [&](auto tag) {
         input_stage<typename decltype(tag)::type>(a, g, list.data, n, spatial, temporal, threads);

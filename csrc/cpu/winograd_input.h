@@ -94,25 +94,37 @@ void for_blocks(const Operand& m, int64_t channels, F f) {
   }
 }
 
+// Inputs of a tile and where it starts: with kGradient what is transformed is the gradient of a tile's outputs,
+// which has no edge around it.
+template <bool kGradient>
+int64_t span_of(int tile) {
+  return kGradient ? tile : inputs_of(tile);
+}
+template <bool kGradient>
+int64_t start_of(int tile) {
+  return kGradient ? 0 : lead_of(tile);
+}
+
 // The spatial tiles of one frame of a unit.
-template <class T>
+template <class T, bool kGradient>
 void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t frame, const Operand& m) {
+  constexpr Matrix kMatrix = kGradient ? Matrix::gradient : Matrix::input;
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b + (u.t0 + frame) * a.x_strides.t;
   const Patch cut(a, m);
+  const int64_t span_h = span_of<kGradient>(g.tile_h), span_w = span_of<kGradient>(g.tile_w);
   const int64_t nh = inputs_of(g.tile_h), nw = inputs_of(g.tile_w), tiles = cut.columns / g.tile_w;
-  const int64_t L = cut.channels;
-  const int64_t first_row = u.spatial_row + frame * g.tiles_x;
-  alignas(64) float patch[kPatchFloats + kWide];
+  const int64_t L = cut.channels, first_row = u.spatial_row + frame * g.tiles_x;
+  alignas(64) float patch[kPatchFloats + kWide], half[kPatchFloats];
   if (m.K % kWide) memset(patch, 0, sizeof patch);
   int64_t off[66];
   for_blocks(m, L, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end, L);
     for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
-      const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + nw - g.tile_w;
-      const int64_t x0 = tx * g.tile_w - lead_of(g.tile_w), y0 = u.y0 - lead_of(g.tile_h);
+      const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + span_w - g.tile_w;
+      const int64_t x0 = tx * g.tile_w - start_of<kGradient>(g.tile_w), y0 = u.y0 - start_of<kGradient>(g.tile_h);
       const int64_t lo = max64(0, -x0), hi = min64(columns, g.W - x0), row = columns * L;
-      for (int64_t r = 0; r < nh; ++r) {
+      for (int64_t r = 0; r < span_h; ++r) {
         float* to = patch + r * row;
         const int64_t y = y0 + r;
         const bool inside = y >= 0 && y < g.H;
@@ -122,29 +134,29 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
         load_positions(x, off + lo, hi - lo, channels, to + lo * L);
         memset(to + hi * L, 0, size_t((columns - hi) * L) * sizeof(float));
       }
-      if (nh > 1) pass_of<Matrix::input>(g.tile_h, patch, patch, {1, row, row, 0, row, 0});
+      pass_of<kMatrix>(g.tile_h, patch, half, {1, row, row, 0, row, 0});
       for (int64_t i = 0; i < nh; ++i)
-        pass_of<Matrix::input>(g.tile_w, patch + i * row, m.v_at(k0, first_row + tx) + i * nw * m.v_point,
-                               {count, channels.padded, L, g.tile_w * L, m.v_point, m.width});
+        pass_of<kMatrix>(g.tile_w, half + i * row, m.v_at(k0, first_row + tx) + i * nw * m.v_point,
+                         {count, channels.padded, L, g.tile_w * L, m.v_point, m.width});
     }
   });
 }
 
 // The temporal tiles of up to a patch's positions of a unit.
-template <class T>
+template <class T, bool kGradient>
 void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t p0, const Operand& m) {
   const int64_t sample = a.samples ? a.samples[u.i] : u.i;
   const T* x = static_cast<const T*>(a.x) + sample * a.x_strides.b;
   const Patch cut(a, m);
-  const int64_t nt = inputs_of(g.tile_t), np = min64(cut.columns, u.rows * g.W - p0);
+  const int64_t span = span_of<kGradient>(g.tile_t), np = min64(cut.columns, u.rows * g.W - p0);
   const int64_t L = cut.channels, row = np * L;
   alignas(64) float patch[kPatchFloats + kWide];
   if (m.K % kWide) memset(patch, 0, sizeof patch);
   int64_t off[64];
   for_blocks(m, L, [&](int64_t k0, int64_t end) {
     const Channels<T> channels(a, m.op, sample, k0, end, L);
-    for (int64_t r = 0; r < nt; ++r) {
-      const int64_t t = u.t0 - lead_of(g.tile_t) + r;
+    for (int64_t r = 0; r < span; ++r) {
+      const int64_t t = u.t0 - start_of<kGradient>(g.tile_t) + r;
       if (t < 0 || t >= g.T) {
         memset(patch + r * row, 0, size_t(row) * sizeof(float));
         continue;
@@ -153,8 +165,8 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
         off[p] = t * a.x_strides.t + (u.y0 + (p0 + p) / g.W) * a.x_strides.h + (p0 + p) % g.W * a.x_strides.w;
       load_positions(x, off, np, channels, patch + r * row);
     }
-    pass_of<Matrix::input>(g.tile_t, patch, m.v_at(k0, u.temporal_row + p0),
-                           {np, channels.padded, row, L, m.v_point, m.width});
+    pass_of<kGradient ? Matrix::gradient : Matrix::input>(
+        g.tile_t, patch, m.v_at(k0, u.temporal_row + p0), {np, channels.padded, row, L, m.v_point, m.width});
   });
 }
 
@@ -166,13 +178,13 @@ void input_stage(const Winograd& a, const Geometry& g, const Unit* units, int64_
   if (spatial.K)
     parallel_for(n * g.tile_t, positions * spatial.K, threads, [&](int64_t task) {
       const Unit& u = units[task / g.tile_t];
-      if (task % g.tile_t < u.frames) spatial_input<T>(a, g, u, task % g.tile_t, spatial);
+      if (task % g.tile_t < u.frames) spatial_input<T, false>(a, g, u, task % g.tile_t, spatial);
     });
   if (temporal.K)
     parallel_for(n * runs, positions * temporal.K, threads, [&](int64_t task) {
       const Unit& u = units[task / runs];
       const int64_t p0 = task % runs * columns;
-      if (p0 < u.rows * g.W) temporal_input<T>(a, g, u, p0, temporal);
+      if (p0 < u.rows * g.W) temporal_input<T, false>(a, g, u, p0, temporal);
     });
 }
 

@@ -2,6 +2,8 @@
 // is some units of a chunk and some outputs.
 #pragma once
 
+#include <time.h>
+
 #include "cpu/product.h"
 #include "cpu/winograd.h"
 #include "cpu/winograd_transform.h"
@@ -16,6 +18,32 @@ constexpr int64_t kCachedFloats = 1 << 20;  // and no more than these, unless th
 constexpr int64_t kEnoughPositions = 2048;   // these: filters are transformed again for every chunk
 constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
 constexpr int64_t kPadding = 16;           // between points: a power of two apart they would share cache sets
+
+constexpr int64_t kMacsAnElement = 32;  // of a product, for parallel_for's count of elements
+
+inline double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// Adds the time since the last lap to a stage, where anyone asked for it.
+struct Stopwatch {
+  double* seconds;
+  double last = seconds ? now() : 0;
+  void lap(int stage) {
+    if (!seconds) return;
+    const double time = now();
+    seconds[stage] += time - last;
+    last = time;
+  }
+};
+
+// Everything but float64, which is not computed in float32.
+template <class F>
+void with_float(int dtype, F f) {
+  dtype == kBFloat16 ? f(Tag<bf16>{}) : dtype == kFloat16 ? f(Tag<f16>{}) : f(Tag<float>{});
+}
 
 // One tile of frames of one sample, over one row of tiles of its plane.
 struct Unit {
@@ -44,6 +72,16 @@ struct Geometry {
   Unit unit(int64_t index) const {
     const int64_t t0 = index / tiles_y % tiles_t * tile_t, y0 = index % tiles_y * tile_h;
     return {index, index / units_a_sample(), t0, min64(tile_t, T - t0), y0, min64(tile_h, H - y0), 0, 0};
+  }
+
+  // list[0 .. n]: units from `begin` on with their rows; the last is the end.
+  void number_rows(Unit* list, int64_t begin, int64_t n) const {
+    int64_t spatial_row = 0, temporal_row = 0;
+    for (int64_t j = 0; j <= n; ++j) {
+      Unit& u = list[j] = unit(begin + j);
+      u.spatial_row = spatial_row, u.temporal_row = temporal_row;
+      spatial_row += u.frames * tiles_x, temporal_row += u.rows * W;
+    }
   }
 };
 

@@ -1,5 +1,6 @@
 // Winograd's transforms along one dimension, on vectors of channels: input M + 2 to M + 2, filter 3 to M + 2,
-// output M + 2 to M. Two-dimensional tiles take one pass in each dimension. Coefficients are compile-time
+// output M + 2 to M, and for the gradient of a filter the last two transposed: gradient M to M + 2, weight M + 2 to
+// 3. Two-dimensional tiles take one pass in each dimension. Coefficients are compile-time
 // constants and zeros cost nothing, in the strict arithmetic where 0 * x is not 0.
 #pragma once
 
@@ -9,7 +10,7 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-enum class Matrix { input, filter, output };
+enum class Matrix { input, filter, output, gradient, weight };
 
 template <int M>
 constexpr ::dsts::Winograd<M> kScheme{};
@@ -18,14 +19,19 @@ template <int M, Matrix kMatrix>
 constexpr double coefficient(int i, int j) {
   if (kMatrix == Matrix::input) return kScheme<M>.input[i][j];
   if (kMatrix == Matrix::filter) return kScheme<M>.filter[i][j];
+  if (kMatrix == Matrix::gradient) return kScheme<M>.output[j][i];
+  if (kMatrix == Matrix::weight) return kScheme<M>.filter[j][i];
   return kScheme<M>.output[i][j];
 }
 
 template <int M, Matrix kMatrix>
-constexpr int kResults =
-    kMatrix == Matrix::output ? ::dsts::Winograd<M>::kOutputs : ::dsts::Winograd<M>::kInputs;
+constexpr int kResults = kMatrix == Matrix::output   ? ::dsts::Winograd<M>::kOutputs
+                         : kMatrix == Matrix::weight ? 3
+                                                     : ::dsts::Winograd<M>::kInputs;
 template <int M, Matrix kMatrix>
-constexpr int kTerms = kMatrix == Matrix::filter ? 3 : ::dsts::Winograd<M>::kInputs;
+constexpr int kTerms = kMatrix == Matrix::gradient ? ::dsts::Winograd<M>::kOutputs
+                       : kMatrix == Matrix::filter ? 3
+                                                   : ::dsts::Winograd<M>::kInputs;
 
 // Which columns of a row count: the points come in pairs p, -p, whose rows differ in the sign of the odd
 // ones.
@@ -51,7 +57,7 @@ DSTS_INLINE void add_columns(Vector& sum, const Vector* v) {
   }
 }
 
-// put(i, row i of matrix * v) for every row, from row i on: input and filter. Rows of p and -p share their
+// put(i, row i of matrix * v) for every row, from row i on: input, filter and gradient. Rows of p and -p share their
 // terms.
 template <int M, Matrix kMatrix, int i = 0, class Put>
 DSTS_INLINE void apply_rows(const Vector* v, Put put) {
@@ -71,46 +77,46 @@ DSTS_INLINE void apply_rows(const Vector* v, Put put) {
   }
 }
 
-// The output matrix holds powers of the points, row by row: even rows see the sum of a pair, odd rows the
+// The output and weight matrices have their points in columns: of a pair, even rows see the sum, odd rows the
 // difference.
-template <int M>
+template <int M, Matrix kMatrix>
 constexpr double pair_coefficient(int i, int j) {
   const bool paired = j > 0 && j < M + 1, sum = j % 2 == 1;
-  if (!paired) return kScheme<M>.output[i][j];
-  return sum == (i % 2 == 0) ? kScheme<M>.output[i][sum ? j : j - 1] : 0;
+  if (!paired) return coefficient<M, kMatrix>(i, j);
+  return sum == (i % 2 == 0) ? coefficient<M, kMatrix>(i, sum ? j : j - 1) : 0;
 }
 
-template <int M, int i, int j = 0, bool kFirst = true>
+template <int M, Matrix kMatrix, int i, int j = 0, bool kFirst = true>
 DSTS_INLINE void add_pairs(Vector& sum, const Vector* v) {
-  if constexpr (j < ::dsts::Winograd<M>::kInputs) {
-    constexpr double c = pair_coefficient<M>(i, j);
+  if constexpr (j < kTerms<M, kMatrix>) {
+    constexpr double c = pair_coefficient<M, kMatrix>(i, j);
     if constexpr (c == 1)
       sum = kFirst ? v[j] : sum + v[j];
     else if constexpr (c != 0)
       sum = kFirst ? float(c) * v[j] : sum + float(c) * v[j];
-    add_pairs<M, i, j + 1, kFirst && c == 0>(sum, v);
+    add_pairs<M, kMatrix, i, j + 1, kFirst && c == 0>(sum, v);
   }
 }
 
-template <int M, int i = 0, class Put>
-DSTS_INLINE void apply_output(const Vector* v, Put put) {
-  if constexpr (i < M) {
+template <int M, Matrix kMatrix, int i = 0, class Put>
+DSTS_INLINE void apply_pairs(const Vector* v, Put put) {
+  if constexpr (i < kResults<M, kMatrix>) {
     Vector sum = {};
-    add_pairs<M, i>(sum, v);
+    add_pairs<M, kMatrix, i>(sum, v);
     put(i, sum);
-    apply_output<M, i + 1>(v, put);
+    apply_pairs<M, kMatrix, i + 1>(v, put);
   }
 }
 
 template <int M, Matrix kMatrix, class Put>
 DSTS_INLINE void apply(Vector* v, Put put) {
-  if constexpr (kMatrix == Matrix::output) {
+  if constexpr (kMatrix == Matrix::output || kMatrix == Matrix::weight) {
 #pragma GCC unroll 4
     for (int j = 1; j + 1 < ::dsts::Winograd<M>::kInputs; j += 2) {
       const Vector sum = v[j] + v[j + 1], difference = v[j] - v[j + 1];
       v[j] = sum, v[j + 1] = difference;
     }
-    apply_output<M>(v, put);
+    apply_pairs<M, kMatrix>(v, put);
   } else {
     apply_rows<M, kMatrix>(v, put);
   }

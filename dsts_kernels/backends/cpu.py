@@ -246,15 +246,14 @@ class CpuBackend(WinogradBackend):
         skip: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> None:
-        _, o, t, h, w = out.shape
-        weight = (temporal if spatial is None else spatial).weight
+        outputs, *sizes = out.shape[1:]
         _C.winograd(
             x.data_ptr(),
             x.stride(),
             _address(x_samples),
             _operator(spatial),
             _operator(temporal),
-            tile_sizes(t, h, w),
+            tile_sizes(*sizes),
             _address(bias),
             int(relu),
             _address(skip),
@@ -265,13 +264,42 @@ class CpuBackend(WinogradBackend):
             x.shape[0] if x_samples is None else x_samples.numel(),
             _address(sums),
             1 if sums is None else sums.shape[2],
-            o,
-            t,
-            h,
-            w,
+            outputs,
+            sizes,
             DTYPE_CODES[x.dtype],
-            DTYPE_CODES[weight.dtype],
+            DTYPE_CODES[(temporal if spatial is None else spatial).weight.dtype],
             DTYPE_CODES[out.dtype],
+            torch.get_num_threads(),
+            0,
+        )
+
+    def winograd_gradient(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        spatial: Operator | None,
+        temporal: Operator | None,
+        *,
+        samples: Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        outputs, *sizes = grad.shape[1:]
+        _C.winograd_gradient(
+            x.data_ptr(),
+            x.stride(),
+            _address(samples),
+            _operator(spatial),
+            _operator(temporal),
+            tile_sizes(*sizes),
+            grad.data_ptr(),
+            grad.stride(),
+            x.shape[0] if samples is None else samples.numel(),
+            outputs,
+            sizes,
+            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[(temporal if spatial is None else spatial).weight.dtype],
+            DTYPE_CODES[grad.dtype],
+            int(add),
             torch.get_num_threads(),
             0,
         )

@@ -178,15 +178,8 @@ class DirectBackend(Backend):
             if need_x or need_gate:
                 self.input_gradient(grad, x, gate, group, spatial, temporal, dx, dgate)
             if need_spatial or need_temporal:
-                grad_first = self.gather_panel(grad, group.samples, first=True, dtype=compute_dtype(grad))
-                add = group.neuron in written
-                for total, channels, kernel in (
-                    (dspatial, group.spatial, SPATIAL),
-                    (dtemporal, group.temporal, TEMPORAL),
-                ):
-                    if total is not None:
-                        slab = total[group.neuron]
-                        self.operator_gradient(grad_first, x, gate, group, slab, channels, kernel, add)
+                slabs = [None if total is None else total[group.neuron] for total in (dspatial, dtemporal)]
+                self.weight_gradient(grad, x, gate, group, *slabs, add=group.neuron in written)
                 written.add(group.neuron)
         return dx, dgate, dspatial, dtemporal
 
@@ -221,6 +214,22 @@ class DirectBackend(Backend):
                     panels.append(convolution.data_gradient(dz, filters, kernel))
             cut = [None if t is None else t[:, block] for t in (gate, x, dx, dgate)]
             self.gate_merge(*panels, tuple(lists), group.samples, *cut)
+
+    def weight_gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        group: Group,
+        dspatial: Tensor | None,
+        dtemporal: Tensor | None,
+        add: bool,
+    ) -> None:
+        """Gradients of one neuron's operators, over its listed channels, into slabs ``(O, C, *kernel)``."""
+        grad_first = self.gather_panel(grad, group.samples, first=True, dtype=compute_dtype(grad))
+        for slab, channels, kernel in ((dspatial, group.spatial, SPATIAL), (dtemporal, group.temporal, TEMPORAL)):
+            if slab is not None:
+                self.operator_gradient(grad_first, x, gate, group, slab, channels, kernel, add)
 
     def operator_gradient(
         self,

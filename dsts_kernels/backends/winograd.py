@@ -83,6 +83,16 @@ class Operator(NamedTuple):
         return cls(flat, count, channels, first, begin * packed_size(outputs, taps), blocked=True)
 
 
+def gated_operators(
+    group: Group, spatial: Tensor | None, temporal: Tensor | None, scale: Tensor | None
+) -> list[Operator | None]:
+    """A group's operators on live filters ``(O, C, *kernel)``; ``None`` where one has no channels, or no filter."""
+    return [
+        None if weight is None or not channels.numel() else Operator.forward(weight, channels, scale, kernel)
+        for weight, channels, kernel in ((spatial, group.spatial, SPATIAL), (temporal, group.temporal, TEMPORAL))
+    ]
+
+
 class WinogradBackend(DirectBackend):
     """Gated convolutions by :meth:`winograd` wherever it applies, the rest as in :class:`DirectBackend`."""
 
@@ -103,6 +113,19 @@ class WinogradBackend(DirectBackend):
     ) -> None:
         """Both convolutions of ``x[x_samples]`` summed and finished: the rest as in :meth:`epilogue`."""
 
+    @abstractmethod
+    def winograd_gradient(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        spatial: Operator | None,
+        temporal: Operator | None,
+        *,
+        samples: Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        """The gradients of both filters, written (or added) where an operator's ``weight`` is."""
+
     def fast(self, x: Tensor) -> bool:
         """Whether fast convolution runs these features."""
         return x.dtype != torch.float64
@@ -114,14 +137,25 @@ class WinogradBackend(DirectBackend):
         if not self.fast(x):
             return super().run_group(x, gate, group, spatial, temporal, out)
         scale = gate.to(x.dtype).contiguous() if group.scaled else None
-        operators = [
-            Operator.forward(weight[group.neuron], channels, scale, kernel) if channels.numel() else None
-            for weight, channels, kernel in (
-                (spatial, group.spatial, SPATIAL),
-                (temporal, group.temporal, TEMPORAL),
-            )
-        ]
+        operators = gated_operators(group, spatial[group.neuron], temporal[group.neuron], scale)
         self.winograd(x, *operators, out, x_samples=group.samples, samples=group.samples)
+
+    def weight_gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        group: Group,
+        dspatial: Tensor | None,
+        dtemporal: Tensor | None,
+        add: bool,
+    ) -> None:
+        if not self.fast(x):
+            return super().weight_gradient(grad, x, gate, group, dspatial, dtemporal, add)
+        scale = gate.to(x.dtype).contiguous() if group.scaled else None
+        operators = gated_operators(group, dspatial, dtemporal, scale)
+        if any(operators):
+            self.winograd_gradient(x, grad, *operators, samples=group.samples, add=add)
 
     def input_gradient(
         self,

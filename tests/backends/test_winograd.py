@@ -285,7 +285,7 @@ def test_bad_arguments():
         x = torch.randn(1, 4, 2, 2, 2)
         spatial = none if spatial is None else cpu._operator(spatial)
         address = (x.data_ptr(), x.stride(), 0, spatial, none, tiles, 0, 0, 0, (0,) * 5, out.data_ptr(), out.stride())
-        _C.winograd(*address, 0, 1, 0, 1, 4, 2, 2, 2, dtype, dtype, dtype, threads, 0)
+        _C.winograd(*address, 0, 1, 0, 1, 4, (2, 2, 2), dtype, dtype, dtype, threads, 0)
 
     for arguments, message in (
         ({"spatial": None}, "no channels"),
