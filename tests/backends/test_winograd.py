@@ -333,3 +333,95 @@ def test_float64_stays_direct(monkeypatch):
     x = torch.randn(1, 8, 2, 4, 4, dtype=torch.float64)
     dsts(x), dsts.freeze()(x)
     assert "winograd" not in calls
+
+
+def filter_formula(x, grad, gate, shapes):
+    """Gradients of both filters by autograd on the formula, in float64."""
+    filters = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return torch.autograd.grad(formula(x, gate, *filters), filters, grad.double())
+
+
+def filter_gradients(x, grad, gate, shapes, dtype=torch.float32, add=None, **options):
+    """Both gradients; hard gates write their listed channels only. ``add``: what to start from."""
+    found = [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes] if add is None else add
+    hard = bool(((gate == 0) | (gate == 1)).all())
+    lists = [own.nonzero()[:, 0].int() for own in (gate[0] == 1, gate[0] == 0)] if hard else [None, None]
+    operators = [
+        None if own is not None and not own.numel() else Operator.forward(total, own, None if hard else gate, kernel)
+        for total, own, kernel in zip(found, lists, (SPATIAL, TEMPORAL), strict=True)
+    ]
+    BACKENDS["cpu"].winograd_gradient(x, grad, *operators, add=add is not None, **options)
+    return found, lists
+
+
+def shapes_of(outputs, channels):
+    return (outputs, channels, 1, 3, 3), (outputs, channels, 3, 1, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_filter_gradient(isa, shape, layout):
+    """Listed channels (the others left alone) and scaled channels, in any layout; then added to what is there."""
+    batch, channels, outputs, grid = shape
+    x, grad = (laid(torch.randn(batch, c, *grid), layout) for c in (channels, outputs))
+    sizes = shapes_of(outputs, channels)
+    for gate in (half_gate(x), torch.rand(batch, channels), torch.ones(batch, channels)):
+        refs = filter_formula(x, grad, gate, sizes)
+        found, lists = filter_gradients(x, grad, gate, sizes)
+        for mine, ref, own in zip(found, refs, lists, strict=True):
+            written = torch.ones(channels, dtype=torch.bool) if own is None else torch.zeros(channels) == 1
+            if own is not None:
+                written[own.long()] = True
+            if written.any():
+                assert_close(mine[:, written], ref[:, written])
+            assert torch.isnan(mine[:, ~written]).all()
+        start = [torch.randn_like(mine) for mine in found]
+        added, _ = filter_gradients(x, grad, gate, sizes, add=[s.clone() for s in start])
+        for mine, before, ref in zip(added, start, refs, strict=True):
+            assert_close(mine, before.double() + ref)
+
+
+@pytest.mark.parametrize("tiles", [t for t in itertools.product(TEMPORAL_TILES, TILES, TILES) if 1 not in t], ids=str)
+def test_filter_gradient_of_every_tile(isa, tiles, monkeypatch):
+    """Each tile gives the same gradient, also where it does not divide the size."""
+    monkeypatch.setattr(cpu, "tile_sizes", lambda *sizes: tiles)
+    x, grad, gate = torch.randn(1, 24, 5, 6, 7), torch.randn(1, 17, 5, 6, 7), torch.rand(1, 24)
+    found, _ = filter_gradients(x, grad, gate, shapes_of(17, 24))
+    for mine, ref in zip(found, filter_formula(x, grad, gate, shapes_of(17, 24)), strict=True):
+        assert_close(mine, ref)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_filter_gradient_dtypes(isa, dtype):
+    """Half features and gradients; the result in their dtype or in float32."""
+    x, grad = torch.randn(3, 20, 4, 9, 9).to(dtype), torch.randn(3, 18, 4, 9, 9).to(dtype)
+    gate, samples = torch.rand(3, 20).to(dtype), torch.tensor([2, 0])
+    refs = filter_formula(x[samples], grad[samples], gate[samples], shapes_of(18, 20))
+    for result in (dtype, torch.float32):
+        found, _ = filter_gradients(x, grad, gate, shapes_of(18, 20), result, samples=samples)
+        for mine, ref in zip(found, refs, strict=True):
+            # In half precision 1 - gate is rounded before it multiplies.
+            assert_close(mine, ref, dtype=dtype)
+
+
+def test_filter_gradient_does_not_depend_on_threads(isa):
+    """1, 2, 3 and 5 threads: equal bit for bit, over several chunks."""
+    x, grad = torch.randn(6, 40, 8, 16, 16), torch.randn(6, 96, 8, 16, 16)
+    gate, results, before = half_gate(x), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            zeros = [torch.zeros(shape) for shape in shapes_of(96, 40)]
+            results.append(filter_gradients(x, grad, gate, shapes_of(96, 40), add=zeros)[0])
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_filter_gradient_at_full_width():
+    """The shapes of the paper: within what float32 is allowed."""
+    x, grad, gate = torch.randn(1, 1024, 8, 16, 16).relu(), torch.randn(1, 32, 8, 16, 16), torch.rand(1, 1024)
+    found, _ = filter_gradients(x, grad, gate, shapes_of(32, 1024))
+    for mine, ref in zip(found, filter_formula(x, grad, gate, shapes_of(32, 1024)), strict=True):
+        assert_close(mine, ref)
