@@ -1,9 +1,9 @@
 """Where the time goes: every stage of a frozen evaluation or a training step beside its floor.
 
-``python -m benchmarks.stages`` wraps the backend's passes over memory and the library's convolutions with a clock
-and runs the module of the benchmark. The floor of a convolution is its operations over the machine's matrix-product
-rate, that of a pass its bytes (read and written once) over the machine's copy rate, both measured in the same run.
-What no stage covers (autograd, BatchNorm, routing, Python) is the last line.
+``python -m benchmarks.stages`` wraps the backend's passes over memory, the stages of its fast convolution and the
+library's convolutions with a clock and runs the module of the benchmark. The floor of a product is its operations
+over the machine's matrix-product rate, that of a pass its bytes (read and written once) over the machine's copy
+rate, both measured in the same run. What no stage covers (autograd, BatchNorm, routing, Python) is the last line.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends
 from dsts_kernels.backends import convolution
+from dsts_kernels.backends.winograd import tile_sizes
 
 PASSES = ("gather_panel", "epilogue", "gate_merge", "tap_sums", "semhash_gate", "semhash_gate_backward")
+FAST = {
+    "winograd": ("input", "filter", "product", "output"),
+    "winograd_gradient": ("input", "gradient", "product", "weight"),
+}
 CONVOLUTIONS = ("forward", "data_gradient", "weight_gradient")
 ROUNDS = 7
 COPY_BYTES = 64 << 20
@@ -31,6 +36,28 @@ COPY_BYTES = 64 << 20
 
 def tensor_bytes(*values: object) -> int:
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def fast_work(x: Tensor, operators: tuple, grid: torch.Size, outputs: int, samples: Tensor | None) -> dict[str, float]:
+    """FLOP of the products, and bytes of the matrices that stages of a fast convolution read and write."""
+    batch = x.shape[0] if samples is None else samples.numel()
+    t, h, w = grid
+    tile_t, tile_h, tile_w = tile_sizes(t, h, w)
+    spatial = (inputs(tile_h) * inputs(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
+    temporal = (inputs(tile_t), batch * -(-t // tile_t) * h * w, 3)
+    work: dict[str, float] = defaultdict(float)
+    for operator, (points, rows, taps) in zip(operators, (spatial, temporal), strict=True):
+        if operator is not None:
+            filters = operator.count * outputs
+            work["flop"] += 2 * points * rows * filters
+            work["features"] += 4 * operator.count * (batch * t * h * w + points * rows)
+            work["filters"] += filters * (taps * operator.weight.element_size() + points * 4)
+            work["outputs"] += 4 * points * rows * outputs
+    return work
+
+
+def inputs(tile: int) -> int:
+    return 1 if tile == 1 else tile + 2
 
 
 class Clock:
@@ -71,6 +98,31 @@ class Clock:
 
         return run
 
+    def fast(self, name: str, call: Callable, backend: backends.Backend) -> Callable:
+        def run(x: Tensor, *args, **kwargs) -> None:
+            seconds = torch.zeros(4, dtype=torch.float64)
+            backend.stage_seconds = seconds
+            start = time.perf_counter()
+            call(x, *args, **kwargs)
+            whole = time.perf_counter() - start
+            backend.stage_seconds = None
+            forward = name == "winograd"
+            operators, dense = (args[:2], args[2]) if forward else (args[1:3], args[0])
+            samples = kwargs.get("x_samples" if forward else "samples")
+            work = fast_work(x, operators, dense.shape[2:], dense.shape[1], samples)
+            stages = [f"{'fast convolution' if forward else 'filter gradient'}: {stage}" for stage in FAST[name]]
+            passes = [work["features"], work["filters"], 0, work["outputs"] + tensor_bytes(dense)]
+            if not forward:
+                passes = [work["features"], work["outputs"] + tensor_bytes(dense), 0, work["filters"]]
+            self.flop[stages[2]] += work["flop"]
+            for stage, spent, moved in zip(stages, seconds.tolist(), passes, strict=True):
+                self.seconds[stage] += spent
+                self.bytes[stage] += moved
+                self.calls[stage] += 1
+            self.seconds[stages[0].split(":")[0] + ": waiting, memory"] += whole - float(seconds.sum())
+
+        return run
+
     def attach(self, backend: backends.Backend) -> Callable[[], None]:
         """Starts timing; returns what ends it."""
         before = {name: getattr(convolution, name) for name in CONVOLUTIONS}
@@ -78,11 +130,14 @@ class Clock:
             setattr(convolution, name, self.convolution(name, call))
         for name in PASSES:
             setattr(backend, name, self.memory_pass(name, getattr(backend, name)))
+        fast = [name for name in FAST if hasattr(backend, name)]
+        for name in fast:
+            setattr(backend, name, self.fast(name, getattr(backend, name), backend))
 
         def detach() -> None:
             for name, call in before.items():
                 setattr(convolution, name, call)
-            for name in PASSES:
+            for name in (*PASSES, *fast):
                 delattr(backend, name)
 
         return detach
@@ -134,9 +189,12 @@ def table(clock: Clock, total: float, flops: float, copy: float) -> list[str]:
         floor = (clock.flop[stage] / flops + clock.bytes[stage] / copy) / 1e9 / ROUNDS * 1e3
         share = clock.seconds[stage] / total
         calls = clock.calls[stage] // ROUNDS
-        rows.append(f"| {stage} | {calls} | {ms:.1f} | {share:.1%} | {floor:.1f} | {floor / ms:.0%} |")
+        reached = f"{floor:.1f} | {floor / ms:.0%}" if floor else " | "
+        rows.append(f"| {stage} | {calls or ''} | {ms:.1f} | {share:.1%} | {reached} |")
     rest = (total - sum(clock.seconds.values())) / ROUNDS * 1e3
     rows.append(f"| everything else | | {rest:.1f} | {rest / total * ROUNDS / 1e3:.1%} | | |")
+    products = sum(clock.seconds[stage] for stage in clock.seconds if clock.flop[stage])
+    rows.append(f"| *all but products* | | {(total - products) / ROUNDS * 1e3:.1f} | {1 - products / total:.1%} | | |")
     rows.append(f"| **total** | | **{total / ROUNDS * 1e3:.1f}** | | | |")
     return rows
 

@@ -74,6 +74,7 @@ class CpuBackend(WinogradBackend):
     """Native passes around the library's convolutions, on CPU tensors."""
 
     name = "cpu"
+    stage_seconds: Tensor | None = None  # (4,) float64: fast convolution adds the time of its stages, where set
     remark = "native kernels: fast convolution in float32, half types computed so; float64 around oneDNN"
 
     def missing(self) -> str | None:
@@ -270,7 +271,7 @@ class CpuBackend(WinogradBackend):
             DTYPE_CODES[(temporal if spatial is None else spatial).weight.dtype],
             DTYPE_CODES[out.dtype],
             torch.get_num_threads(),
-            0,
+            _address(self.stage_seconds),
         )
 
     def winograd_gradient(
@@ -301,7 +302,7 @@ class CpuBackend(WinogradBackend):
             DTYPE_CODES[grad.dtype],
             int(add),
             torch.get_num_threads(),
-            0,
+            _address(self.stage_seconds),
         )
 
     def gate_merge(
