@@ -46,6 +46,7 @@ void product_tile(Left A, Right B, int64_t K, float* C, int64_t ldc) {
       __builtin_prefetch(A.data + (kRows + r) * A.ld + k0);
     const int64_t end = min64(K, k0 + kBlock);
     for (int64_t k = k0; k < end; ++k) {
+      if constexpr (kKind == Kind::transposed) __builtin_prefetch(A.data + (k + 16) * A.ld + kRows);
       Vector b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)

@@ -33,7 +33,7 @@ struct Run {
     const Epilogue& e = a.out;
     units = e.nb * g.units_a_sample();
     const int64_t rows_s = spatial.points * spatial.unit_rows, rows_t = temporal.points * temporal.unit_rows;
-    const int64_t v = rows_s * spatial.slices * spatial.width + rows_t * temporal.slices * temporal.width;
+    const int64_t v = rows_s * spatial.slices * spatial.ld + rows_t * temporal.slices * temporal.ld;
     const int64_t enough = min64(kChunkFloats, max64(kCachedFloats, kEnoughPositions / (g.tile_t * g.tile_h * g.W) * v));
     chunk = min64(units, max64(1, enough / v));
     const int64_t macs = chunk * (rows_s * spatial.K + rows_t * temporal.K) * e.O;
@@ -67,7 +67,7 @@ struct Run {
       watch.lap(1);
       const int64_t K = m.channels(slice);
       for (int64_t p = 0; p < m.points; ++p) {
-        const Left A{m.v_at(slice * m.width, first_row) + p * m.v_point, m.width};
+        const Left A{m.v_at(slice * m.width, first_row) + p * m.v_point, m.ld};
         const Right B{U + p * m.u_point, kBlock, K * kBlock};
         slice ? product<Kind::add>(rows, A, B, K, blocks, M + p * m.m_point, ldm)
               : product<Kind::plain>(rows, A, B, K, blocks, M + p * m.m_point, ldm);

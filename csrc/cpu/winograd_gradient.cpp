@@ -15,6 +15,7 @@ namespace dsts::cpu::DSTS_ISA {
 namespace {
 
 constexpr int64_t kGradientFloats = 1 << 20;  // transformed gradients of a task
+constexpr int64_t kGradientChannels = 128;     // of a filter gradient that is made and written at a time
 
 // Outputs of a task: fewer where there are few, so that threads have something to share.
 int64_t outputs_of_task(int64_t O) { return O >= 512 ? 64 : O >= 128 ? 32 : kBlock; }
@@ -68,21 +69,26 @@ void inverse_filter(const Geometry& g, const float* from, int64_t point, Vector*
 }
 
 // weight[rows[lane]][column][tap] (+)= taps[tap][lane] for `lanes` <= kWide lanes, taps being neighbours in memory.
-template <class T, int kTaps>
-void store_taps(Vector* taps, T* const* rows, int64_t lanes, int64_t column, bool add) {
-  for (int first = 0; first < kTaps; first += kWide) {
-    constexpr int kMost = kTaps < kWide ? kTaps : kWide;
-    const int count = kTaps - first < kMost ? kTaps - first : kMost;
-    Vector block[kWide] = {};
-    for (int j = 0; j < count; ++j) block[j] = taps[first + j];
-    transpose_block<float>(block);
-    for (int64_t o = 0; o < lanes; ++o) {
-      float found[kWide];
-      memcpy(found, &block[o], sizeof found);
-      T* to = rows[o] + column + first;
-      for (int j = 0; j < count; ++j) store(add ? load(to[j]) + found[j] : found[j], to + j);
-    }
+template <class T, int kTaps, int kFirst = 0>
+DSTS_INLINE void store_taps(const Vector* taps, T* const* rows, int64_t lanes, int64_t column, bool add) {
+  constexpr int kCount = kTaps - kFirst < kWide ? kTaps - kFirst : kWide;
+  Vector block[kWide] = {};
+#pragma GCC unroll 16
+  for (int j = 0; j < kCount; ++j) block[j] = taps[kFirst + j];
+  transpose_block<float>(block);
+  for (int64_t o = 0; o < lanes; ++o) {
+    float found[kWide];
+    memcpy(found, &block[o], sizeof found);
+    T* to = rows[o] + column + kFirst;
+    if (add)
+      for (int j = 0; j < kCount; ++j) found[j] += load(to[j]);
+    if constexpr (same<T, float>)
+      memcpy(to, found, kCount * sizeof(float));
+    else
+      for (int j = 0; j < kCount; ++j) store(found[j], to + j);
   }
+  if constexpr (kFirst + kCount < kTaps)
+    store_taps<T, kTaps, kFirst + kCount>(taps, rows, lanes, column, add);
 }
 
 struct GradientRun {
@@ -104,7 +110,7 @@ struct GradientRun {
     grad.x_strides = a.grad_strides, grad.x_dtype = a.grad_dtype;
     units = f.out.nb * g.units_a_sample(), task_outputs = min64(outputs_of_task(f.out.O), ceil_div(f.out.O, kBlock) * kBlock);
     const int64_t rows_s = spatial.points * spatial.unit_rows, rows_t = temporal.points * temporal.unit_rows;
-    const int64_t v = rows_s * spatial.slices * spatial.width + rows_t * temporal.slices * temporal.width;
+    const int64_t v = rows_s * spatial.slices * spatial.ld + rows_t * temporal.slices * temporal.ld;
     const int64_t d = max64(rows_s, rows_t) * task_outputs;
     chunk = min64(units, max64(1, min64(kChunkFloats / v, kGradientFloats / d)));
     const int64_t macs = chunk * (rows_s * spatial.K + rows_t * temporal.K) * f.out.O;
@@ -113,14 +119,16 @@ struct GradientRun {
   }
 
   int64_t d_point(const Operand& m) const { return chunk * m.unit_rows * task_outputs + kPadding; }
-  int64_t u_point(const Operand& m) const { return m.width * task_outputs + kPadding; }
+  int64_t u_point(const Operand& m) const {
+    return min64(m.width, kGradientChannels) * task_outputs + kPadding;
+  }
   int64_t worker_floats() const {
     return max64(spatial.points * (d_point(spatial) + u_point(spatial)),
                  temporal.points * (d_point(temporal) + u_point(temporal)));
   }
 
   template <class T, int kTaps>
-  void write_slice(const Operand& m, int64_t slice, int64_t o0, int64_t outputs, const float* dU, bool add) const {
+  void write(const Operand& m, int64_t k0, int64_t count, int64_t o0, int64_t outputs, const float* dU, bool add) const {
     const WinogradOperator& op = m.op;
     T* rows[kWide];
     for (int64_t first = 0; first < outputs; first += kWide) {
@@ -129,8 +137,8 @@ struct GradientRun {
         const int64_t row = o0 + first + o;
         rows[o] = static_cast<T*>(const_cast<void*>(op.weight)) + (op.rows ? op.rows[row] : row) * op.stride_o;
       }
-      for (int64_t k = 0; k < m.channels(slice); ++k) {
-        const int64_t index = slice * m.width + k;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t index = k0 + k;
         Vector taps[kTaps];
         inverse_filter<kTaps>(g, dU + k * task_outputs + first, u_point(m), taps);
         store_taps<T, kTaps>(taps, rows, lanes, (op.columns ? op.columns[index] : index) * op.stride_k, add);
@@ -147,7 +155,7 @@ struct GradientRun {
     WinogradOperator channels = {};
     channels.count = outputs;
     Operand D(channels, m.points, 0);
-    D.width = task_outputs, D.slices = 1, D.v_point = d_point(m), D.V = memory;
+    D.width = D.ld = task_outputs, D.slices = 1, D.v_point = d_point(m), D.V = memory;
     Winograd features = grad;
     with_float(a.grad_dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
@@ -163,17 +171,18 @@ struct GradientRun {
     });
     watch.lap(1);
     float* dU = memory + m.points * d_point(m);
-    for (int64_t slice = 0; slice < m.slices; ++slice) {
+    for_blocks(m, kGradientChannels, [&](int64_t k0, int64_t end) {
+      const int64_t count = min64(kGradientChannels, end - k0);
       for (int64_t p = 0; p < m.points; ++p)
-        product<Kind::transposed>(m.channels(slice), {m.v_at(slice * m.width, 0) + p * m.v_point, m.width},
+        product<Kind::transposed>(count, {m.v_at(k0, 0) + p * m.v_point, m.ld},
                                   {D.V + p * D.v_point, task_outputs, kBlock}, rows, ceil_div(outputs, kBlock),
                                   dU + p * u_point(m), task_outputs);
       watch.lap(2);
       with_float(f.weight_dtype, [&](auto tag) {
-        write_slice<typename decltype(tag)::type, kTaps>(m, slice, o0, outputs, dU, add);
+        write<typename decltype(tag)::type, kTaps>(m, k0, count, o0, outputs, dU, add);
       });
       watch.lap(3);
-    }
+    });
   }
 
   Status operator()() {

@@ -137,7 +137,7 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
       pass_of<kMatrix>(g.tile_h, patch, half, {1, row, row, 0, row, 0});
       for (int64_t i = 0; i < nh; ++i)
         pass_of<kMatrix>(g.tile_w, half + i * row, m.v_at(k0, first_row + tx) + i * nw * m.v_point,
-                         {count, channels.padded, L, g.tile_w * L, m.v_point, m.width});
+                         {count, channels.padded, L, g.tile_w * L, m.v_point, m.ld});
     }
   });
 }
@@ -166,7 +166,7 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
       load_positions(x, off, np, channels, patch + r * row);
     }
     pass_of<kGradient ? Matrix::gradient : Matrix::input>(
-        g.tile_t, patch, m.v_at(k0, u.temporal_row + p0), {np, channels.padded, row, L, m.v_point, m.width});
+        g.tile_t, patch, m.v_at(k0, u.temporal_row + p0), {np, channels.padded, row, L, m.v_point, m.ld});
   });
 }
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kSliceChannels = 128;  // of a filter that is transformed and used at a time
 constexpr int64_t kTaskOutputs = 64;
-constexpr int64_t kChunkFloats = 4 << 20;  // transformed inputs of a chunk, at most
+constexpr int64_t kChunkFloats = 5 << 20;  // transformed inputs of a chunk, at most
 constexpr int64_t kCachedFloats = 1 << 20;  // and no more than these, unless the chunk has fewer positions than
 constexpr int64_t kEnoughPositions = 2048;   // these: filters are transformed again for every chunk
 constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
@@ -85,13 +85,14 @@ struct Geometry {
   }
 };
 
-// One operator's matrices: V[slice][point][row][width] of a chunk, U[point][block][channel][kBlock] of a
+// One operator's matrices: V[slice][point][row][ld] of a chunk, U[point][block][channel][kBlock] of a
 // slice and M[point][row][blocks * kBlock] of a task. A spatial row is a tile of one frame, a temporal row a
 // position of the plane over a tile of frames.
 struct Operand {
   const WinogradOperator& op;
   int64_t points, K;
   int64_t slices, width;  // K channels in slices of at most `width`
+  int64_t ld;             // of V: not a multiple of 512 bytes, whose rows would share cache sets
   int64_t unit_rows;      // of a unit that the sample's edge does not cut
   int64_t v_point = 0, u_point = 0, m_point = 0;
   float* V = nullptr;
@@ -101,12 +102,13 @@ struct Operand {
     slices = ceil_div(K, kSliceChannels);
     width = slices ? ceil_div(ceil_div(K, slices), kBlock) * kBlock : 0;
     slices = width ? ceil_div(K, width) : 0;
+    ld = width % 64 ? width : width + kBlock;
   }
   int64_t channels(int64_t slice) const { return min64(width, K - slice * width); }
 
   // For chunks and tasks of so many units, and outputs.
   void resize(int64_t chunk, int64_t task, int64_t blocks) {
-    v_point = chunk * unit_rows * width + kPadding;
+    v_point = chunk * unit_rows * ld + kPadding;
     u_point = blocks * width * kBlock + kPadding;
     m_point = task * unit_rows * blocks * kBlock + kPadding;
   }
@@ -114,7 +116,7 @@ struct Operand {
   int64_t u_floats() const { return points * u_point; }
   int64_t m_floats() const { return points * m_point; }
   float* v_at(int64_t channel, int64_t row) const {
-    return V + channel / width * points * v_point + row * width + channel % width;
+    return V + channel / width * points * v_point + row * ld + channel % width;
   }
 };
 
