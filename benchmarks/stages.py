@@ -22,7 +22,7 @@ from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends
 from dsts_kernels.backends import convolution
-from dsts_kernels.backends.winograd import tile_sizes
+from dsts_kernels.backends.winograd import points, tile_sizes
 
 PASSES = ("gather_panel", "epilogue", "gate_merge", "tap_sums", "semhash_gate", "semhash_gate_backward")
 FAST = {
@@ -42,22 +42,18 @@ def fast_work(x: Tensor, operators: tuple, grid: torch.Size, outputs: int, sampl
     """FLOP of the products, and bytes of the matrices that stages of a fast convolution read and write."""
     batch = x.shape[0] if samples is None else samples.numel()
     t, h, w = grid
-    tile_t, tile_h, tile_w = tile_sizes(t, h, w)
-    spatial = (inputs(tile_h) * inputs(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
-    temporal = (inputs(tile_t), batch * -(-t // tile_t) * h * w, 3)
+    tile_t, tile_h, tile_w = tile_sizes(batch, t, h, w)
+    spatial = (points(tile_h) * points(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
+    temporal = (points(tile_t), batch * -(-t // tile_t) * h * w, 3)
     work: dict[str, float] = defaultdict(float)
-    for operator, (points, rows, taps) in zip(operators, (spatial, temporal), strict=True):
+    for operator, (count, rows, taps) in zip(operators, (spatial, temporal), strict=True):
         if operator is not None:
             filters = operator.count * outputs
-            work["flop"] += 2 * points * rows * filters
-            work["features"] += 4 * operator.count * (batch * t * h * w + points * rows)
-            work["filters"] += filters * (taps * operator.weight.element_size() + points * 4)
-            work["outputs"] += 4 * points * rows * outputs
+            work["flop"] += 2 * count * rows * filters
+            work["features"] += 4 * operator.count * (batch * t * h * w + count * rows)
+            work["filters"] += filters * (taps * operator.weight.element_size() + count * 4)
+            work["outputs"] += 4 * count * rows * outputs
     return work
-
-
-def inputs(tile: int) -> int:
-    return 1 if tile == 1 else tile + 2
 
 
 class Clock:

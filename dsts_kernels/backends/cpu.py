@@ -248,13 +248,14 @@ class CpuBackend(WinogradBackend):
         sums: Tensor | None = None,
     ) -> None:
         outputs, *sizes = out.shape[1:]
+        batch = x.shape[0] if x_samples is None else x_samples.numel()
         _C.winograd(
             x.data_ptr(),
             x.stride(),
             _address(x_samples),
             _operator(spatial),
             _operator(temporal),
-            tile_sizes(*sizes),
+            tile_sizes(batch, *sizes),
             _address(bias),
             int(relu),
             _address(skip),
@@ -262,7 +263,7 @@ class CpuBackend(WinogradBackend):
             out.data_ptr(),
             out.stride(),
             _address(samples),
-            x.shape[0] if x_samples is None else x_samples.numel(),
+            batch,
             _address(sums),
             1 if sums is None else sums.shape[2],
             outputs,
@@ -285,16 +286,17 @@ class CpuBackend(WinogradBackend):
         add: bool = False,
     ) -> None:
         outputs, *sizes = grad.shape[1:]
+        batch = x.shape[0] if samples is None else samples.numel()
         _C.winograd_gradient(
             x.data_ptr(),
             x.stride(),
             _address(samples),
             _operator(spatial),
             _operator(temporal),
-            tile_sizes(*sizes),
+            tile_sizes(batch, *sizes),
             grad.data_ptr(),
             grad.stride(),
-            x.shape[0] if samples is None else samples.numel(),
+            batch,
             outputs,
             sizes,
             DTYPE_CODES[x.dtype],

@@ -9,6 +9,7 @@ Float64 stays with the direct path.
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import abstractmethod
 from typing import NamedTuple
 
@@ -25,17 +26,37 @@ TILES = (1, 2, 4)  # outputs of a tile along the height and the width
 TEMPORAL_TILES = (*TILES, 8)
 
 
-def tile_size(size: int, tiles: tuple[int, ...]) -> int:
-    """The tile that covers ``size`` outputs in the fewest multiplications, the larger of equals; 1 for a size of 1."""
-    if size <= 1:
-        return 1
-    return min(tiles[1:], key=lambda tile: (-(-size // tile) * (tile + 2), -tile))
+# What a point of a tile costs besides its product: its filter's transform, in rows of the product. On a 2-core AVX-512
+# machine the transform of 46 points took 1.25 ms where the product of 7168 rows in all took 16.
+FILTER_ROWS = 12
+
+
+def points(tile: int) -> int:
+    """Multiplications a tile takes in one dimension."""
+    return 1 if tile == 1 else tile + 2
+
+
+def tiles_of(size: int, tiles: tuple[int, ...]) -> tuple[int, ...]:
+    """The tiles to choose from: 1 for a size of 1, else the others."""
+    return tiles[:1] if size == 1 else tiles[1:]
 
 
 @functools.cache
-def tile_sizes(t: int, h: int, w: int) -> tuple[int, int, int]:
-    """Tiles for features of ``t`` frames of ``h`` by ``w``."""
-    return tile_size(t, TEMPORAL_TILES), tile_size(h, TILES), tile_size(w, TILES)
+def tile_sizes(batch: int, t: int, h: int, w: int) -> tuple[int, int, int]:
+    """Tiles ``(t, h, w)`` for a call on ``batch`` samples of ``t`` frames of ``h`` by ``w``.
+
+    Large tiles save multiplications, small ones transforms of filters: the cheaper sum, the larger of equals.
+    """
+
+    def spatial(tile: tuple[int, int]) -> tuple[int, int]:
+        rows = batch * t * -(-h // tile[0]) * -(-w // tile[1])
+        return points(tile[0]) * points(tile[1]) * (rows + FILTER_ROWS), -tile[0] * tile[1]
+
+    def temporal(tile: int) -> tuple[int, int]:
+        return points(tile) * (batch * h * w * -(-t // tile) + FILTER_ROWS), -tile
+
+    plane = min(itertools.product(tiles_of(h, TILES), tiles_of(w, TILES)), key=spatial)
+    return min(tiles_of(t, TEMPORAL_TILES), key=temporal), *plane
 
 
 class Operator(NamedTuple):
@@ -220,4 +241,4 @@ class WinogradBackend(DirectBackend):
         self.winograd(z, *pair, y, **finish)
 
 
-__all__ = ["BLOCK", "Operator", "WinogradBackend", "tile_size", "tile_sizes"]
+__all__ = ["BLOCK", "Operator", "WinogradBackend", "points", "tile_sizes"]

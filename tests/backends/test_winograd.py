@@ -14,7 +14,7 @@ from dsts_kernels import FusedDSTS, functional
 from dsts_kernels.backends import BACKENDS, cpu
 from dsts_kernels.backends.convolution import SPATIAL, TEMPORAL
 from dsts_kernels.backends.packing import pack, unpack
-from dsts_kernels.backends.winograd import TEMPORAL_TILES, TILES, Operator, tile_size, tile_sizes
+from dsts_kernels.backends.winograd import TEMPORAL_TILES, TILES, Operator, tile_sizes
 from dsts_kernels.testing import TOLERANCES, assert_close, poisoned_memory
 
 _C = cpu._C
@@ -213,7 +213,7 @@ def test_does_not_depend_on_threads(isa, shape):
 
 
 def test_batch_does_not_matter(isa):
-    """A sample's result is the same bits alone and in a batch: work is cut up the same way."""
+    """A sample's result is the same bits alone and in a batch where the tiles are: only they change the arithmetic."""
     x = torch.randn(9, 48, 8, 16, 16)
     spatial, temporal = weights(32, 48)
     gate = half_gate(x)
@@ -269,10 +269,13 @@ def test_error_at_full_width(grid):
 
 
 def test_tile_sizes():
-    """A tile of 1 only for a size of 1; else the fewest multiplications, the larger tile of equals."""
-    assert [tile_size(n, TILES) for n in (1, 2, 3, 4, 5, 7, 16)] == [1, 2, 4, 4, 4, 4, 4]
-    assert [tile_size(n, TEMPORAL_TILES) for n in (1, 2, 4, 8, 12, 16)] == [1, 2, 4, 8, 4, 8]
-    assert tile_sizes(16, 1, 7) == (8, 1, 4)
+    """A tile of 1 for a size of 1 only; large tiles where there is much to multiply, small ones where filters weigh."""
+    assert tile_sizes(1, 8, 16, 16) == (8, 4, 4)
+    assert tile_sizes(1, 16, 7, 7) == (8, 4, 4)
+    assert tile_sizes(4, 12, 28, 56) == (4, 4, 4)
+    assert tile_sizes(1, 8, 1, 1) == (2, 1, 1)
+    assert tile_sizes(1, 1, 7, 7) == (1, 2, 2)
+    assert tile_sizes(16, 2, 2, 1) == (2, 2, 1)
 
 
 def test_bad_arguments():
