@@ -265,8 +265,8 @@ void winograd(Address x, const Strides5& x_strides, Address x_samples, const Ope
               Address seconds) {
   const Check check{"winograd"};
   check.taps(taps), check.float_dtype("out_dtype", out_dtype);
-  Winograd a = winograd_arguments(check, x, x_strides, x_samples, spatial, temporal, tiles, nb, O, sizes, x_dtype,
-                                  weight_dtype, threads, seconds);
+  Winograd a = winograd_arguments(check, x, x_strides, x_samples, spatial, temporal, tiles, nb, O, sizes,
+                                  x_dtype, weight_dtype, threads, seconds);
   a.out.bias = pointer<void>(bias), a.out.relu = relu;
   a.out.skip = pointer<void>(skip), a.out.skip_strides = check.strides("skip_strides", skip_strides);
   a.out.out = pointer<void>(out), a.out.out_strides = check.strides("out_strides", out_strides);
@@ -278,12 +278,13 @@ void winograd(Address x, const Strides5& x_strides, Address x_samples, const Ope
 
 void winograd_gradient(Address x, const Strides5& x_strides, Address samples, const OperatorArgs& spatial,
                        const OperatorArgs& temporal, const std::array<int, 3>& tiles, Address grad,
-                       const Strides5& grad_strides, int64_t nb, int64_t O, const std::array<int64_t, 3>& sizes,
-                       int x_dtype, int weight_dtype, int grad_dtype, bool add, int threads, Address seconds) {
+                       const Strides5& grad_strides, int64_t nb, int64_t O,
+                       const std::array<int64_t, 3>& sizes, int x_dtype, int weight_dtype, int grad_dtype,
+                       bool add, int threads, Address seconds) {
   const Check check{"winograd_gradient"};
   check.float_dtype("grad_dtype", grad_dtype);
-  const Winograd forward = winograd_arguments(check, x, x_strides, samples, spatial, temporal, tiles, nb, O, sizes,
-                                              x_dtype, weight_dtype, threads, seconds);
+  const Winograd forward = winograd_arguments(check, x, x_strides, samples, spatial, temporal, tiles, nb, O,
+                                              sizes, x_dtype, weight_dtype, threads, seconds);
   check.given("grad", grad, nb * O * sizes[0] * sizes[1] * sizes[2]);
   for (const WinogradOperator& op : {forward.spatial, forward.temporal})
     require(op.count == 0 || (op.stride_tap == 1 && !op.blocked), check.op,
@@ -356,9 +357,9 @@ PYBIND11_MODULE(_C, m) {
         "C"_a, "T"_a, "H"_a, "W"_a, "panel_dtype"_a, "dtype"_a, "threads"_a);
 
   m.def("winograd", &winograd, unlocked, "x"_a, "x_strides"_a, "x_samples"_a, "spatial"_a, "temporal"_a,
-        "tiles"_a, "bias"_a, "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a, "nb"_a,
-        "sums"_a, "taps"_a, "O"_a, "sizes"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a, "threads"_a,
-        "seconds"_a);
+        "tiles"_a, "bias"_a, "relu"_a, "skip"_a, "skip_strides"_a, "out"_a, "out_strides"_a, "samples"_a,
+        "nb"_a, "sums"_a, "taps"_a, "O"_a, "sizes"_a, "x_dtype"_a, "weight_dtype"_a, "out_dtype"_a,
+        "threads"_a, "seconds"_a);
   m.def("winograd_gradient", &winograd_gradient, unlocked, "x"_a, "x_strides"_a, "samples"_a, "spatial"_a,
         "temporal"_a, "tiles"_a, "grad"_a, "grad_strides"_a, "nb"_a, "O"_a, "sizes"_a, "x_dtype"_a,
         "weight_dtype"_a, "grad_dtype"_a, "add"_a, "threads"_a, "seconds"_a);

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,11 @@ def test_lazy_zeros(dtype):
         assert zeros.dtype == dtype and zeros.shape == (2, numel) and zeros.count_nonzero() == 0
         zeros[1].fill_(1)
         assert zeros.sum(dtype=torch.float64) == numel
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime():
+    """The native module runs on torch's own OpenMP threads: two runtimes would fight over the cores."""
+    maps = Path("/proc/self/maps").read_text()
+    runtimes = {line.split()[-1] for line in maps.splitlines() if re.search(r"lib(gomp|omp|iomp5)\b[^/]*$", line)}
+    assert len(runtimes) <= 1, runtimes

@@ -219,3 +219,16 @@ def test_opcheck(backend):
         torch.library.opcheck(
             frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(x, taps), backend)
         )
+
+
+def test_does_not_depend_on_threads():
+    """A float32 module gives the same bits on any number of threads, routing included."""
+    dsts = FusedDSTS(48, num_neurons=3).eval().freeze()
+    x, before, found = torch.randn(3, 48, 8, 16, 16), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(dsts(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

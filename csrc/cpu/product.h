@@ -50,7 +50,8 @@ void product_tile(Left A, Right B, int64_t K, float* C, int64_t ldc) {
       Vector b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
-        memcpy(&b[v], B.data + v / kVectorsABlock * B.block + k * B.step + v % kVectorsABlock * kWide, sizeof b[v]);
+        memcpy(&b[v], B.data + v / kVectorsABlock * B.block + k * B.step + v % kVectorsABlock * kWide,
+               sizeof b[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const float a = kKind == Kind::transposed ? A.data[k * A.ld + r] : A.data[r * A.ld + k];
@@ -75,8 +76,7 @@ void product_tile(Left A, Right B, int64_t K, float* C, int64_t ldc) {
 
 // The last rows, fewer than a tile's.
 template <int kRows, int kBlocks, Kind kKind>
-void product_rest(int64_t rows, Left A, Right B, int64_t K, float* C,
-                  int64_t ldc) {
+void product_rest(int64_t rows, Left A, Right B, int64_t K, float* C, int64_t ldc) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return product_tile<kRows, kBlocks, kKind>(A, B, K, C, ldc);
     product_rest<kRows - 1, kBlocks, kKind>(rows, A, B, K, C, ldc);

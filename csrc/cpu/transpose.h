@@ -4,6 +4,10 @@
 // narrowed on the way out.
 #pragma once
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#  include <immintrin.h>
+#endif
+
 #include "cpu/scalar.h"
 
 namespace dsts::cpu::DSTS_ISA {
@@ -99,6 +103,27 @@ DSTS_INLINE void put_lane(A x, T* to) {
     store(x, to);
 }
 
+// Half to float by the one instruction for it, where there is one (the masked form: gcc 12 warns of the
+// other).
+#if defined(__AVX512F__)
+constexpr bool kHasHalf = true;
+DSTS_INLINE Vector widen_half(const f16* p) {
+  __m256i half;
+  memcpy(&half, p, sizeof half);
+  return (Vector)_mm512_maskz_cvtph_ps(0xFFFF, half);
+}
+#elif defined(__F16C__)
+constexpr bool kHasHalf = true;
+DSTS_INLINE Vector widen_half(const f16* p) {
+  __m128i half;
+  memcpy(&half, p, sizeof half);
+  return (Vector)_mm256_cvtph_ps(half);
+}
+#else
+constexpr bool kHasHalf = false;
+DSTS_INLINE Vector widen_half(const f16*) { return Vector{}; }
+#endif
+
 // The first n lanes from p. Reads a whole vector where memory is known to reach (up to `end`); the lanes past
 // n are garbage that is never stored.
 template <class A, bool kRaw, class T>
@@ -108,6 +133,8 @@ DSTS_INLINE lanes_t<A> load_lanes(const T* p, int64_t n, const T* end) {
   if (n == N || end - p >= N) {
     if constexpr (same<A, T>) {
       memcpy(&v, p, sizeof v);
+    } else if constexpr (same<T, f16> && !kRaw && kHasHalf) {
+      v = widen_half(p);
     } else {
       A lanes[N];
 #pragma omp simd

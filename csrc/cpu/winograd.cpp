@@ -34,7 +34,8 @@ struct Run {
     units = e.nb * g.units_a_sample();
     const int64_t rows_s = spatial.points * spatial.unit_rows, rows_t = temporal.points * temporal.unit_rows;
     const int64_t v = rows_s * spatial.slices * spatial.ld + rows_t * temporal.slices * temporal.ld;
-    const int64_t enough = min64(kChunkFloats, max64(kCachedFloats, kEnoughPositions / (g.tile_t * g.tile_h * g.W) * v));
+    const int64_t enough =
+        min64(kChunkFloats, max64(kCachedFloats, kEnoughPositions / (g.tile_t * g.tile_h * g.W) * v));
     chunk = min64(units, max64(1, enough / v));
     const int64_t macs = chunk * (rows_s * spatial.K + rows_t * temporal.K) * e.O;
     threads = macs / kMacsAnElement < kSerialElements ? 1 : e.threads;

@@ -5,8 +5,8 @@
 //   product    dU = V^T * D, point by point, a slice of channels at a time
 //   weight     dU -> dW: inverse transform of the filter, added over chunks
 //
-// A task does the last three for its outputs over all rows of the chunk, so no two tasks write the same filter and
-// sums do not depend on the number of threads.
+// A task does the last three for its outputs over all rows of the chunk, so no two tasks write the same
+// filter and sums do not depend on the number of threads.
 #include "cpu/winograd_gradient.h"
 
 #include "cpu/winograd_input.h"
@@ -15,12 +15,13 @@ namespace dsts::cpu::DSTS_ISA {
 namespace {
 
 constexpr int64_t kGradientFloats = 1 << 20;  // transformed gradients of a task
-constexpr int64_t kGradientChannels = 128;     // of a filter gradient that is made and written at a time
+constexpr int64_t kGradientChannels = 128;    // of a filter gradient that is made and written at a time
 
 // Outputs of a task: fewer where there are few, so that threads have something to share.
 int64_t outputs_of_task(int64_t O) { return O >= 512 ? 64 : O >= 128 ? 32 : kBlock; }
 
-// (nh, nw) points to (3, 3) taps, or nt to 3 where kH is 0: taps[tap] from dU at `from`, points `point` apart.
+// (nh, nw) points to (3, 3) taps, or nt to 3 where kH is 0: taps[tap] from dU at `from`, points `point`
+// apart.
 template <int kH, int kW>
 void inverse_filter(const float* from, int64_t point, Vector* taps) {
   constexpr int nw = ::dsts::Winograd<kW>::kInputs;
@@ -68,7 +69,8 @@ void inverse_filter(const Geometry& g, const float* from, int64_t point, Vector*
   }
 }
 
-// weight[rows[lane]][column][tap] (+)= taps[tap][lane] for `lanes` <= kWide lanes, taps being neighbours in memory.
+// weight[rows[lane]][column][tap] (+)= taps[tap][lane] for `lanes` <= kWide lanes, taps being neighbours in
+// memory.
 template <class T, int kTaps, int kFirst = 0>
 DSTS_INLINE void store_taps(const Vector* taps, T* const* rows, int64_t lanes, int64_t column, bool add) {
   constexpr int kCount = kTaps - kFirst < kWide ? kTaps - kFirst : kWide;
@@ -108,7 +110,8 @@ struct GradientRun {
         spatial(f.spatial, inputs_of(g.tile_h) * inputs_of(g.tile_w), g.tile_t * g.tiles_x),
         temporal(f.temporal, inputs_of(g.tile_t), g.tile_h * g.W) {
     grad.x_strides = a.grad_strides, grad.x_dtype = a.grad_dtype;
-    units = f.out.nb * g.units_a_sample(), task_outputs = min64(outputs_of_task(f.out.O), ceil_div(f.out.O, kBlock) * kBlock);
+    units = f.out.nb * g.units_a_sample(),
+    task_outputs = min64(outputs_of_task(f.out.O), ceil_div(f.out.O, kBlock) * kBlock);
     const int64_t rows_s = spatial.points * spatial.unit_rows, rows_t = temporal.points * temporal.unit_rows;
     const int64_t v = rows_s * spatial.slices * spatial.ld + rows_t * temporal.slices * temporal.ld;
     const int64_t d = max64(rows_s, rows_t) * task_outputs;
@@ -128,14 +131,16 @@ struct GradientRun {
   }
 
   template <class T, int kTaps>
-  void write(const Operand& m, int64_t k0, int64_t count, int64_t o0, int64_t outputs, const float* dU, bool add) const {
+  void write(const Operand& m, int64_t k0, int64_t count, int64_t o0, int64_t outputs, const float* dU,
+             bool add) const {
     const WinogradOperator& op = m.op;
     T* rows[kWide];
     for (int64_t first = 0; first < outputs; first += kWide) {
       const int64_t lanes = min64(kWide, outputs - first);
       for (int64_t o = 0; o < lanes; ++o) {
         const int64_t row = o0 + first + o;
-        rows[o] = static_cast<T*>(const_cast<void*>(op.weight)) + (op.rows ? op.rows[row] : row) * op.stride_o;
+        rows[o] =
+            static_cast<T*>(const_cast<void*>(op.weight)) + (op.rows ? op.rows[row] : row) * op.stride_o;
       }
       for (int64_t k = 0; k < count; ++k) {
         const int64_t index = k0 + k;
@@ -175,8 +180,8 @@ struct GradientRun {
       const int64_t count = min64(kGradientChannels, end - k0);
       for (int64_t p = 0; p < m.points; ++p)
         product<Kind::transposed>(count, {m.v_at(k0, 0) + p * m.v_point, m.ld},
-                                  {D.V + p * D.v_point, task_outputs, kBlock}, rows, ceil_div(outputs, kBlock),
-                                  dU + p * u_point(m), task_outputs);
+                                  {D.V + p * D.v_point, task_outputs, kBlock}, rows,
+                                  ceil_div(outputs, kBlock), dU + p * u_point(m), task_outputs);
       watch.lap(2);
       with_float(f.weight_dtype, [&](auto tag) {
         write<typename decltype(tag)::type, kTaps>(m, k0, count, o0, outputs, dU, add);

@@ -8,8 +8,8 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kChannels = 32;            // of a patch, at most
-constexpr int64_t kPatchFloats = 10 << 10;   // 10 frames of a patch's positions, or 6 rows with an edge
+constexpr int64_t kChannels = 32;           // of a patch, at most
+constexpr int64_t kPatchFloats = 10 << 10;  // 10 frames of a patch's positions, or 6 rows with an edge
 
 // A patch is some channels and some output columns (or positions): as it suits the side that is contiguous.
 struct Patch {
@@ -28,7 +28,8 @@ struct Channels {
   bool scaled, picks;
   Pick<float, kChannels> pick;
 
-  Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t end, int64_t patch) {
+  Channels(const Winograd& a, const WinogradOperator& op, int64_t sample, int64_t k0, int64_t end,
+           int64_t patch) {
     ld = patch;
     count = min64(ld, end - k0), padded = ceil_div(count, kWide) * kWide;
     last = 0, scaled = op.scale != nullptr;
@@ -94,8 +95,8 @@ void for_blocks(const Operand& m, int64_t channels, F f) {
   }
 }
 
-// Inputs of a tile and where it starts: with kGradient what is transformed is the gradient of a tile's outputs,
-// which has no edge around it.
+// Inputs of a tile and where it starts: with kGradient what is transformed is the gradient of a tile's
+// outputs, which has no edge around it.
 template <bool kGradient>
 int64_t span_of(int tile) {
   return kGradient ? tile : inputs_of(tile);
@@ -122,7 +123,8 @@ void spatial_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t 
     const Channels<T> channels(a, m.op, sample, k0, end, L);
     for (int64_t tx = 0; tx < g.tiles_x; tx += tiles) {
       const int64_t count = min64(tiles, g.tiles_x - tx), columns = count * g.tile_w + span_w - g.tile_w;
-      const int64_t x0 = tx * g.tile_w - start_of<kGradient>(g.tile_w), y0 = u.y0 - start_of<kGradient>(g.tile_h);
+      const int64_t x0 = tx * g.tile_w - start_of<kGradient>(g.tile_w),
+                    y0 = u.y0 - start_of<kGradient>(g.tile_h);
       const int64_t lo = max64(0, -x0), hi = min64(columns, g.W - x0), row = columns * L;
       for (int64_t r = 0; r < span_h; ++r) {
         float* to = patch + r * row;
@@ -165,8 +167,8 @@ void temporal_input(const Winograd& a, const Geometry& g, const Unit& u, int64_t
         off[p] = t * a.x_strides.t + (u.y0 + (p0 + p) / g.W) * a.x_strides.h + (p0 + p) % g.W * a.x_strides.w;
       load_positions(x, off, np, channels, patch + r * row);
     }
-    pass_of<kGradient ? Matrix::gradient : Matrix::input>(
-        g.tile_t, patch, m.v_at(k0, u.temporal_row + p0), {np, channels.padded, row, L, m.v_point, m.ld});
+    pass_of<kGradient ? Matrix::gradient : Matrix::input>(g.tile_t, patch, m.v_at(k0, u.temporal_row + p0),
+                                                          {np, channels.padded, row, L, m.v_point, m.ld});
   });
 }
 

@@ -10,7 +10,8 @@ namespace {
 // Outputs and columns of the plane that are finished at a time: as it suits the side that is contiguous.
 struct Piece {
   int64_t lanes, columns;
-  explicit Piece(const Winograd& a) : lanes(finishes_rows(a.out) ? 32 : 16), columns(finishes_rows(a.out) ? 16 : 64) {}
+  explicit Piece(const Winograd& a)
+      : lanes(finishes_rows(a.out) ? 32 : 16), columns(finishes_rows(a.out) ? 16 : 64) {}
 };
 constexpr int64_t kPieceFloats = 1024;
 
@@ -76,8 +77,8 @@ void output_rows(const Winograd& a, const Geometry& g, const Unit& u, const Prod
       for (int64_t p0 = 0; p0 < rows * columns; p0 += kTilePositions) {
         const float* from = z + f * z_frame;
         finish_tile(
-            a.out, target, positions_at(a, g, u.t0 + f, y0, x0, columns, p0, rows * columns), o0 + lane, nc, sums,
-            [&](int64_t p) { return from + (p0 + p) / columns * z_row + (p0 + p) % columns * L; },
+            a.out, target, positions_at(a, g, u.t0 + f, y0, x0, columns, p0, rows * columns), o0 + lane, nc,
+            sums, [&](int64_t p) { return from + (p0 + p) / columns * z_row + (p0 + p) % columns * L; },
             [](int64_t) -> const float* { return nullptr; });
       }
   }

@@ -1,5 +1,5 @@
-// How Winograd's work is cut up. Units are taken in chunks, whose transformed inputs lie in memory together; a task
-// is some units of a chunk and some outputs.
+// How Winograd's work is cut up. Units are taken in chunks, whose transformed inputs lie in memory together;
+// a task is some units of a chunk and some outputs.
 #pragma once
 
 #include <time.h>
@@ -14,10 +14,11 @@ namespace {
 constexpr int64_t kSliceChannels = 128;  // of a filter that is transformed and used at a time
 constexpr int64_t kTaskOutputs = 64;
 constexpr int64_t kChunkFloats = 5 << 20;  // transformed inputs of a chunk, at most
-constexpr int64_t kCachedFloats = 1 << 20;  // and no more than these, unless the chunk has fewer positions than
-constexpr int64_t kEnoughPositions = 2048;   // these: filters are transformed again for every chunk
-constexpr int64_t kTaskFloats = 1 << 19;   // products of a task
-constexpr int64_t kPadding = 16;           // between points: a power of two apart they would share cache sets
+constexpr int64_t kCachedFloats =
+    1 << 20;  // and no more than these, unless the chunk has fewer positions than
+constexpr int64_t kEnoughPositions = 2048;  // these: filters are transformed again for every chunk
+constexpr int64_t kTaskFloats = 1 << 19;    // products of a task
+constexpr int64_t kPadding = 16;  // between points: a power of two apart they would share cache sets
 
 constexpr int64_t kMacsAnElement = 32;  // of a product, for parallel_for's count of elements
 

@@ -1,5 +1,6 @@
 // Winograd's transforms along one dimension, on vectors of channels: input M + 2 to M + 2, filter 3 to M + 2,
-// output M + 2 to M, and for the gradient of a filter the last two transposed: gradient M to M + 2, weight M + 2 to
+// output M + 2 to M, and for the gradient of a filter the last two transposed: gradient M to M + 2, weight M
+// + 2 to
 // 3. Two-dimensional tiles take one pass in each dimension. Coefficients are compile-time
 // constants and zeros cost nothing, in the strict arithmetic where 0 * x is not 0.
 #pragma once
@@ -57,8 +58,8 @@ DSTS_INLINE void add_columns(Vector& sum, const Vector* v) {
   }
 }
 
-// put(i, row i of matrix * v) for every row, from row i on: input, filter and gradient. Rows of p and -p share their
-// terms.
+// put(i, row i of matrix * v) for every row, from row i on: input, filter and gradient. Rows of p and -p
+// share their terms.
 template <int M, Matrix kMatrix, int i = 0, class Put>
 DSTS_INLINE void apply_rows(const Vector* v, Put put) {
   constexpr int n = kResults<M, kMatrix>;

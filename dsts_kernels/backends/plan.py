@@ -95,6 +95,8 @@ def group_samples(
     chosen = check_neurons(neuron, num_neurons)
     to_spatial = (gate != 0).cpu().numpy()  # (B, C); a NaN gate is in both lists
     to_temporal = (gate != 1).cpu().numpy()
+    if len(chosen) == 1:
+        return [_group(chosen[0], _Cluster([0], to_spatial[0], to_temporal[0]), 1)]
     clusters: dict[int, list[_Cluster]] = {}
     for sample, index in enumerate(chosen):
         single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
