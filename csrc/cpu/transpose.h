@@ -103,25 +103,33 @@ DSTS_INLINE void put_lane(A x, T* to) {
     store(x, to);
 }
 
-// Half to float by the one instruction for it, where there is one (the masked form: gcc 12 warns of the
-// other).
+// A vector of half elements widened by the instructions for it, where there are any. (gcc 12 warns of the
+// forms without a mask.)
 #if defined(__AVX512F__)
-constexpr bool kHasHalf = true;
-DSTS_INLINE Vector widen_half(const f16* p) {
+constexpr bool kWidens = true;
+DSTS_INLINE __m256i half_bits(const void* p) {
   __m256i half;
   memcpy(&half, p, sizeof half);
-  return (Vector)_mm512_maskz_cvtph_ps(0xFFFF, half);
+  return half;
 }
-#elif defined(__F16C__)
-constexpr bool kHasHalf = true;
-DSTS_INLINE Vector widen_half(const f16* p) {
+DSTS_INLINE Vector widen(const f16* p) { return (Vector)_mm512_maskz_cvtph_ps(0xFFFF, half_bits(p)); }
+DSTS_INLINE Vector widen(const bf16* p) {
+  return (Vector)_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, half_bits(p)), 16);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+constexpr bool kWidens = true;
+DSTS_INLINE __m128i half_bits(const void* p) {
   __m128i half;
   memcpy(&half, p, sizeof half);
-  return (Vector)_mm256_cvtph_ps(half);
+  return half;
+}
+DSTS_INLINE Vector widen(const f16* p) { return (Vector)_mm256_cvtph_ps(half_bits(p)); }
+DSTS_INLINE Vector widen(const bf16* p) {
+  return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_bits(p)), 16);
 }
 #else
-constexpr bool kHasHalf = false;
-DSTS_INLINE Vector widen_half(const f16*) { return Vector{}; }
+constexpr bool kWidens = false;
+DSTS_INLINE Vector widen(const void*) { return Vector{}; }
 #endif
 
 // The first n lanes from p. Reads a whole vector where memory is known to reach (up to `end`); the lanes past
@@ -133,8 +141,8 @@ DSTS_INLINE lanes_t<A> load_lanes(const T* p, int64_t n, const T* end) {
   if (n == N || end - p >= N) {
     if constexpr (same<A, T>) {
       memcpy(&v, p, sizeof v);
-    } else if constexpr (same<T, f16> && !kRaw && kHasHalf) {
-      v = widen_half(p);
+    } else if constexpr (kWidens && !kRaw && sizeof(T) == 2) {
+      v = widen(p);
     } else {
       A lanes[N];
 #pragma omp simd
