@@ -197,9 +197,13 @@ class NeuronOperators(torch.autograd.Function):
         out = x.new_empty(x.shape[0], mixing.shape[1], *x.shape[2:])
         for unit in units:
             i, (xs, xt) = unit.neuron, unit_panels(unit, x, gate)
-            z = F.conv3d(xs, listed(spatial[i], unit.spatial_channels), padding=(0, 1, 1))
-            t = listed(temporal[i], unit.temporal_channels)[..., 0]
-            z.flatten(3).add_(F.conv2d(flat_plane(xt), t, padding=(1, 0)))
+            parts = []  # an operator without channels is left out
+            if xs.shape[1]:
+                parts.append(F.conv3d(xs, listed(spatial[i], unit.spatial_channels), padding=(0, 1, 1)))
+            if xt.shape[1]:
+                t = listed(temporal[i], unit.temporal_channels)[..., 0]
+                parts.append(F.conv2d(flat_plane(xt), t, padding=(1, 0)).unflatten(3, x.shape[3:]))
+            z = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
             out[unit.rows] = F.conv2d(flat_plane(z), mixing[i, ..., 0]).unflatten(3, x.shape[3:])
             mixed.append(z)
         ctx.units, ctx.mixed = units, mixed
@@ -223,12 +227,14 @@ class NeuronOperators(torch.autograd.Function):
             d_volume = d_z.view_as(z)
 
             xs, xt = unit_panels(unit, x, gate)
-            shape = (*spatial.shape[1:2], xs.shape[1], 1, 3, 3)
-            part = conv3d_weight(xs, shape, d_volume, padding=(0, 1, 1))
-            store_listed(d_spatial[i], part, unit.spatial_channels, first)
-            shape = (*temporal.shape[1:2], xt.shape[1], 3, 1)
-            part = conv2d_weight(flat_plane(xt), shape, d_z, padding=(1, 0))
-            store_listed(d_temporal[i, ..., 0], part, unit.temporal_channels, first)
+            if xs.shape[1]:
+                shape = (*spatial.shape[1:2], xs.shape[1], 1, 3, 3)
+                part = conv3d_weight(xs, shape, d_volume, padding=(0, 1, 1))
+                store_listed(d_spatial[i], part, unit.spatial_channels, first)
+            if xt.shape[1]:
+                shape = (*temporal.shape[1:2], xt.shape[1], 3, 1)
+                part = conv2d_weight(flat_plane(xt), shape, d_z, padding=(1, 0))
+                store_listed(d_temporal[i, ..., 0], part, unit.temporal_channels, first)
 
             samples = x[rows]
             through_t = conv2d_input(flat_plane(samples).shape, temporal[i, ..., 0], d_z, padding=(1, 0))
