@@ -38,6 +38,7 @@ MODES = ("frozen", "evaluation", "training")
 NEURONS = 2  # the cost does not depend on it, the memory does
 ALLOWED = 1.05
 PARITY = 1e-4
+TICKS = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5)
 
 
 def reference_of(channels: int, share: float) -> DSTS:
@@ -189,7 +190,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
             )
         panel.axhline(ALLOWED, color="black", linewidth=1, linestyle="--")
         panel.set(xscale="log", yscale="log", title=titles[mode], xlabel="handwritten PyTorch, ms")
-        panel.set_yticks([0.2, 0.3, 0.5, 0.7, 1, 1.5], labels=["0.2", "0.3", "0.5", "0.7", "1", "1.5"])
+        panel.set_yticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     first = axes if len(modes) == 1 else axes[0]

@@ -34,7 +34,6 @@ DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, 
 }
 
 // w[channel][tap][kBlock] of up to kGroup channels from k0 on, for one block of outputs from o0 on.
-
 template <class T, int kTaps>
 void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0,
                   int64_t n, float* w) {
