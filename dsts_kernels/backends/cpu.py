@@ -71,7 +71,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 class CpuBackend(WinogradBackend):
-    """Native passes around the library's convolutions, on CPU tensors."""
+    """Native kernels on CPU tensors; the library's convolutions where there is no fast one."""
 
     name = "cpu"
     stage_seconds: Tensor | None = None  # (4,) float64: fast convolution adds the time of its stages, where set

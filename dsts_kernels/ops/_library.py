@@ -20,8 +20,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """A callable op: through the dispatcher where something listens there, straight to its implementation else.
 
-    The dispatcher costs 10 us a call, as much as a small layer's arithmetic. Compilers, exporters, fake and meta
-    tensors, subclasses and the profiler see the op; plain eager calls do not need it.
+    The dispatcher costs 1 to 5 us a call, the more the more arguments, which a small layer feels. Compilers, exporters,
+    fake and meta tensors, subclasses and the profiler see the op; plain eager calls do not need it.
     """
 
     def __init__(self, overload: torch._ops.OpOverload, run: Callable) -> None:
@@ -54,7 +54,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Op:
 
 
 def apply(function: type[torch.autograd.Function], forward: Callable, *args):
-    """``function.apply(*args)`` where a gradient may be wanted, else ``forward(*args)``, which costs 6 us less."""
+    """``function.apply(*args)`` where a gradient may be wanted, else ``forward(*args)``, which costs 3.5 us less."""
     tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     if tracked or torch.autograd.forward_ad._current_level >= 0:
         return function.apply(*args)
