@@ -7,6 +7,8 @@ instead of ``12*C + O``. Folding is done in float64 and rounded once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .backends import choose
 from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
-from .backends.packing import pack
+from .backends.packing import pack, pack_mixing, places, unpack_at, unpack_mixing
 from .modules import DSTSLayer, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
@@ -31,9 +33,9 @@ ALGORITHMS = ("auto", "direct", "winograd")
 class FrozenLayer(nn.Module):
     """The packed weights of one layer, as buffers: see :class:`~dsts_kernels.backends.base.FrozenWeights`."""
 
-    def __init__(self, layer: DSTSLayer, dtype: torch.dtype, blocked: bool) -> None:
+    def __init__(self, layer: DSTSLayer, dtype: torch.dtype, packing: str) -> None:
         super().__init__()
-        self.blocked = blocked
+        self.packing = packing
         wide = accumulate_dtype(dtype)
         scale, shift = _norm_affine(layer)
         folds = layer.mixing_kernel == (1, 1, 1)
@@ -45,20 +47,21 @@ class FrozenLayer(nn.Module):
         # A stable sort of "not spatial" lists the spatial channels first, each part in order.
         channels = (~hard).to(torch.int8).sort(dim=1, stable=True).indices
         packed = [
-            _pack(layer, n, channels[n], hard[n], scale if folds else None, dtype, blocked) for n in range(len(hard))
+            pack(panel.to(dtype), packing)
+            for n in range(len(hard))
+            for panel in _panels(layer, n, channels[n], hard[n], scale if folds else None)
         ]
         self.register_buffer("scoring", ops.collapse_scoring(layer.scoring).to(wide))
         self.register_buffer("gate", hard)
         self.register_buffer("channels", channels.to(torch.int32))
         self.register_buffer("starts", torch.nn.functional.pad(hard.sum(1).cumsum(0), (1, 0)))
-        self.register_buffer("spatial", torch.cat([spatial for spatial, _ in packed]))
-        self.register_buffer("temporal", torch.cat([temporal for _, temporal in packed]))
+        self.register_buffer("filters", torch.cat(packed))
         self.register_buffer("bias", shift.to(wide).expand(len(hard), -1).clone())
         mixing = None
         if not folds:
             scaled = layer.mixing.double() * scale[None, :, None, None, None, None]
             panels = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
-            mixing = torch.stack([pack(panel) for panel in panels]) if blocked else panels
+            mixing = torch.stack([pack_mixing(panel, packing) for panel in panels])
         self.register_buffer("mixing", mixing)
 
     def _apply(self, fn, recurse: bool = True) -> FrozenLayer:
@@ -71,13 +74,31 @@ class FrozenLayer(nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
+    def repack(self, packing: str) -> None:
+        """Lays filters out for another device's kernels, bit for bit the same."""
+        if packing == self.packing:
+            return
+        outputs, channels = self.bias.shape[1], self.channels.shape[1]
+        where = places(self.starts.tolist(), channels, outputs, self.packing, self.filters.dtype)
+        panels = [
+            unpack_at(self.filters, place, self.packing, outputs, taps)
+            for pair in where
+            for place, taps in zip(pair, (9, 3), strict=True)
+        ]
+        self.filters = torch.cat([pack(panel, packing) for panel in panels])
+        if self.mixing is not None:
+            taps = math.prod(self.mixing_kernel)
+            panels = [unpack_mixing(mixing, self.packing, outputs, taps) for mixing in self.mixing]
+            self.mixing = torch.stack([pack_mixing(panel, packing) for panel in panels])
+        self.packing = packing
+
     def weights(self) -> FrozenWeights:
         return FrozenWeights(*map(self._buffers.get, FrozenWeights._fields))
 
     def options(self, x: Tensor, next_taps: int) -> FrozenOptions:
         positions = x.shape[2] * x.shape[3] * x.shape[4]
         return FrozenOptions(
-            self.score_elements * positions or 1, self.mixing_kernel, self.relu, self.blocked, next_taps
+            self.score_elements * positions or 1, self.mixing_kernel, self.relu, self.packing, next_taps
         )
 
 
@@ -95,24 +116,13 @@ def _norm_affine(layer: DSTSLayer) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def _pack(
-    layer: DSTSLayer,
-    n: int,
-    channels: Tensor,
-    hard: Tensor,
-    scale: Tensor | None,
-    dtype: torch.dtype,
-    blocked: bool,
-) -> tuple[Tensor, Tensor]:
-    """Neuron ``n``'s two panels ``(O, taps, c)``, flat; folded with mixing and norm where ``scale`` is given."""
+def _panels(layer: DSTSLayer, n: int, channels: Tensor, hard: Tensor, scale: Tensor | None) -> Iterator[Tensor]:
+    """Neuron ``n``'s two panels ``(O, taps, c)`` in float64; folded with mixing and norm where ``scale`` is given."""
     split = int(hard.sum())
     fold = None if scale is None else layer.mixing[n].flatten(1).double() * scale[:, None]
-    panels = []
     for weight, own in ((layer.spatial, channels[:split]), (layer.temporal, channels[split:])):
         panel = weight[n].index_select(1, own).flatten(2).transpose(1, 2).double()  # (O, taps, c)
-        folded = panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
-        panels.append(pack(folded.to(dtype)) if blocked else folded.to(dtype).flatten())
-    return panels[0], panels[1]
+        yield panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
 
 
 class FrozenDSTS(nn.Module):
@@ -152,12 +162,14 @@ class FrozenDSTS(nn.Module):
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: got {algorithm!r}, wanted {' or '.join(map(repr, ALGORITHMS))}")
         device = first.gate.device
-        reason = choose("frozen_layer", device, dtype, self.backend).why_not_fast(device, dtype)
+        chosen = choose("frozen_layer", device, dtype, self.backend)
+        reason = chosen.why_not_fast(device, dtype)
         if algorithm == "winograd" and reason is not None:
             raise ValueError(f"algorithm: got 'winograd', wanted 'auto' or 'direct' for {dtype} on {device}: {reason}")
-        blocked = algorithm != "direct" and reason is None
+        self.algorithm = algorithm
+        packing = chosen.packing(device, dtype, algorithm)
         with torch.no_grad():
-            self.layers = nn.ModuleList(FrozenLayer(layer, dtype, blocked) for layer in source.layers)
+            self.layers = nn.ModuleList(FrozenLayer(layer, dtype, packing) for layer in source.layers)
         super().train(False)
 
     def train(self, mode: bool = True) -> FrozenDSTS:
@@ -167,13 +179,19 @@ class FrozenDSTS(nn.Module):
         return super().train(False)
 
     def _apply(self, fn, recurse: bool = True) -> FrozenDSTS:
-        got = fn(self.layers[0].spatial[:0]).dtype
+        probe = fn(self.layers[0].filters[:0])
+        got = probe.dtype
         if got != self.dtype:
             raise TypeError(
                 f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze the source with "
                 f"freeze(dtype={got}), which rounds once"
             )
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if not probe.is_meta:
+            packing = choose("frozen_layer", probe.device, got, self.backend).packing(probe.device, got, self.algorithm)
+            for layer in self.layers:
+                layer.repack(packing)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"
@@ -182,7 +200,7 @@ class FrozenDSTS(nn.Module):
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """``x (B, C, T, H, W)`` to the same shape, in the memory format of ``x``; see :meth:`FusedDSTS.forward`."""
-        check_input(x, self.in_channels, self.layers[0].spatial)
+        check_input(x, self.in_channels, self.layers[0].filters)
         if torch.is_grad_enabled():  # asking costs less than entering
             with torch.no_grad():
                 return self._run(x.to(self.dtype), draws, return_routing)
@@ -193,7 +211,7 @@ class FrozenDSTS(nn.Module):
         first, last = layers[0], len(layers) - 1
         if draws is not None:
             size = (len(layers), x.shape[0])
-            check_draws(draws, size, self.in_channels, self.num_neurons, first.spatial)
+            check_draws(draws, size, self.in_channels, self.num_neurons, first.filters)
         h, sums, routings = x, None, []
         for index, layer in enumerate(layers):
             next_taps = 0 if index == last else layers[index + 1].scoring.shape[2]

@@ -151,7 +151,7 @@ def test_is_independent_of_its_source():
             p.zero_()
     assert torch.equal(fast(x), before)
     assert not list(fast.parameters())
-    weights = sum(b.numel() for name, b in fast.named_buffers() if name.endswith((".spatial", ".temporal")))
+    weights = sum(b.numel() for name, b in fast.named_buffers() if name.endswith(".filters"))
     spatial = int(fast.layers[0].gate.sum())
     assert weights == (9 * spatial + 3 * (48 - spatial)) * 16
 

@@ -22,20 +22,18 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class FrozenWeights(NamedTuple):
-    """One frozen layer, packed. A neuron's panels lie behind one another in flat tensors.
+    """One frozen layer, packed as :mod:`.packing` says; ``FrozenOptions.packing`` says which way.
 
     Neuron ``n`` sends ``channels[n, :split]`` to its spatial panel ``(O, 9, split)`` and the rest of ``channels[n]``
-    to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``. Panels of fast
-    convolution are packed in blocks of outputs (:mod:`.packing`); ``FrozenOptions.blocked`` says which.
+    to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``.
     """
 
     scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
     channels: Tensor  # (N, C) int32
     starts: Tensor  # (N + 1,) int64, spatial channels of the neurons before, summed
-    spatial: Tensor  # flat
-    temporal: Tensor  # flat
+    filters: Tensor  # flat
     bias: Tensor  # (N, O), float32 or float64
-    mixing: Tensor | None  # (N, O, kernel taps, O) or (N, packed), only for a kernel that does not fold
+    mixing: Tensor | None  # (N, packed), only for a kernel that does not fold
 
 
 class FrozenOptions(NamedTuple):
@@ -44,7 +42,7 @@ class FrozenOptions(NamedTuple):
     score_divisor: int
     mixing_kernel: list[int]
     relu: bool
-    blocked: bool  # packed for fast convolution
+    packing: str  # one of packing.PACKINGS
     next_taps: int  # taps of the next layer's scoring kernel: 0 when no layer follows
 
 
@@ -65,6 +63,10 @@ class Backend(ABC):
     def why_not_fast(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why frozen layers have no fast convolution here; ``None`` when they have."""
         return f"the {self.name!r} backend has none"
+
+    def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
+        """How frozen layers are best packed for ``algorithm`` ("auto", "direct" or "winograd")."""
+        return "plain" if algorithm == "direct" or self.why_not_fast(device, dtype) is not None else "blocked"
 
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:

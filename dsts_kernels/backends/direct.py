@@ -17,7 +17,7 @@ from . import convolution
 from .base import Backend, FrozenOptions, FrozenWeights
 from .convolution import SPATIAL, TEMPORAL, Kernel
 from .memory import lazy_zeros
-from .packing import packed_size, unpack
+from .packing import Place, places, unpack_at, unpack_mixing
 from .plan import DIRECT_COSTS, Costs, Group, group_samples, samples_by_neuron
 
 
@@ -299,9 +299,9 @@ class DirectBackend(Backend):
         y = torch.empty_like(skip) if skip is not None else as_features(empty_rows(x, outputs))
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
-            starts = w.starts.tolist()
+            where = places(w.starts.tolist(), x.shape[1], outputs, options.packing, w.filters.dtype)
             for index, samples in samples_by_neuron(neuron, num_neurons, positions_of(x)):
-                self.frozen_neuron(x, samples, index, starts, y, next_sums, skip, w, options)
+                self.frozen_neuron(x, samples, index, where[index], y, next_sums, skip, w, options)
         return y, next_sums, neuron, scores
 
     def frozen_neuron(
@@ -309,7 +309,7 @@ class DirectBackend(Backend):
         x: Tensor,
         samples: Tensor | None,
         n: int,
-        starts: list[int],
+        where: tuple[Place, Place],
         y: Tensor,
         next_sums: Tensor,
         skip: Tensor | None,
@@ -318,11 +318,11 @@ class DirectBackend(Backend):
     ) -> None:
         """Neuron ``n`` on its samples: packed operators, then mixing where it does not fold, then the epilogue."""
         outputs = w.bias.shape[1]
-        split, begin = starts[n + 1] - starts[n], starts[n]
+        split = where[0].channels
         lists = w.channels[n, :split], w.channels[n, split:]
         filters = (
-            frozen_filter(w.spatial, begin, split, outputs, 9, options.blocked),
-            frozen_filter(w.temporal, n * x.shape[1] - begin, x.shape[1] - split, outputs, 3, options.blocked),
+            unpack_at(w.filters, where[0], options.packing, outputs, 9),
+            unpack_at(w.filters, where[1], options.packing, outputs, 3),
         )
         panels = [self.gather_panel(x, samples, own, dtype=compute_dtype(x)) if own.numel() else None for own in lists]
 
@@ -353,7 +353,7 @@ class DirectBackend(Backend):
             z = zs if zt is None else zt if zs is None else zs.add_(zt)
             kernel = tuple(options.mixing_kernel)
             taps = kernel[0] * kernel[1] * kernel[2]
-            mixing = frozen_filter(w.mixing[n].flatten(), 0, outputs, outputs, taps, options.blocked)
+            mixing = unpack_mixing(w.mixing[n], options.packing, outputs, taps)
             finish(convolution.forward(z, mixing.to(z.dtype), kernel), None, whole)
 
 
@@ -364,13 +364,6 @@ def positions_of(x: Tensor) -> int:
 def operator_blocks(rows: int, spatial: int, temporal: int) -> list[slice]:
     """Blocks of ``rows`` channels for both operators, whose other side has so many channels."""
     return convolution.filter_blocks(rows, max(9 * spatial, 3 * temporal))
-
-
-def frozen_filter(flat: Tensor, begin: int, count: int, outputs: int, taps: int, blocked: bool) -> Tensor:
-    """One neuron's filter ``(O, taps, count)``, ``begin`` channels into a flat tensor."""
-    size = packed_size(outputs, taps) if blocked else outputs * taps
-    own = flat[begin * size : (begin + count) * size]
-    return unpack(own, outputs, taps, count) if blocked else own.view(outputs, taps, count)
 
 
 def within(channels: Tensor, block: slice) -> Tensor:

@@ -1,31 +1,103 @@
-"""How a frozen module's filters lie in memory: in blocks of outputs, ready to be transformed without a transposition.
+"""How a frozen module's filters lie in memory: ready for the kernels that read them.
 
-A filter ``(O, taps, c)`` is packed as ``(ceil(O/16), c, taps, 16)``, the last block padded with zeros, so that one
-channel's taps for 16 outputs are neighbours. What is packed serves fast convolution; a backend without it unpacks.
+A filter is a panel ``(O, taps, c)`` over its listed channels. Packings:
+  plain    as it is, for library convolutions
+  blocked  ``(ceil(O/16), c, taps, 16)``: one channel's taps for 16 outputs are neighbours, so fast convolution on a CPU
+           transforms them without a transposition
+  tiled    ``(ceil(c/K), taps, O, K)`` with K channels of 128 bytes: each K block of a tap is one dense tile of a
+           matrix product on a GPU
+
+Outputs and channels are padded with zeros to whole blocks. A layer's filters lie behind one another in one flat tensor,
+each neuron's spatial panel followed by its temporal one.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 16
+PACKINGS = ("plain", "blocked", "tiled")
+BLOCK = 16  # outputs of a block
+TILE_BYTES = 128  # of a row of a tile
 
 
-def packed_size(outputs: int, taps: int) -> int:
-    """Elements a channel of a packed filter takes."""
-    return -(-outputs // BLOCK) * BLOCK * taps
+def tile_channels(dtype: torch.dtype) -> int:
+    """Channels of a K block."""
+    return TILE_BYTES // dtype.itemsize
 
 
-def pack(panel: Tensor) -> Tensor:
-    """``(O, taps, c)`` packed, flat."""
+def packed_size(packing: str, outputs: int, taps: int, channels: int, dtype: torch.dtype) -> int:
+    """Elements of a packed filter."""
+    if packing == "blocked":
+        outputs = -(-outputs // BLOCK) * BLOCK
+    elif packing == "tiled":
+        channels = -(-channels // tile_channels(dtype)) * tile_channels(dtype)
+    return outputs * taps * channels
+
+
+def pack(panel: Tensor, packing: str) -> Tensor:
+    """A filter ``(O, taps, c)`` packed, flat."""
     outputs, taps, channels = panel.shape
-    padded = torch.nn.functional.pad(panel, (0, 0, 0, 0, 0, -outputs % BLOCK))
-    return padded.view(-(-outputs // BLOCK), BLOCK, taps, channels).permute(0, 3, 2, 1).reshape(-1)
+    if packing == "blocked":
+        padded = F.pad(panel, (0, 0, 0, 0, 0, -outputs % BLOCK))
+        return padded.view(-(-outputs // BLOCK), BLOCK, taps, channels).permute(0, 3, 2, 1).reshape(-1)
+    if packing == "tiled":
+        k = tile_channels(panel.dtype)
+        padded = F.pad(panel, (0, -channels % k))
+        return padded.view(outputs, taps, -(-channels // k), k).permute(2, 1, 0, 3).reshape(-1)
+    return panel.reshape(-1)
 
 
-def unpack(flat: Tensor, outputs: int, taps: int, channels: int) -> Tensor:
-    """The panel ``(O, taps, c)`` of a packed filter."""
-    count = -(-outputs // BLOCK)
-    blocks = flat.view(count, channels, taps, BLOCK).permute(0, 3, 2, 1)
-    return blocks.reshape(count * BLOCK, taps, channels)[:outputs]
+def unpack(flat: Tensor, packing: str, outputs: int, taps: int, channels: int) -> Tensor:
+    """The filter ``(O, taps, c)`` of a flat packed one."""
+    if packing == "blocked":
+        count = -(-outputs // BLOCK)
+        blocks = flat.view(count, channels, taps, BLOCK).permute(0, 3, 2, 1)
+        return blocks.reshape(count * BLOCK, taps, channels)[:outputs]
+    if packing == "tiled":
+        k = tile_channels(flat.dtype)
+        tiles = flat.view(-(-channels // k), taps, outputs, k).permute(2, 1, 0, 3)
+        return tiles.reshape(outputs, taps, -(-channels // k) * k)[:, :, :channels]
+    return flat.view(outputs, taps, channels)
+
+
+def pack_mixing(panel: Tensor, packing: str) -> Tensor:
+    """A mixing kernel ``(O, taps, O)`` packed: tiled as ``(taps, O, O)``, which needs no padding, else as a filter."""
+    return panel.transpose(0, 1).contiguous() if packing == "tiled" else pack(panel, packing)
+
+
+def unpack_mixing(packed: Tensor, packing: str, outputs: int, taps: int) -> Tensor:
+    """The mixing kernel ``(O, taps, O)`` of a packed one."""
+    if packing == "tiled":
+        return packed.transpose(0, 1)
+    return unpack(packed.flatten(), packing, outputs, taps, outputs)
+
+
+class Place(NamedTuple):
+    """Where one filter lies in a layer's flat tensor: its first element, how many channels it has."""
+
+    start: int
+    channels: int
+
+
+def places(
+    starts: list[int], channels: int, outputs: int, packing: str, dtype: torch.dtype
+) -> list[tuple[Place, Place]]:
+    """Every neuron's spatial and temporal filter; neuron ``n`` has ``starts[n + 1] - starts[n]`` spatial channels."""
+    found, at = [], 0
+    for begin, end in zip(starts, starts[1:], strict=False):
+        pair = []
+        for count, taps in ((end - begin, 9), (channels - (end - begin), 3)):
+            pair.append(Place(at, count))
+            at += packed_size(packing, outputs, taps, count, dtype)
+        found.append(tuple(pair))
+    return found
+
+
+def unpack_at(filters: Tensor, place: Place, packing: str, outputs: int, taps: int) -> Tensor:
+    """The filter ``(O, taps, c)`` that lies at ``place``."""
+    size = packed_size(packing, outputs, taps, place.channels, filters.dtype)
+    return unpack(filters[place.start : place.start + size], packing, outputs, taps, place.channels)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .base import FrozenOptions, FrozenWeights
 from .convolution import SPATIAL, TEMPORAL, Kernel
 from .direct import DirectBackend, as_features, empty_rows, positions_of, within
-from .packing import BLOCK, packed_size
+from .packing import BLOCK, Place
 from .plan import WINOGRAD_COSTS, Costs, Group, in_calls
 
 TILES = (1, 2, 4)  # outputs of a tile along the height and the width
@@ -97,11 +97,9 @@ class Operator(NamedTuple):
         return cls(weight, weight.shape[0], start=taps - 1, rows=inputs, strides=strides)
 
     @classmethod
-    def packed(
-        cls, flat: Tensor, begin: int, count: int, outputs: int, taps: int, channels: Tensor, first: int
-    ) -> Operator:
-        """A packed filter of ``count`` channels that begins ``begin`` channels into a flat tensor."""
-        return cls(flat, count, channels, first, begin * packed_size(outputs, taps), blocked=True)
+    def packed(cls, flat: Tensor, place: Place, channels: Tensor, first: int) -> Operator:
+        """A blocked filter that lies at ``place`` in a flat tensor, on the channels listed from ``first`` on."""
+        return cls(flat, place.channels, channels, first, place.start, blocked=True)
 
 
 def gated_operators(
@@ -213,21 +211,21 @@ class WinogradBackend(DirectBackend):
         x: Tensor,
         samples: Tensor | None,
         n: int,
-        starts: list[int],
+        where: tuple[Place, Place],
         y: Tensor,
         next_sums: Tensor,
         skip: Tensor | None,
         w: FrozenWeights,
         options: FrozenOptions,
     ) -> None:
-        if not (options.blocked and self.fast(x)):
-            return super().frozen_neuron(x, samples, n, starts, y, next_sums, skip, w, options)
-        outputs, channels = w.bias.shape[1], x.shape[1]
-        begin, split = starts[n], starts[n + 1] - starts[n]
-        first, rest = n * channels, channels - split  # of the neuron's lists; its temporal channels
-        spatial = Operator.packed(w.spatial, begin, split, outputs, 9, w.channels, first)
-        temporal = Operator.packed(w.temporal, first - begin, rest, outputs, 3, w.channels, first + split)
-        operators = [operator if operator.count else None for operator in (spatial, temporal)]
+        if not (options.packing == "blocked" and self.fast(x)):
+            return super().frozen_neuron(x, samples, n, where, y, next_sums, skip, w, options)
+        outputs = w.bias.shape[1]
+        lists = n * x.shape[1], n * x.shape[1] + where[0].channels  # where the neuron's lists begin
+        operators = [
+            Operator.packed(w.filters, place, w.channels, first) if place.channels else None
+            for place, first in zip(where, lists, strict=True)
+        ]
         finish = {"bias": w.bias[n], "relu": options.relu, "skip": skip, "samples": samples}
         finish["sums"] = next_sums if options.next_taps else None
         if w.mixing is None:

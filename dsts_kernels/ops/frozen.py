@@ -21,19 +21,18 @@ def _frozen_layer(
     scoring: Tensor,
     channels: Tensor,
     starts: Tensor,
-    spatial: Tensor,
-    temporal: Tensor,
+    filters: Tensor,
     bias: Tensor,
     mixing: Tensor | None,
     score_divisor: int,
     mixing_kernel: list[int],
     relu: bool,
-    blocked: bool,
+    packing: str,
     next_taps: int,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = FrozenWeights(scoring, channels, starts, spatial, temporal, bias, mixing)
-    options = FrozenOptions(score_divisor, mixing_kernel, relu, blocked, next_taps)
+    weights = FrozenWeights(scoring, channels, starts, filters, bias, mixing)
+    options = FrozenOptions(score_divisor, mixing_kernel, relu, packing, next_taps)
     return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
 
 
@@ -44,14 +43,13 @@ def _frozen_layer_fake(
     scoring,
     channels,
     starts,
-    spatial,
-    temporal,
+    filters,
     bias,
     mixing,
     score_divisor,
     mixing_kernel,
     relu,
-    blocked,
+    packing,
     next_taps,
     backend=None,
 ):
@@ -68,8 +66,8 @@ def _frozen_layer_fake(
 
 frozen_layer_op = define(
     "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor starts, "
-    "Tensor spatial, Tensor temporal, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
-    "bool relu, bool blocked, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor filters, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
+    "bool relu, str packing, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _frozen_layer,
     _frozen_layer_fake,
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dsts_kernels import FusedDSTS, functional
 from dsts_kernels.backends import BACKENDS, cpu
 from dsts_kernels.backends.convolution import SPATIAL, TEMPORAL
-from dsts_kernels.backends.packing import pack, unpack
+from dsts_kernels.backends.packing import Place, pack, unpack
 from dsts_kernels.backends.winograd import TEMPORAL_TILES, TILES, Operator, tile_sizes
 from dsts_kernels.testing import TOLERANCES, assert_close, poisoned_memory
 
@@ -185,9 +185,11 @@ def test_packed(isa, dtype):
     for weight, own, taps in ((spatial, gate[0] == 1, 9), (temporal, gate[0] == 0, 3)):
         channels = own.nonzero()[:, 0].int()
         panel = weight.flatten(2)[:, channels.long()].transpose(1, 2)
-        flats.append(torch.cat([torch.full((32 * taps,), torch.nan, dtype=dtype), pack(panel)]))  # not at the start
-        operators.append(Operator.packed(flats[-1], 1, channels.numel(), 21, taps, channels, 0))
-        assert torch.equal(unpack(flats[-1][32 * taps :], 21, taps, channels.numel()), panel)
+        flats.append(
+            torch.cat([torch.full((32 * taps,), torch.nan, dtype=dtype), pack(panel, "blocked")])
+        )  # not at the start
+        operators.append(Operator.packed(flats[-1], Place(32 * taps, channels.numel()), channels, 0))
+        assert torch.equal(unpack(flats[-1][32 * taps :], "blocked", 21, taps, channels.numel()), panel)
     out = torch.empty(1, 21, 3, 8, 8, dtype=dtype)
     BACKENDS["cpu"].winograd(x, *operators, out)
     assert torch.equal(out, run(x, gate, spatial, temporal))

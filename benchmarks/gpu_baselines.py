@@ -1,0 +1,64 @@
+"""The baselines as a good engineer runs them on a GPU: bf16 autocast, channels-last, lists padded for tensor cores.
+
+They are those of :mod:`benchmarks.baselines`, whose panels were laid out for a CPU. cuDNN's bf16 kernels want channel
+counts that are multiples of 8 and few distinct shapes, so folded lists are padded with channels of weight zero.
+In training the choice is measured, not assumed: gathered lists a sample, or dense masked operators a neuron.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import baselines
+from benchmarks.baselines import HandwrittenEval, Unit
+from dsts_kernels.reference import DSTS
+
+__all__ = ["PLANS", "AutocastDSTS", "padded", "training_plan"]
+
+MULTIPLE = 64
+PLANS = ("lists a sample", "dense a neuron")
+
+
+class AutocastDSTS(DSTS):
+    """The literal module on float32 parameters, its convolutions in bfloat16."""
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast(args[0].device.type, torch.bfloat16):
+            return super().forward(*args, **kwargs)
+
+
+def padded(module: HandwrittenEval) -> HandwrittenEval:
+    """The same module with every channel list a multiple of :data:`MULTIPLE` long: channel 0 again, times zero."""
+    for neuron in (neuron for layer in module.folded for neuron in layer.neurons):
+        for side in ("spatial", "temporal"):
+            channels, weight = getattr(neuron, f"{side}_channels"), getattr(neuron, side)
+            more = -channels.numel() % MULTIPLE
+            if channels.numel() and more:
+                weight = F.pad(weight, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
+                setattr(neuron, f"{side}_channels", F.pad(channels, (0, more)))
+                setattr(neuron, side, weight)
+    return module
+
+
+def dense_units(gate: Tensor, neuron: Tensor) -> list[Unit]:
+    """One unit a neuron, on all channels."""
+    rows: dict[int, list[int]] = {}
+    for row, i in enumerate(neuron.tolist()):
+        rows.setdefault(i, []).append(row)
+    return [Unit(i, own, None, None) for i, own in rows.items()]
+
+
+@contextlib.contextmanager
+def training_plan(plan: str) -> Iterator[None]:
+    """How :class:`benchmarks.baselines.HandwrittenTrain` groups samples inside the block: one of :data:`PLANS`."""
+    if plan == PLANS[0]:
+        yield
+        return
+    with mock.patch.object(baselines, "plan_units", dense_units):
+        yield

@@ -1,0 +1,107 @@
+"""The Triton backend: our own GPU kernels, for compute capability 8.0 and later.
+
+Nothing here imports triton before a kernel runs. With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors in Triton's
+interpreter, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..base import Backend, FrozenOptions, FrozenWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The launchers, imported when first wanted: triton takes half a second."""
+    return importlib.import_module(".launch", __name__)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+class TritonBackend(Backend):
+    """Kernels on a GPU; on CPU tensors only in the interpreter."""
+
+    name = "triton"
+    remark = "our kernels on the GPU, without a host synchronisation"
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+            return None
+        return "torch finds no CUDA GPU; set TRITON_INTERPRET=1 to run its kernels in Triton's interpreter, slowly"
+
+    def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if (reason := self.missing()) is not None:
+            return reason
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            if device.type != "cpu":
+                return f"TRITON_INTERPRET=1 runs kernels on CPU tensors, not on {device.type}"
+        elif device.type != "cuda":
+            return f"it runs on CUDA tensors, not on {device.type}"
+        elif torch.version.hip is not None:
+            return "it was made for NVIDIA GPUs; this is a ROCm build of torch"
+        elif capability(device) < (8, 0):
+            major, minor = capability(device)
+            return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
+        return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
+
+    def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
+        return "tiled"
+
+    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
+        return kernels().semhash_gate(logits, neuron, noise, hard)
+
+    def semhash_gate_backward(
+        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        return kernels().semhash_gate_backward(grad, logits, neuron, noise)
+
+    def tap_sums(self, x: Tensor, taps: int) -> Tensor:
+        return kernels().tap_sums(x, taps)
+
+    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        return kernels().gated_conv3d(x, gate, neuron, spatial, temporal)
+
+    def gated_conv3d_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        neuron: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return kernels().gated_conv3d_backward(grad, x, gate, neuron, spatial, temporal, needs)
+
+    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
+        return kernels().mixing_conv3d(z, neuron, mixing)
+
+    def mixing_conv3d_backward(
+        self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return kernels().mixing_conv3d_backward(grad, z, neuron, mixing, needs)
+
+    def frozen_layer(
+        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if options.packing != "tiled":
+            raise RuntimeError(
+                f"backend: got a module packed {options.packing!r} for another backend, wanted one frozen for 'triton': "
+                "freeze(backend='triton'), or move it to the GPU"
+            )
+        return kernels().frozen_layer(x, sums, skip, w, options)

@@ -1,0 +1,59 @@
+"""Tap sums: every channel summed over the positions that each tap of a scoring kernel meets, in float32.
+
+A program sums a range of positions of a block of channels, so that a small batch still fills the chip; the ranges'
+sums are added up by who reads them, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .epilogue import tap_sums_of
+
+
+@triton.jit
+def tap_sums_kernel(
+    x,
+    sums,
+    size,
+    t_size,
+    h_size,
+    w_size,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    TAPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """``sums (B, parts, C, TAPS)`` of ``x (B, C, T, H, W)``; axis 1 of the grid is the parts."""
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    b = tl.program_id(2)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    positions = t_size * h_size * w_size
+    steps = tl.cdiv(tl.cdiv(positions, BP), parts)
+    start = x + b.to(tl.int64) * stride_b
+    column = c * stride_c
+    if WIDE:
+        column = c.to(tl.int64) * stride_c
+    total = tl.zeros((16 if TAPS == 9 else 1, BC), tl.float32)
+    for step in range(0, steps):
+        p = (part * steps + step) * BP + tl.arange(0, BP)
+        w = p % w_size
+        h = p // w_size % h_size
+        t = p // (w_size * h_size)
+        if WIDE:
+            place = t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+        else:
+            place = t * stride_t + h * stride_h + w * stride_w
+        mask = (p < positions)[:, None] & (c < size)[None, :]
+        v = tl.load(start + (place[:, None] + column[None, :]), mask=mask, other=0.0).to(tl.float32)
+        total += tap_sums_of(v, h, w, h_size, w_size, TAPS)
+    tap = tl.arange(0, total.shape[0])[:, None]
+    out = sums + (b.to(tl.int64) * parts + part) * size * TAPS
+    tl.store(out + c[None, :] * TAPS + tap, total, mask=(c < size)[None, :] & (tap < TAPS))

@@ -1,0 +1,149 @@
+"""Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
+
+``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m benchmarks.tune``
+measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits it runs. Every candidate
+is compiled ahead of time, and checked for correctness, by the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .boxes import next_power
+
+KERNELS = ("conv", "data_gradient", "weight_gradient")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+INTERPRETER = "interpreter"
+TUNED = Path(__file__).parent / "tuned"
+
+
+class Tile(NamedTuple):
+    """Rows, columns and K block of a tile, and how it is run. A weight gradient's ``k`` is positions."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    tma: bool  # operands come through tensor descriptors, where they are aligned for it
+    per_sm: int = 1  # persistent programs a multiprocessor
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """``half``, or for float32 ``tf32`` or ``ieee``, as torch's float32 matmul precision says."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# Every tile that ships, best guess first. Registers and shared memory of each: docs/performance.md.
+HALF = {
+    "sm_80": {
+        "conv": (Tile(128, 128, 64, 8, 3, False), Tile(128, 64, 64, 4, 3, False, 2), Tile(64, 64, 64, 4, 4, False, 2)),
+        "data_gradient": (Tile(128, 128, 64, 8, 3, False), Tile(128, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
+        "weight_gradient": (Tile(128, 128, 64, 8, 3, False), Tile(64, 64, 64, 4, 3, False)),
+    },
+    "sm_90": {
+        "conv": (
+            Tile(128, 256, 64, 8, 4, True),
+            Tile(128, 128, 64, 8, 4, True),
+            Tile(128, 64, 64, 4, 4, True, 2),
+            Tile(64, 64, 64, 4, 4, True, 2),
+        ),
+        "data_gradient": (Tile(128, 128, 64, 8, 4, True), Tile(128, 64, 64, 4, 4, True), Tile(64, 64, 64, 4, 4, True)),
+        "weight_gradient": (Tile(128, 256, 64, 8, 4, True), Tile(128, 128, 64, 8, 4, True), Tile(64, 64, 64, 4, 4, True)),
+    },
+    "sm_100": {
+        "conv": (Tile(128, 128, 64, 8, 4, True), Tile(128, 64, 64, 4, 4, True), Tile(64, 64, 64, 4, 4, True)),
+        "data_gradient": (Tile(128, 128, 64, 8, 3, True), Tile(128, 64, 64, 4, 3, True), Tile(64, 64, 64, 4, 3, True)),
+        "weight_gradient": (Tile(128, 128, 64, 8, 4, True), Tile(64, 64, 64, 4, 4, True)),
+    },
+}  # fmt: skip
+CANDIDATES = {
+    "half": HALF,
+    "tf32": {
+        architecture: {
+            kernel: tuple(tile._replace(k=32, n=min(tile.n, 128), stages=3) for tile in tiles if tile.n <= 128)
+            for kernel, tiles in kernels.items()
+        }
+        for architecture, kernels in HALF.items()
+    },
+    # Without matrix instructions: no descriptors, which spill there.
+    "ieee": {
+        architecture: {
+            "conv": (Tile(128, 128, 32, 8, 3, False), Tile(64, 64, 32, 4, 3, False, 2)),
+            "data_gradient": (Tile(64, 64, 32, 4, 3, False),),
+            "weight_gradient": (Tile(64, 64, 32, 4, 3, False),),
+        }
+        for architecture in ARCHITECTURES
+    },
+}
+# Small enough to watch: the interpreter runs them in plain NumPy.
+INTERPRETED = {
+    "conv": (Tile(32, 32, 0, 4, 1, True), Tile(16, 64, 0, 4, 1, False)),
+    "data_gradient": (Tile(32, 32, 0, 4, 1, True), Tile(16, 16, 0, 4, 1, False)),
+    "weight_gradient": (Tile(32, 32, 32, 4, 1, True), Tile(32, 16, 16, 4, 1, False)),
+}
+
+_forced: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def forced(**tiles: Tile) -> Iterator[None]:
+    """Run kernels with these tiles, ``forced(conv=Tile(...))``, whatever was measured: for tests and tuning."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The family whose tiles a device of this compute capability runs."""
+    return "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
+
+
+def candidates(kernel: str, architecture: str, kind: str) -> tuple[Tile, ...]:
+    if architecture == INTERPRETER:
+        k = 64 if kind == "half" else 32
+        return tuple(t if kernel == "weight_gradient" else t._replace(k=k) for t in INTERPRETED[kernel])
+    return CANDIDATES[kind][architecture][kernel]
+
+
+def problem(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
+    """A problem's name in a tuned file: positions, columns of the result and batch."""
+    return f"{kernel} {kind} {'x'.join(map(str, size))} {columns} b{batch}"
+
+
+@functools.cache
+def measured(architecture: str) -> dict[str, int]:
+    """What ``benchmarks.tune`` found best on this architecture; empty where it never ran."""
+    path = TUNED / f"{architecture}.json"
+    return json.loads(path.read_text())["tiles"] if path.exists() else {}
+
+
+def choose_tile(
+    kernel: str, architecture: str, kind: str, size: tuple[int, int, int], columns: int, batch: int, small: bool = False
+) -> Tile:
+    """The tile of a problem. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
+    if kernel in _forced:
+        return _forced[kernel]
+    fitting = [tile for tile in candidates(kernel, architecture, kind) if not (small and tile.n > 128)]
+    index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
+    if 0 <= index < len(fitting):
+        return fitting[index]
+    positions = size[0] * size[1] * size[2]
+    for tile in fitting:
+        rows = tile.m if kernel != "weight_gradient" else 0
+        if tile.n <= next_power(max(columns, 16)) and rows <= next_power(max(positions, 64)):
+            return tile
+    return fitting[-1]

@@ -1,0 +1,174 @@
+"""FrozenDSTS on the GPU: the reference's evaluation from packed weights alone, in every dtype and layout."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from dsts_kernels import FusedDSTS
+from dsts_kernels.testing import assert_close
+
+from .support import (
+    BACKEND,
+    DEVICE,
+    DTYPES,
+    FORMATS,
+    LAYOUTS,
+    assert_same_routing,
+    enliven,
+    features_for,
+    gpu_only,
+    pair,
+    randn,
+    reference_output,
+)
+
+pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
+
+SIZE = (5, 40, 3, 6, 5)
+OPTIONS = {
+    "default": {},
+    "wide-3x3-scoring": dict(scoring_kernel=(1, 3, 3), scoring_width=2),
+    "summed-scores": dict(score_reduction="sum"),
+    "mixing-1x3x3": dict(mixing_kernel=(1, 3, 3)),
+    "mixing-3x1x1": dict(mixing_kernel=(3, 1, 1)),
+    "no-skip": dict(skip=False),
+    "bare": dict(norm=None, activation=None),
+    "one-neuron": dict(num_neurons=1),
+    "one-layer": dict(num_layers=1),
+}
+
+
+def check(dtype, options, size=SIZE) -> None:
+    """Output and routing of the reference on features that rounding cannot reroute."""
+    ref, fused = pair(size[1], dtype, **options)
+    x = features_for(ref, randn(*size, dtype=dtype))
+    theirs, their_routing = reference_output(ref, x)
+    mine, routing = fused.eval().freeze()(x, return_routing=True)
+    assert mine.dtype == dtype
+    assert_close(mine, theirs, factor=2)
+    assert_same_routing(routing, their_routing, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(dtype, options):
+    """Every option in every dtype: the mixing kernels that do not fold, and 1x3x3 scoring, too."""
+    check(dtype, options)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("channels", [20, 33, 100])
+def test_batches_and_ragged_channels(batch, channels):
+    """Batches of 1, 8, 32; channels that are not multiples of 8."""
+    check(torch.bfloat16, {}, (batch, channels, 2, 5, 4))
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (4, 1, 3), (2, 7, 7), (3, 16, 16), (2, 13, 9)], ids=str)
+def test_grids(grid):
+    """Planes of one position, one row, both of the paper's, and one that no tile divides."""
+    check(torch.bfloat16, {}, (3, 72, *grid))
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0], ids=["all-temporal", "all-spatial"])
+@pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
+def test_one_sided_gates(side, mixing_kernel):
+    """A neuron whose panels of one side are empty."""
+    ref, fused = pair(40, torch.bfloat16, mixing_kernel=mixing_kernel)
+    with torch.no_grad():
+        for module in (ref, fused):
+            for layer in module.layers:
+                layer.gate[::2] = side
+                layer.gate[1::2].abs_().mul_(-side)
+    x = features_for(ref, randn(*SIZE, dtype=torch.bfloat16))
+    assert_close(fused.eval().freeze()(x), reference_output(ref, x)[0], factor=2)
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, skip):
+    """Any stride order in, the same values out, in the memory format of the input."""
+    _, fused = pair(40, torch.bfloat16, skip=skip)
+    fast, x = fused.eval().freeze(), LAYOUTS[layout](randn(*SIZE, dtype=torch.bfloat16))
+    y = fast(x)
+    if layout in FORMATS:
+        assert y.is_contiguous(memory_format=FORMATS[layout])
+    assert_close(y, fast(x.contiguous()))
+
+
+def test_samples_do_not_depend_on_their_batch():
+    """Each sample alone gives what it gave among others."""
+    ref, fused = pair(72, torch.bfloat16)
+    x = features_for(ref, randn(8, 72, 4, 7, 7, dtype=torch.bfloat16))
+    fast = fused.eval().freeze()
+    assert_close(torch.cat([fast(x[i : i + 1]) for i in range(8)]), fast(x))
+
+
+def test_samples_stay_apart():
+    """NaN and Inf in one sample leave the others and the routing alone."""
+    _, fused = pair(40, torch.bfloat16)
+    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=torch.bfloat16)
+    clean = fast(x)
+    x[1], x[3, 2] = float("nan"), float("inf")
+    y, routing = fast(x, return_routing=True)
+    assert torch.equal(y[[0, 2, 4]], clean[[0, 2, 4]])
+    assert ((routing.neuron >= 0) & (routing.neuron < 4)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_bit_for_bit(dtype):
+    """The same bits, ten times over."""
+    _, fused = pair(96, dtype)
+    fast, x = fused.eval().freeze(), randn(8, 96, 4, 7, 7, dtype=dtype)
+    first = fast(x)
+    assert all(torch.equal(fast(x), first) for _ in range(10))
+
+
+def test_freeze_to_half():
+    """A float32 module frozen to bfloat16 takes and returns bfloat16 and keeps scores in float32."""
+    ref, fused = pair(40, torch.float32, num_layers=1)
+    x = features_for(ref, randn(*SIZE, dtype=torch.bfloat16))
+    y, routing = fused.eval().freeze(dtype=torch.bfloat16)(x, return_routing=True)
+    assert y.dtype == torch.bfloat16 and routing.scores.dtype == torch.float32
+    assert_close(y, reference_output(ref, x)[0])
+
+
+@pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (3, 1, 1)], ids=str)
+def test_moves_between_devices(mixing_kernel):
+    """Frozen on one device and moved to the other, either way: packed weights run wherever they are."""
+    options = dict(num_neurons=3, mixing_kernel=mixing_kernel, score_reduction="mean")
+    dsts = FusedDSTS(40, **options)
+    enliven(dsts)
+    dsts.eval()
+    x = torch.randn(SIZE)
+    here = dsts.freeze()
+    wanted = here(x)
+    assert_close(copy.deepcopy(here).to(DEVICE)(x.to(DEVICE)).cpu(), wanted)
+    there = dsts.to(DEVICE).freeze()
+    assert_close(there(x.to(DEVICE)).cpu(), wanted)
+    assert_close(there.cpu()(x), wanted)
+
+
+def test_copies():
+    """deepcopy, torch.save and a state_dict round trip give the same bits."""
+    _, fused = pair(40, torch.bfloat16)
+    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=torch.bfloat16)
+    y = fast(x)
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(fast), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), y)
+        other.load_state_dict(fast.state_dict())
+        assert torch.equal(other(x), y)
+
+
+def test_empty_batch():
+    """No samples pass through."""
+    fast = FusedDSTS(24, num_neurons=3, device=DEVICE, dtype=torch.bfloat16, backend=BACKEND).eval().freeze()
+    x = torch.empty(0, 24, 2, 3, 3, device=DEVICE, dtype=torch.bfloat16)
+    y, routing = fast(x, return_routing=True)
+    assert y.shape == x.shape and routing.scores.shape == (3, 0, 3)
