@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -23,8 +25,11 @@ SIZES = [
 
 
 def sample_inputs(b: int, n: int, c: int, dtype: torch.dtype):
-    hard = torch.rand(b, device=DEVICE) < 0.5
-    return randn(n, c, dtype=dtype, scale=2), randn(b, c, dtype=dtype), hard, torch.randint(n, (b,), device=DEVICE)
+    """Logits, noise, hard, neuron; none within rounding of where a soft gate saturates and its gradient jumps."""
+    hard, neuron = torch.rand(b, device=DEVICE) < 0.5, torch.randint(n, (b,), device=DEVICE)
+    logits, noise = randn(n, c, dtype=dtype, scale=2), randn(b, c, dtype=dtype)
+    near = ((logits[neuron].double() + noise.double()).abs() - math.log(11)).abs() < 1e-3
+    return logits, torch.where(near, noise + 0.125, noise), hard, neuron
 
 
 def soft(q: torch.Tensor) -> torch.Tensor:

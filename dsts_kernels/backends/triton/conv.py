@@ -214,7 +214,10 @@ def conv_kernel(
 
         bias_row = bias
         if HAS_BIAS:
-            bias_row += tl.load(plan + b * 6 + 5) * outputs
+            if UNIFORM:
+                bias_row += base * outputs
+            else:
+                bias_row += tl.load(plan + b * 6 + 5) * outputs
         if k1 - k0 == length:
             m = tl.arange(0, BM)
             for part in tl.static_range(PARTS):

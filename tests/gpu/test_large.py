@@ -1,0 +1,162 @@
+"""Tensors of more than 2^31 elements: offsets that 32 bits do not hold, checked where they matter, in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsts_kernels.functional import gated_conv3d, semhash_gate
+from dsts_kernels.ops import mixing_conv3d, tap_sums
+from dsts_kernels.testing import assert_close
+
+from .support import (
+    BACKEND,
+    DEVICE,
+    features_for,
+    gated_conv,
+    gated_inputs,
+    gpu_only,
+    mixing_conv,
+    needs_memory,
+    pair,
+    randn,
+    reference_output,
+    widened,
+)
+
+pytestmark = gpu_only
+
+LIMIT = 2**31
+CHANNELS, GRID = 64, (8, 64, 64)
+SAMPLE = CHANNELS * GRID[0] * GRID[1] * GRID[2]
+BATCH = LIMIT // SAMPLE + 2  # the last sample lies beyond the limit altogether, the one before it just behind
+WATCHED = [0, BATCH - 3, BATCH - 2, BATCH - 1]
+
+
+def fill(size: tuple[int, ...]) -> torch.Tensor:
+    """Noise, channels-last: a few samples of it over and over, for generating is slower than what is tested."""
+    few = randn(4, *size[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.empty(size, dtype=torch.bfloat16, device=DEVICE, memory_format=torch.channels_last_3d)
+    for start in range(0, size[0], 4):
+        x[start : start + 4] = few[: size[0] - start]
+    return x
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_tap_sums(taps):
+    """Many samples, and one whose channels lie further apart than 32 bits reach."""
+    needs_memory(14)
+    x = fill((BATCH, CHANNELS, *GRID))
+    watched = tap_sums(x, taps, backend=BACKEND)[WATCHED]
+    assert_close(watched, tap_sums(x[WATCHED].float(), taps, backend="eager"))
+    del x
+    x = torch.empty(1, 3, 8, 8192, 16384 - 64, dtype=torch.bfloat16, device=DEVICE).normal_()
+    assert x.numel() > LIMIT
+    sums = tap_sums(x, taps, backend=BACKEND)
+    for channel in range(3):
+        absolute = x[0, channel].float().abs().sum().double()
+        wanted = x[0, channel].sum(dtype=torch.float64)
+        assert (sums[0, channel, taps // 2] - wanted).abs() <= 1e-5 * absolute
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "channels-first"])
+def test_gated_conv3d(last):
+    """Forward, data gradient and gate gradient at both ends of a batch, in either memory format."""
+    needs_memory(30)
+    x, gate, neuron, spatial, temporal = gated_inputs((BATCH, CHANNELS, 1, 1, 1), CHANNELS, torch.bfloat16)
+    x = fill((BATCH, CHANNELS, *GRID))
+    x = x if last else x.contiguous()
+    x.requires_grad_()
+    gate.requires_grad_()
+    out = gated_conv3d(x, gate, neuron, spatial, temporal, backend=BACKEND)
+    grad = out.detach()  # any features do
+    dx, dgate = torch.autograd.grad(out, (x, gate), grad)
+    wide = widened([x[WATCHED], gate[WATCHED], neuron[WATCHED], spatial, temporal])
+    wide[0].requires_grad_()
+    wide[1].requires_grad_()
+    ref = gated_conv(*wide)
+    assert_close(out[WATCHED], ref, name="output")
+    wanted = torch.autograd.grad(ref, wide[:2], grad[WATCHED].double())
+    assert_close(dx[WATCHED], wanted[0], name="gradient of x", factor=2)
+    assert_close(dgate[WATCHED], wanted[1], name="gradient of gate", factor=2)
+
+
+def test_weight_gradient():
+    """Summed over more positions than 32 bits count elements of: one neuron a half of the batch."""
+    needs_memory(24)
+    _, gate, _, spatial, temporal = gated_inputs((1, CHANNELS, 1, 1, 1), 16, torch.bfloat16, "hard", neurons=2)
+    neuron = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
+    neuron[-2:] = 1  # these two lie beyond the limit
+    x, gate = fill((BATCH, CHANNELS, *GRID)), gate.expand(BATCH, -1).contiguous()
+    out = gated_conv3d(x, gate, neuron, spatial.requires_grad_(), temporal.requires_grad_(), backend=BACKEND)
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, (spatial, temporal), grad)
+    wide = [
+        t.requires_grad_() if i > 2 else t
+        for i, t in enumerate(widened([x[-2:], gate[-2:], neuron[-2:], spatial, temporal]))
+    ]
+    theirs = torch.autograd.grad(gated_conv(*wide), wide[3:], grad[-2:].double())
+    for g, h in zip(mine, theirs, strict=True):
+        assert_close(g[1], h[1], dtype=torch.bfloat16, factor=2)
+        assert torch.isfinite(g[0]).all() and g[0].count_nonzero() > 0
+
+
+def test_mixing_conv3d():
+    """Forward and data gradient at both ends of a batch."""
+    needs_memory(24)
+    z = fill((BATCH, CHANNELS, *GRID)).requires_grad_()
+    neuron = torch.randint(3, (BATCH,), device=DEVICE)
+    mixing = randn(3, CHANNELS, CHANNELS, 1, 1, 1, dtype=torch.bfloat16, scale=CHANNELS**-0.5)
+    out = mixing_conv3d(z, neuron, mixing, backend=BACKEND)
+    (dz,) = torch.autograd.grad(out, z, out.detach())
+    wide = z[WATCHED].detach().double().requires_grad_()
+    ref = mixing_conv(wide, neuron[WATCHED], mixing.double())
+    assert_close(out[WATCHED], ref)
+    assert_close(dz[WATCHED], torch.autograd.grad(ref, wide, out[WATCHED].detach().double())[0], factor=2)
+
+
+def test_stacked_weights():
+    """A stack of operators beyond the limit, read and written at its last neuron; the others hold NaN."""
+    needs_memory(24)
+    channels, neurons = 4096, 16
+    assert neurons * channels * channels * 9 > LIMIT
+    x, gate, _, spatial, temporal = gated_inputs((2, channels, 1, 4, 4), channels, torch.bfloat16, "hard", neurons=1)
+    stacks = []
+    for weight in (spatial, temporal):
+        stack = torch.full((neurons, *weight.shape[1:]), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        stack[-1] = weight[0]
+        stacks.append(stack.requires_grad_())
+    neuron = torch.full((2,), neurons - 1, device=DEVICE)
+    out = gated_conv3d(x, gate, neuron, *stacks, backend=BACKEND)
+    wide = [t.requires_grad_() if i > 2 else t for i, t in enumerate(widened([x, gate, neuron * 0, spatial, temporal]))]
+    ref = gated_conv(*wide)
+    assert_close(out, ref)
+    grad = torch.randn_like(out)
+    mine, theirs = torch.autograd.grad(out, stacks, grad), torch.autograd.grad(ref, wide[3:], grad.double())
+    for g, h in zip(mine, theirs, strict=True):
+        assert_close(g[-1], h[0], dtype=torch.bfloat16, factor=2)
+        assert g[0].count_nonzero() == 0 and g[-2].count_nonzero() == 0
+
+
+def test_frozen():
+    """A frozen module over such a batch: routing, panels, output and skip."""
+    needs_memory(36)
+    ref, fused = pair(CHANNELS, torch.bfloat16, num_layers=2, num_neurons=3)
+    x = fill((BATCH, CHANNELS, *GRID))
+    x[WATCHED] = features_for(ref, x[WATCHED])
+    y, routing = fused.eval().freeze()(x, return_routing=True)
+    theirs, their_routing = reference_output(ref, x[WATCHED])
+    assert torch.equal(routing.neuron[:, WATCHED], their_routing.neuron)
+    assert_close(y[WATCHED], theirs, factor=2)
+
+
+def test_semhash_gate():
+    """Many samples of many channels."""
+    needs_memory(24)
+    b, c = 2**15 + 1, 2**16
+    noise = torch.empty(b, c, dtype=torch.bfloat16, device=DEVICE).normal_()
+    logits, neuron = randn(2, c, dtype=torch.bfloat16), torch.arange(b, device=DEVICE) % 2
+    hard = torch.zeros(b, dtype=torch.bool, device=DEVICE)
+    gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=BACKEND)
+    q = logits[neuron[-2:]].double() + noise[-2:].double()
+    assert_close(gate[-2:], (1.2 * torch.sigmoid(q) - 0.1).clamp(0, 1))

@@ -1,0 +1,177 @@
+"""How the kernels behave on the device: streams, graphs, launches, synchronisation, and other devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.gpu_timing import captured, device_events
+from dsts_kernels import FusedDSTS
+from dsts_kernels.testing import assert_close
+
+from .support import BACKEND, draws_for, enliven, gpu_only, pair, randn, training_step
+
+pytestmark = gpu_only
+
+CHANNELS, SIZE = 256, (4, 256, 8, 7, 7)
+LAST = torch.channels_last_3d
+LIBRARY_CONVOLUTION = re.compile(
+    r"cudnn|implicit_convolve|xmma_(fprop|dgrad|wgrad)|im2col|vol2col|nchwToNhwc", re.IGNORECASE
+)
+LIBRARY_PRODUCT = re.compile(r"cutlass|xmma_gemm|gemm_kernel|sgemm|hgemm|nvjet|gemvx", re.IGNORECASE)
+ROUNDS = 20
+
+
+def features(*size: int) -> torch.Tensor:
+    return randn(*size, dtype=torch.bfloat16).contiguous(memory_format=LAST)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A frozen module in bfloat16."""
+    return pair(CHANNELS, torch.bfloat16)[1].eval().freeze()
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    """Torch raises where the host would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams_frozen(fast):
+    """Different inputs on two streams at once, again and again: the bits of running alone."""
+    inputs = [features(*SIZE) for _ in range(2)]
+    alone = [fast(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        found = []
+        for _ in range(3):
+            for stream, x in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(fast(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, alone[i % 2]) for i, y in enumerate(found))
+
+
+def test_two_streams_training():
+    """Forward and backward on two streams at once: the bits of running alone."""
+    dtype = torch.bfloat16
+    ref, fused = pair(96, dtype, norm=None)
+    work = []
+    for _ in range(2):
+        x, grad = features(8, 96, 4, 7, 7), features(8, 96, 4, 7, 7)
+        work.append((x, draws_for(ref, x, dtype), grad))
+    alone = [training_step(fused, *each) for each in work]
+    streams = [torch.cuda.Stream() for _ in work]
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        found = []
+        for stream, each in zip(streams, work, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(training_step(fused, *each))
+        torch.cuda.synchronize()
+        for mine, theirs in zip(found, alone, strict=True):
+            assert torch.equal(mine[0], theirs[0])
+            assert [name for name, g in mine[2].items() if not torch.equal(g, theirs[2][name])] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scoring_kernel": (1, 3, 3)}, {"mixing_kernel": (1, 3, 3)}, {"mixing_kernel": (3, 1, 1)}],
+    ids=["default", "scoring-1x3x3", "mixing-1x3x3", "mixing-3x1x1"],
+)
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=str)
+def test_cuda_graph(options, memory_format):
+    """The whole frozen module in one graph, replayed on other inputs that choose other neurons."""
+    fast = pair(64, torch.bfloat16, **options)[1].eval().freeze()
+    static = features(5, 64, 3, 7, 7).contiguous(memory_format=memory_format)
+    graph, (y, routing) = captured(lambda x: fast(x, return_routing=True), static)
+    for scale in (1.0, -1.0, 3.0, 0.5):
+        x = scale * features(5, 64, 3, 7, 7)
+        static.copy_(x)
+        graph.replay()
+        wanted, wanted_routing = fast(x.contiguous(memory_format=memory_format), return_routing=True)
+        assert torch.equal(y, wanted) and torch.equal(routing.neuron, wanted_routing.neuron)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("grid", [(8, 16, 16), (16, 7, 7)], ids=["tpn", "swin"])
+def test_launches(grid, batch):
+    """At most two launches a layer and one more, copies and fills counted; none of them a library's."""
+    dsts = FusedDSTS(1024, num_neurons=4, device="cuda", dtype=torch.bfloat16, backend=BACKEND)
+    enliven(dsts)
+    fast, x = dsts.eval().freeze(), features(batch, 1024, *grid)
+    for _ in range(3):
+        fast(x)
+    names = [name for name, _ in device_events(lambda: fast(x))]
+    assert 0 < len(names) <= 2 * 3 + 1, names
+    assert not [n for n in names if LIBRARY_CONVOLUTION.search(n) or LIBRARY_PRODUCT.search(n)], names
+
+
+def test_training_runs_no_library_convolution():
+    """Forward and backward without a convolution of cuDNN's."""
+    _, fused = pair(CHANNELS, torch.bfloat16, norm=None)
+    x = features(*SIZE).requires_grad_()
+
+    def step() -> None:
+        fused(x).sum().backward()
+
+    step()
+    names = [name for name, _ in device_events(step)]
+    assert names and not [n for n in names if LIBRARY_CONVOLUTION.search(n)], names
+
+
+def test_frozen_does_not_synchronise(fast, no_synchronisation):
+    """Routing stays on the device, in both memory formats."""
+    torch.cuda.set_sync_debug_mode("default")
+    inputs = [features(*SIZE), features(*SIZE).contiguous()]
+    for x in inputs:  # compiles
+        fast(x, return_routing=True)
+    torch.cuda.set_sync_debug_mode("error")
+    for x in inputs:
+        fast(x)
+        fast(x, return_routing=True)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["draws-given", "draws-sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_does_not_synchronise(dtype, sampled, no_synchronisation):
+    """Forward, backward and evaluation without the host waiting."""
+    torch.cuda.set_sync_debug_mode("default")
+    ref, fused = pair(CHANNELS, dtype)
+    x, grad = randn(*SIZE, dtype=dtype), randn(*SIZE, dtype=dtype)
+    draws = None if sampled else draws_for(ref, x, dtype)
+    training_step(fused, x, draws, grad)  # compiles
+    fused.eval()(x)
+    torch.cuda.set_sync_debug_mode("error")
+    training_step(fused.train(), x, draws, grad)
+    with torch.no_grad():
+        fused.eval()(x)
+
+
+def test_other_device():
+    """Tensors on a device that is not the current one: results there, and the current one stays current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    ref, fused = pair(64, torch.bfloat16)
+    x = features(4, 64, 3, 7, 7)
+    draws, grad = draws_for(ref, x, torch.bfloat16), torch.ones_like(x)
+    here = training_step(fused, x, draws, grad)
+    frozen = fused.eval().freeze()(x)
+    other = fused.train().to("cuda:1")
+    moved = [x.to("cuda:1"), type(draws)(*(field.to("cuda:1") for field in draws)), grad.to("cuda:1")]
+    there = training_step(other, *moved)
+    assert torch.cuda.current_device() == 0 and there[0].device == torch.device("cuda:1")
+    assert_close(there[0].to("cuda:0"), here[0])
+    for name in here[2]:
+        assert_close(there[2][name].to("cuda:0"), here[2][name], factor=5)
+    assert_close(other.eval().freeze()(moved[0]).to("cuda:0"), frozen)
