@@ -1,5 +1,5 @@
 # Each target is one command of README.md, CONTRIBUTING.md or docs/gpu.md.
-PYTHON ?= python
+PYTHON ?= python3
 
 .PHONY: test lint bench gpu
 

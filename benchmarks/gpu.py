@@ -243,7 +243,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, help="folder of <device>.json (or benchmarks/results) and gpu.log (or build)"
     )
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
-    parser.add_argument("--workers", type=int, default=4, help="processes of the GPU tests, with pytest-xdist")
+    parser.add_argument("--workers", type=int, default=6, help="processes of the GPU tests, with pytest-xdist")
     return parser.parse_args(arguments)
 
 

@@ -367,11 +367,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Workload(device, torch.cuda.get_device_properties(device).L2_cache_size)
     bench = Bench(work, options.seconds, target, facts)
     parts = (frozen_rows, fused_rows, op_rows, baseline_rows, *(() if options.no_compile else (compiled_rows,)))
-    try:
-        for part in parts:
+    for part in parts:
+        try:
             part(bench)
-    except KeyboardInterrupt:  # out of time: what was measured is still a result
-        bench.failures.append(f"stopped in {part.__name__}")
+        except KeyboardInterrupt:  # out of time: what was measured is still a result
+            bench.failures.append(f"stopped in {part.__name__}")
+            break
+        except Exception as error:  # of building a module: rows report their own
+            bench.failures.append(f"{part.__name__}: {type(error).__name__}: {str(error).strip()[:200]}")
     print("\n".join(report.plain(bench.results)))
     print(f"results written to {target}")
     for failure in bench.failures:

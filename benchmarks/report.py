@@ -1,10 +1,10 @@
 """Saved benchmark results as a Markdown table and a figure: ``python benchmarks/report.py FILE --figure
 FIGURE.png``.
 
-Results are the JSON that ``--save-results`` writes: the machine, its matrix rate, and one row for each mode,
-shape and variant. :func:`table` turns the rows into cells once; the terminal summary and the Markdown table
-only lay them out. This file needs nothing but matplotlib, and that only for the figure, so results can be
-read anywhere.
+Results are the JSON that ``--save-results`` writes, or :mod:`benchmarks.gpu_bench` on a GPU: the machine, its
+matrix rate, one row for each mode, shape and variant, and from a GPU its goals and kernels. :func:`table` turns
+the rows into cells once; the terminal summary and the Markdown table only lay them out. This file needs nothing
+but matplotlib, and that only for the figure, so results can be read anywhere.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TITLES = {
     "handwritten": "best handwritten PyTorch",
     "fused": "FusedDSTS",
     "frozen": "FrozenDSTS",
+    "graph": "FrozenDSTS, CUDA graph",
 }
 COLOURS = {
     "literal": "#b8bcc4",
@@ -40,8 +41,10 @@ COLOURS = {
     "handwritten": "#7f8794",
     "fused": "#1f6fb4",
     "frozen": "#0b3f73",
+    "graph": "#062440",
 }
 BASELINES = ("literal", "handwritten")
+LISTED_KERNELS = 10
 
 
 def order(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[int, int, int]:
@@ -73,15 +76,17 @@ def table(results: dict[str, Any]) -> list[list[str]]:
             continue
         ratios = (speedup(row, baseline, rows) for baseline in BASELINES)
         speed = row["literal_gflop"] / row["ms"] * 1e3
-        cells += [f"{row['ms']:.1f}", *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)]
+        digits = 1 if row["ms"] >= 10 else 3
+        cells += [f"{row['ms']:.{digits}f}", *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)]
         lines.append([*cells, f"{speed:.0f}", f"{speed / rate:.0%}", peak])
     return lines
 
 
 def heading(results: dict[str, Any]) -> str:
-    """One line: device, instruction set, threads, versions, commit, date."""
+    """One line: device, instruction set or driver, threads, versions, commit, date."""
     m = results["machine"]
     cuda = f", CUDA {m['cuda']}, cuDNN {m['cudnn']}" if m["cuda"] else ""
+    cuda += "".join(f", {name} {m[name]}" for name in ("triton", "driver") if m.get(name))
     isa = f" ({m['isa']})" if m["isa"] else ""
     where = f"{m['device']}{isa}, {m['threads']} threads"
     return f"{where}, torch {m['torch']}{cuda}, {results['dtype']}, commit {m['commit']}, {m['date']}"
@@ -90,16 +95,49 @@ def heading(results: dict[str, Any]) -> str:
 def footnotes(results: dict[str, Any]) -> list[str]:
     """What the columns mean, with the yardstick that was measured in the same run."""
     rate = results["rate"]
+    on_gpu = "copy_gb_s" in results
     others = ", ".join(f"{name} {rate[name]:.0f}" for name in rate if name not in ("best", rate["best"]))
+    others = f"; {others}" if others else ""
     return [
         "ms: median of one step; training is forward and backward with every gradient, none left before it.",
         "GFLOP/s: multiplications and additions of the literal formulas divided by the time, so doing less "
         "work for the same result shows as more.",
         f"matrix rate: that number's share of this machine's best large product, "
-        f"{rate[rate['best']]:.0f} GFLOP/s ({rate['best']}; {others}).",
-        "peak MiB: memory that one step adds to weights and input, in a fresh process (compiled: not taken).",
+        f"{rate[rate['best']]:.0f} GFLOP/s ({rate['best']}{others}).",
+        "peak MiB: memory that one step adds to weights and input"
+        + ("" if on_gpu else ", in a fresh process")
+        + " (compiled: not taken).",
+        *(gpu_footnotes(results) if on_gpu else ()),
         f"features: {results['features']}.",
     ]
+
+
+def gpu_footnotes(results: dict[str, Any]) -> list[str]:
+    """How a GPU was timed, and what the baselines are there."""
+    timed = [row for row in results["rows"] if row["variant"] == "handwritten" and row["ms"]]
+    plans = {row["shape"]: row["note"] for row in timed if row["note"]}
+    grouped = "; in training " + ", ".join(f"{shape}: {plan}" for shape, plan in plans.items()) if plans else ""
+    return [
+        "timed with device events on inputs that take turns and exceed twice the L2 cache together; channels-last.",
+        f"copy rate {results['copy_gb_s']:.0f} GB/s, bytes read and written.",
+        "literal: float32 parameters under bfloat16 autocast, torch's own float32 settings, cuDNN's search on; "
+        f"handwritten: bfloat16, the same search, lists padded to whole blocks{grouped}.",
+    ]
+
+
+def extra_lines(results: dict[str, Any]) -> list[str]:
+    """What only a GPU's results have: goals, and device time by kernel."""
+    verdict = {True: "met", False: "missed", None: "not measured"}
+    lines = [
+        f"goal: {g['goal']}: {g['measured']}, wanted {g['wanted']} ({verdict[g['met']]})"
+        for g in results.get("goals", ())
+    ]
+    for step, kernels in results.get("kernels", {}).items():
+        longest = sorted(kernels, key=lambda k: -k["calls"] * k["us"])[:LISTED_KERNELS]
+        total = sum(k["calls"] * k["us"] for k in kernels)
+        listed = ", ".join(f"{k['name']} {k['calls']:g} x {k['us']:.1f} us" for k in longest)
+        lines.append(f"kernels of {step}, {total:.0f} us: {listed}")
+    return lines
 
 
 def plain(results: dict[str, Any]) -> list[str]:
@@ -114,7 +152,8 @@ def plain(results: dict[str, Any]) -> list[str]:
         return "  ".join(left + (right if cells in timed else cells[3:4]))
 
     main = ["", *map(lay_out, lines), "", *footnotes(results)] if results["rows"] else []
-    return [heading(results), *main, *scaling_lines(results)]
+    extra = extra_lines(results)
+    return [heading(results), *main, *([""] if extra else []), *extra, *scaling_lines(results)]
 
 
 def scaling_lines(results: dict[str, Any]) -> list[str]:
@@ -124,11 +163,13 @@ def scaling_lines(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, the project's own rows in bold."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
-    own = {TITLES["fused"], TITLES["frozen"]}
+    own = {TITLES[variant] for variant in ("fused", "frozen", "graph")}
     for cells in table(results):
         cells = [f"**{cell}**" if cells[2] in own and i in (2, 3) else cell for i, cell in enumerate(cells)]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = [f"- {note}" for note in (*footnotes(results), *filter(None, scaling_lines(results)))]
+    notes = [
+        f"- {note}" for note in (*footnotes(results), *extra_lines(results), *filter(None, scaling_lines(results)))
+    ]
     return "\n".join([heading(results), "", *lines, "", *notes])
 
 

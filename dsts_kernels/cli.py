@@ -1,16 +1,27 @@
-"""``python -m dsts_kernels info``: versions, the native build, and what runs where."""
+"""``python -m dsts_kernels``: ``info`` says what runs where, ``roofline`` what kernels should take on GPUs."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
 
 from . import __version__, backends
 from .backends.cpu import build_details
+from .roofline import CHIPS, SHAPES, STEPS, Case, report
+
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "half"),
+    "float16": (torch.float16, "half"),
+    "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+}
+MOST = 65536  # of a count, and channels of a shape
+ELEMENTS = 2**31
 
 
 def info() -> str:
@@ -34,10 +45,77 @@ def info() -> str:
     return "\n".join(lines)
 
 
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {' or '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1 to {MOST}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 0 to 1")
+    return value
+
+
+def shape(text: str) -> tuple[int, tuple[int, int, int]]:
+    """``tpn``, ``swin`` or ``CxTxHxW``: channels and size."""
+    if text in SHAPES:
+        return SHAPES[text]
+    sizes = [int(n) for n in text.split("x")] if re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5}){3}", text) else [0]
+    if min(sizes) < 1 or max(sizes) > MOST:
+        wanted = " or ".join(SHAPES)
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted} or CxTxHxW such as 1024x8x16x16")
+    return sizes[0], (sizes[1], sizes[2], sizes[3])
+
+
+def add_roofline(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shape", type=shape, action="append", help="tpn, swin or CxTxHxW; repeatable (both)")
+    add("--chip", type=one_of(tuple(CHIPS)), action="append", help=f"{', '.join(CHIPS)}; repeatable (all)")
+    add("--step", type=one_of((*STEPS, "all")), default="all", help="frozen, training or all (all)")
+    add("--dtype", type=one_of(tuple(DTYPES)), default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
+    add("--batch", type=count, default=8, help="samples (8)")
+    add("--layers", type=count, default=3, help="layers of the module (3)")
+    add("--neurons", type=count, default=10, help="neurons a layer (10)")
+    add("--spatial-share", type=fraction, default=0.5, help="of a neuron's channels that are spatial (0.5)")
+
+
+def roofline(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """Predicted tables: see :mod:`dsts_kernels.roofline`."""
+    dtype, kind = DTYPES[given.dtype]
+    cases = []
+    for channels, size in dict.fromkeys(given.shape or SHAPES.values()):
+        case = Case(channels, size, given.batch, given.layers, given.neurons, dtype, kind, given.spatial_share)
+        # Small features still take whole tiles, and every tile is walked through.
+        if given.batch * case.positions * max(channels, 256) > ELEMENTS:
+            sizes = "x".join(map(str, (channels, *size)))
+            parser.error(f"argument --shape: got {sizes} with --batch {given.batch}, wanted at most 2^31 elements")
+        cases.append(case)
+    chips = [CHIPS[name] for name in dict.fromkeys(given.chip or CHIPS)]
+    return report(cases, chips, tuple(STEPS) if given.step == "all" else (given.step,))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsts_kernels", description="Fused kernels for DSTS.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, the native build, and backends with reasons")
-    parser.parse_args(arguments)
-    print(info())
+    predicting = commands.add_parser(
+        "roofline", help="predict the milliseconds of every kernel launch from FLOP, bytes, tiles and waves"
+    )
+    add_roofline(predicting)
+    given = parser.parse_args(arguments)
+    print(info() if given.command == "info" else roofline(predicting, given))
     return 0

@@ -12,14 +12,15 @@ from .support import BACKEND, DEVICE, DTYPES, GATES, LAYOUTS, gated_conv, gated_
 
 pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
 
+GRID = 3, 6, 5  # most tests share it, for every grid is a compilation of its own
 NAMES = {"x": 0, "gate": 1, "spatial": 3, "temporal": 4}
-RAGGED = (3, 20, 3, 5, 4), 33
+RAGGED = (3, 20, *GRID), 33
 SIZES = [
     pytest.param(*RAGGED, id="ragged"),
-    pytest.param((1, 33, 2, 7, 5), 20, id="batch-1"),
+    pytest.param((1, 33, *GRID), 20, id="batch-1"),
     pytest.param((8, 64, 8, 7, 7), 64, id="batch-8-swin-plane"),
     pytest.param((2, 100, 4, 16, 16), 100, id="tpn-plane"),
-    pytest.param((32, 16, 2, 4, 4), 24, id="batch-32"),
+    pytest.param((32, 16, *GRID), 24, id="batch-32"),
     pytest.param((3, 17, 1, 1, 1), 5, id="one-position"),
     pytest.param((2, 8, 4, 1, 6), 8, id="one-row"),
     pytest.param((5, 1, 2, 3, 1), 1, id="one-channel"),
@@ -63,7 +64,7 @@ def test_dtypes(size, outputs, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gates(dtype, gate, one_neuron):
     """Every kind of gate, every sample on one neuron or on its own."""
-    check(gated_inputs((5, 48, 3, 7, 7), 40, dtype, gate, one_neuron))
+    check(gated_inputs((5, 48, *GRID), 40, dtype, gate, one_neuron))
 
 
 @pytest.mark.parametrize("grad_layout", ["channels-first", "channels-last", "expanded"])
@@ -82,7 +83,7 @@ def test_layouts(layout, grad_layout):
 )
 def test_what_needs_no_gradient(trained, dtype):
     """Any part frozen: gates frozen, operators frozen, and the subsets between; the rest is unchanged by it."""
-    check(gated_inputs((4, 48, 3, 7, 7), 40, dtype), trained)
+    check(gated_inputs((4, 48, *GRID), 40, dtype), trained)
 
 
 def test_strided_weights():
@@ -95,7 +96,7 @@ def test_strided_weights():
 
 def test_unrouted_neurons_get_zero():
     """A neuron that nobody chose has a gradient, and it is exactly zero."""
-    x, gate, _, spatial, temporal = gated_inputs((4, 48, 3, 7, 7), 40, torch.bfloat16)
+    x, gate, _, spatial, temporal = gated_inputs((4, 48, *GRID), 40, torch.bfloat16)
     neuron = torch.tensor([2, 0, 2, 2], device=DEVICE)
     out = gated_conv3d(x, gate, neuron, spatial.requires_grad_(), temporal.requires_grad_(), backend=BACKEND)
     for gradient in torch.autograd.grad(out.float().sum(), (spatial, temporal)):
@@ -106,7 +107,7 @@ def test_unrouted_neurons_get_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_samples_stay_apart(dtype, one_neuron):
     """NaN and Inf in one sample, or in its gradient, never reach another sample's result."""
-    inputs = gated_inputs((4, 40, 3, 7, 7), 48, dtype, one_neuron=one_neuron)
+    inputs = gated_inputs((4, 40, *GRID), 48, dtype, one_neuron=one_neuron)
     inputs[0][1, 2], inputs[0][1, 3] = float("nan"), float("inf")
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
@@ -120,10 +121,10 @@ def test_samples_stay_apart(dtype, one_neuron):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_bit_for_bit(dtype):
     """Same input, same bits, forward and backward, five times over; samples share neurons."""
-    inputs = gated_inputs((8, 96, 4, 7, 7), 80, dtype)
+    inputs = gated_inputs((8, 96, 8, 7, 7), 80, dtype)
     for i in (0, 1, 3, 4):
         inputs[i].requires_grad_()
-    grad, runs = randn(8, 80, 4, 7, 7, dtype=dtype), []
+    grad, runs = randn(8, 80, 8, 7, 7, dtype=dtype), []
     for _ in range(5):
         out = gated_conv3d(*inputs, backend=BACKEND)
         runs.append([out, *torch.autograd.grad(out, [inputs[i] for i in (0, 1, 3, 4)], grad)])
@@ -144,7 +145,7 @@ def test_empty_batch():
 
 def test_float32_precision_setting():
     """``torch.set_float32_matmul_precision("high")`` allows TF32: about 1e-3, and float32 comes back after it."""
-    inputs = gated_inputs((2, 256, 4, 8, 8), 128, torch.float32)
+    inputs = gated_inputs((2, 256, 4, 16, 16), 128, torch.float32)
     ref = gated_conv(*widened(inputs))
     exact = relative_error(gated_conv3d(*inputs, backend=BACKEND), ref)
     torch.set_float32_matmul_precision("high")

@@ -29,7 +29,7 @@ pytestmark = gpu_only
 LIMIT = 2**31
 CHANNELS, GRID = 64, (8, 64, 64)
 SAMPLE = CHANNELS * GRID[0] * GRID[1] * GRID[2]
-BATCH = LIMIT // SAMPLE + 2  # the last sample lies beyond the limit altogether, the one before it just behind
+BATCH = LIMIT // SAMPLE + 2  # the last two samples lie beyond the limit
 WATCHED = [0, BATCH - 3, BATCH - 2, BATCH - 1]
 
 
@@ -45,10 +45,10 @@ def fill(size: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("taps", [1, 9])
 def test_tap_sums(taps):
     """Many samples, and one whose channels lie further apart than 32 bits reach."""
-    needs_memory(14)
+    needs_memory(24)
     x = fill((BATCH, CHANNELS, *GRID))
     watched = tap_sums(x, taps, backend=BACKEND)[WATCHED]
-    assert_close(watched, tap_sums(x[WATCHED].float(), taps, backend="eager"))
+    assert_close(watched, tap_sums(x[WATCHED].double(), taps, backend="eager"), factor=10)
     del x
     x = torch.empty(1, 3, 8, 8192, 16384 - 64, dtype=torch.bfloat16, device=DEVICE).normal_()
     assert x.numel() > LIMIT
@@ -62,7 +62,7 @@ def test_tap_sums(taps):
 @pytest.mark.parametrize("last", [True, False], ids=["channels-last", "channels-first"])
 def test_gated_conv3d(last):
     """Forward, data gradient and gate gradient at both ends of a batch, in either memory format."""
-    needs_memory(30)
+    needs_memory(36)
     x, gate, neuron, spatial, temporal = gated_inputs((BATCH, CHANNELS, 1, 1, 1), CHANNELS, torch.bfloat16)
     x = fill((BATCH, CHANNELS, *GRID))
     x = x if last else x.contiguous()
@@ -82,7 +82,7 @@ def test_gated_conv3d(last):
 
 
 def test_weight_gradient():
-    """Summed over more positions than 32 bits count elements of: one neuron a half of the batch."""
+    """Features beyond the limit, summed into the operators of a neuron that only the last samples chose."""
     needs_memory(24)
     _, gate, _, spatial, temporal = gated_inputs((1, CHANNELS, 1, 1, 1), 16, torch.bfloat16, "hard", neurons=2)
     neuron = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
@@ -117,7 +117,7 @@ def test_mixing_conv3d():
 
 def test_stacked_weights():
     """A stack of operators beyond the limit, read and written at its last neuron; the others hold NaN."""
-    needs_memory(24)
+    needs_memory(32)
     channels, neurons = 4096, 16
     assert neurons * channels * channels * 9 > LIMIT
     x, gate, _, spatial, temporal = gated_inputs((2, channels, 1, 4, 4), channels, torch.bfloat16, "hard", neurons=1)

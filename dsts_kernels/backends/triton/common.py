@@ -21,6 +21,18 @@ def box_positions(m, t0, h0, w0, BH: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
+def position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of positions ``p`` of a sample. ``FLAT`` positions are ``stride_w`` apart, which lets loads be wide."""
+    if WIDE:
+        p = p.to(tl.int64)
+    if FLAT:
+        place = p * stride_w
+    else:
+        place = p // (h_size * w_size) * stride_t + p // w_size % h_size * stride_h + p % w_size * stride_w
+    return place
+
+
+@triton.jit
 def inside(t, h, w, t_size, h_size, w_size):
     return (t >= 0) & (t < t_size) & (h >= 0) & (h < h_size) & (w >= 0) & (w < w_size)
 

@@ -80,7 +80,7 @@ def load_filters(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "slots", "waves"])  # or every batch would be compiled anew
 def conv_kernel(
     x,
     filters,
@@ -139,7 +139,7 @@ def conv_kernel(
     TAPS: tl.constexpr = TAPS_1 + TAPS_2
     BM: tl.constexpr = BT * BH * BW
     ROWS: tl.constexpr = 16 if BM >= 16 else BM  # of a tile that is added up, at a time
-    PARTS: tl.constexpr = 2 if BN >= 128 else 1  # whose epilogues follow one another, for registers' sake
+    PARTS: tl.constexpr = BN // 64 if BN > 64 else 1  # whose epilogues follow one another, for registers' sake
     SUM_ROWS: tl.constexpr = 16 if SUM_TAPS == 9 else 1
     pid = tl.program_id(0)
     programs = tl.num_programs(0)

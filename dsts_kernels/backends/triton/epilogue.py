@@ -28,12 +28,13 @@ def tap_sums_of(v, h, w, h_size, w_size, TAPS: tl.constexpr):
 
 @triton.jit
 def part_of(acc, part: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The left or the right half of the columns of a tile, or with ``PARTS`` 1 all of it."""
+    """Columns ``part * BN // PARTS`` and on of a tile ``[BM, BN]``; ``PARTS`` is 1, 2 or 4."""
     if PARTS == 1:
         found = acc
     else:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        found = left if part == 0 else right
+        half = left if part < PARTS // 2 else right
+        found = part_of(half, part % (PARTS // 2), PARTS // 2, BM, BN // 2)
     return found
 
 

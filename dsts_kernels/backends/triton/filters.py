@@ -22,25 +22,29 @@ def pack_filters_kernel(
     TAPS: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BO: tl.constexpr,
-    BC: tl.constexpr,
+    BF: tl.constexpr,
 ):
-    """``filters (slots, all_taps, C, O)``, or without ``BY_CHANNEL`` ``(slots, all_taps, O, C)``, from tap ``first_tap``."""
+    """``filters (slots, all_taps, C, O)``, or without ``BY_CHANNEL`` ``(slots, all_taps, O, C)``, from tap ``first_tap``.
+
+    A tile is ``BO`` outputs by ``BF`` elements of channels and taps as they lie: read along the one, written along the
+    other, so both ways are whole lines.
+    """
     slot = tl.program_id(1)
     n = tl.load(neuron_of + slot)
     if n >= 0:
-        tiles = tl.cdiv(channels, BC)
+        tiles = tl.cdiv(channels * TAPS, BF)
         o = tl.program_id(0) // tiles * BO + tl.arange(0, BO)
-        c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
-        mask = (o < outputs)[:, None] & (c < channels)[None, :]
+        f = tl.program_id(0) % tiles * BF + tl.arange(0, BF)
+        mask = (o < outputs)[:, None] & (f < channels * TAPS)[None, :]
         source = weight + n.to(tl.int64) * outputs * channels * TAPS
-        for tap in tl.static_range(TAPS):
-            v = tl.load(source + (o[:, None] * channels + c[None, :]).to(tl.int64) * TAPS + tap, mask=mask, other=0.0)
-            out = filters + (slot * all_taps + first_tap + tap).to(tl.int64) * outputs * channels
-            if BY_CHANNEL:
-                place = c[None, :].to(tl.int64) * outputs + o[:, None]
-            else:
-                place = o[:, None].to(tl.int64) * channels + c[None, :]
-            tl.store(out + place, v.to(filters.dtype.element_ty), mask=mask)
+        v = tl.load(source + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], mask=mask, other=0.0)
+        c = f // TAPS
+        matrix = (slot * all_taps + first_tap + f % TAPS).to(tl.int64) * outputs * channels
+        if BY_CHANNEL:
+            place = (matrix + c.to(tl.int64) * outputs)[None, :] + o[:, None]
+        else:
+            place = (matrix + c)[None, :] + (o.to(tl.int64) * channels)[:, None]
+        tl.store(filters + place, v.to(filters.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -58,25 +62,26 @@ def unpack_filters_kernel(
     BY_CHANNEL: tl.constexpr,
     HAS_LISTS: tl.constexpr,
     BO: tl.constexpr,
-    BC: tl.constexpr,
+    BF: tl.constexpr,
 ):
     """The way back for gradients, into ``weight (N, O, C, TAPS)``, all of which is written."""
     n = tl.program_id(1)
     slot = tl.load(slot_of + n)
-    tiles = tl.cdiv(channels, BC)
+    tiles = tl.cdiv(channels * TAPS, BF)
     o = tl.program_id(0) // tiles * BO + tl.arange(0, BO)
-    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
-    mask = (o < outputs)[:, None] & (c < channels)[None, :]
+    f = tl.program_id(0) % tiles * BF + tl.arange(0, BF)
+    mask = (o < outputs)[:, None] & (f < channels * TAPS)[None, :]
+    c = f // TAPS
     read = mask & (slot >= 0)
     if HAS_LISTS:
-        bits = tl.load(listed + slot.to(tl.int64) * channels + c, mask=(c < channels) & (slot >= 0), other=0)
-        read &= ((bits.to(tl.int32) & bit) != 0)[None, :]
+        known = (c < channels) & (slot >= 0)
+        bits = tl.load(listed + slot.to(tl.int64) * channels + c, mask=known, other=0).to(tl.int32)
+        read &= ((bits & bit) != 0)[None, :]
+    matrix = (slot * all_taps + first_tap + f % TAPS).to(tl.int64) * outputs * channels
+    if BY_CHANNEL:
+        place = (matrix + c.to(tl.int64) * outputs)[None, :] + o[:, None]
+    else:
+        place = (matrix + c)[None, :] + (o.to(tl.int64) * channels)[:, None]
+    v = tl.load(filters + place, mask=read, other=0.0)
     target = weight + n.to(tl.int64) * outputs * channels * TAPS
-    for tap in tl.static_range(TAPS):
-        source = filters + (slot * all_taps + first_tap + tap).to(tl.int64) * outputs * channels
-        if BY_CHANNEL:
-            place = c[None, :].to(tl.int64) * outputs + o[:, None]
-        else:
-            place = o[:, None].to(tl.int64) * channels + c[None, :]
-        v = tl.load(source + place, mask=read, other=0.0)
-        tl.store(target + (o[:, None] * channels + c[None, :]).to(tl.int64) * TAPS + tap, v, mask=mask)
+    tl.store(target + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], v, mask=mask)

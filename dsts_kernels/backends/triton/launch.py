@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from .weight_gradient import weight_gradient_kernel
 
 INT32 = 2**31 - 1
 POSITIONS = 64  # of a program that gathers
+FILTER_TILE = 64  # outputs, and elements of channels and taps, of a program that lays filters out
 LEAST = 8  # K blocks: what a program of a shared tile takes at least
 SPATIAL, TEMPORAL = (1, 3, 3), (3, 1, 1)
 
@@ -63,6 +65,21 @@ def wide(*features: Tensor) -> bool:
     return any(extent(x) > INT32 for x in features)
 
 
+def flat(x: Tensor) -> bool:
+    """Whether the positions of a sample follow one another at one stride."""
+    strides = [stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
+    sizes = [size for size in x.shape[2:] if size > 1]
+    return all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
+
+
+def steps_of(x: Tensor) -> tuple[tuple[int, ...], bool]:
+    """Strides for a kernel, and :func:`flat`; a flat sample's last one is the step from position to position."""
+    if not flat(x):
+        return x.stride(), False
+    step = next((x.stride(i) for i in (4, 3, 2) if x.shape[i] > 1), 1)
+    return (*x.stride()[:4], step), True
+
+
 def rows_of(x: Tensor) -> Tensor:
     """``x (B, C, T, H, W)`` as a dense panel ``(B, T, H, W, C)``, a copy only where it does not lie so."""
     return x.permute(0, 2, 3, 4, 1).contiguous()
@@ -73,18 +90,23 @@ def aligned(tensor: Tensor) -> bool:
     return (tensor.shape[-1] * tensor.element_size()) % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
+def dense_strides(shape: torch.Size) -> list[int]:
+    """Strides of dense memory. Those that torch gives a side of 1 may be anything, and no descriptor takes that."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
 def boxed(panel: Tensor, box: Box, columns: int, tma: bool) -> tuple[object, bool]:
     """A panel ``(B, T, H, W, c)`` as a kernel takes it, and whether that is a tensor descriptor."""
     if not (tma and aligned(panel)):
         return panel, False
-    return TensorDescriptor(panel, list(panel.shape), list(panel.stride()), [1, *box, columns]), True
+    return TensorDescriptor(panel, list(panel.shape), dense_strides(panel.shape), [1, *box, columns]), True
 
 
 def described(matrix: Tensor, block: list[int], tma: bool) -> tuple[object, bool]:
     """Likewise for filters."""
     if not (tma and aligned(matrix)):
         return matrix, False
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), True
+    return TensorDescriptor(matrix, list(matrix.shape), dense_strides(matrix.shape), block), True
 
 
 def box_for(tile: tuning.Tile, size: tuple[int, int, int], rows: int) -> Box:
@@ -101,9 +123,9 @@ def semhash_gate(logits: Tensor, neuron: Tensor | None, noise: Tensor | None, ha
             block = min(1024, next_power(size))
             semhash_kernel[cdiv(size, block), batch](
                 logits,
-                logits if neuron is None else neuron,
+                logits if neuron is None else neuron.contiguous(),
                 logits if noise is None else noise.contiguous(),
-                logits if hard is None else hard,
+                logits if hard is None else hard.contiguous(),
                 gate,
                 neurons,
                 size,
@@ -125,7 +147,7 @@ def semhash_gate_backward(grad: Tensor, logits: Tensor, neuron: Tensor | None, n
             semhash_backward_kernel[cdiv(size, block), neurons](
                 grad,
                 logits,
-                logits if neuron is None else neuron,
+                logits if neuron is None else neuron.contiguous(),
                 logits if noise is None else noise.contiguous(),
                 dlogits,
                 grad.shape[0],
@@ -147,8 +169,9 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
     if sums.numel():
         with on_device(x):
+            strides, is_flat = steps_of(x)
             tap_sums_kernel[blocks, parts, b](
-                x, sums, c, t, h, w, *x.stride(), TAPS=taps, WIDE=wide(x), BP=bp, BC=bc
+                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=wide(x), BP=bp, BC=bc
             )
     return sums
 
@@ -222,6 +245,7 @@ def pack_features(x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, rows: T
     b, c, t, h, w = x.shape
     panel = x.new_empty(b, t, h, w, width)
     block_k = tile_channels(x.dtype)
+    strides, is_flat = steps_of(x)
     pack_kernel[gather_grid(b, t * h * w, width // block_k, x.device)](
         x,
         lists.order,
@@ -235,8 +259,9 @@ def pack_features(x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, rows: T
         t * h * w,
         h,
         w,
-        *x.stride(),
+        *strides,
         width,
+        FLAT=is_flat,
         WIDE=wide(x),
         BP=POSITIONS,
         BK=block_k,
@@ -259,10 +284,10 @@ def pack_filters(weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, b
     filters = torch.empty((neuron_of.shape[0] * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
     first = 0
     for weight, count in zip(weights, taps, strict=True):
-        grid = (cdiv(outputs, 32) * cdiv(channels, 32), neuron_of.shape[0])
+        grid = (cdiv(outputs, FILTER_TILE) * cdiv(channels * count, FILTER_TILE), neuron_of.shape[0])
         pack_filters_kernel[grid](
             weight.contiguous(), filters, neuron_of, outputs, channels, first, sum(taps),
-            TAPS=count, BY_CHANNEL=by_channel, BO=32, BC=32,
+            TAPS=count, BY_CHANNEL=by_channel, BO=FILTER_TILE, BF=FILTER_TILE,
         )  # fmt: skip
         first += count
     return filters
@@ -274,10 +299,11 @@ def unpack_filters(
     """Gradients ``filters`` of the chosen neurons, as a gradient of ``like (N, O, C, *kernel)``."""
     neurons, outputs, channels = like.shape[:3]
     weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    grid = (cdiv(outputs, 32) * cdiv(channels, 32), neurons)
+    own = like[0, 0, 0].numel()
+    grid = (cdiv(outputs, FILTER_TILE) * cdiv(channels * own, FILTER_TILE), neurons)
     unpack_filters_kernel[grid](
         filters, weight, groups.slot_of, filters if listed is None else listed, outputs, channels, first, taps, bit,
-        TAPS=like[0, 0, 0].numel(), BY_CHANNEL=by_channel, HAS_LISTS=listed is not None, BO=32, BC=32,
+        TAPS=own, BY_CHANNEL=by_channel, HAS_LISTS=listed is not None, BO=FILTER_TILE, BF=FILTER_TILE,
     )  # fmt: skip
     return weight
 
@@ -404,7 +430,7 @@ def gated_conv3d(x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, tempo
     out = empty_features(x, outputs)
     if not out.numel():
         return out
-    gate, block_k = gate.contiguous(), tile_channels(x.dtype)
+    gate, neuron, block_k = gate.contiguous(), neuron.contiguous(), tile_channels(x.dtype)
     width = panel_width(channels, x.dtype, True)
     with on_device(x):
         groups = group_samples(neuron, neurons)
@@ -423,7 +449,7 @@ def gated_conv3d_backward(
     if not grad.numel():
         zeros = [torch.zeros_like(t) if need else None for t, need in zip((x, gate, spatial, temporal), needs, strict=True)]
         return tuple(zeros)
-    gate_rows, neurons = gate.contiguous(), spatial.shape[0]
+    gate_rows, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
     with on_device(x):
         groups, rows = group_samples(neuron, neurons), rows_of(grad)
         dx = dgate = dspatial = dtemporal = None
@@ -580,7 +606,7 @@ def mixing_filters(mixing: Tensor, neuron: Tensor, dtype: torch.dtype) -> tuple[
 
 def mix(z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
     outputs, kernel = mixing.shape[1], tuple(mixing.shape[3:])
-    out = empty_features(z, outputs)
+    out, neuron = empty_features(z, outputs), neuron.contiguous()
     if out.numel():
         with on_device(z):
             filters, index, slots = mixing_filters(mixing, neuron, z.dtype)
@@ -608,7 +634,7 @@ def mixing_conv3d_backward(
         if not grad.numel():
             return dz, torch.zeros_like(mixing)
         with on_device(z):
-            groups = group_samples(neuron, neurons)
+            groups = group_samples(neuron.contiguous(), neurons)
             if taps == 1:
                 dmixing = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device)
                 filter_gradient(
@@ -646,6 +672,7 @@ def frozen_layer(
         problem = conv_problem(x, outputs, c + block_k, 9, options.next_taps if folds else 0)
         flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
         lanes = next_power(neurons)
+        strides, is_flat = steps_of(x)
         route_and_pack_kernel[gather_grid(b, t * h * width, panel.shape[-1] // block_k, x.device)](
             x,
             parts,
@@ -665,9 +692,10 @@ def frozen_layer(
             t * h * width,
             h,
             width,
-            *x.stride(),
+            *strides,
             panel.shape[-1],
             problem.flags,
+            FLAT=is_flat,
             WIDE=wide(x),
             NEURONS=lanes,
             BC=max(16, min(256, 4096 // lanes)),

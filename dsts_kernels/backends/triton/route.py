@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import position_offsets
+
 
 @triton.jit
 def choose_neuron(
@@ -58,6 +60,7 @@ def gather_columns(
     stride_w,
     pitch,
     SCALED: tl.constexpr,
+    FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
@@ -68,13 +71,7 @@ def gather_columns(
     minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
     """
     p = tl.program_id(0) * BP + tl.arange(0, BP)
-    t = p // (h_size * w_size)
-    h = p // w_size % h_size
-    w = p % w_size
-    if WIDE:
-        place = t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    else:
-        place = t * stride_t + h * stride_h + w * stride_w
+    place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
     start = x + b.to(tl.int64) * stride_b
     out = panel + (b.to(tl.int64) * positions + p)[:, None] * pitch
     for j in range(tl.program_id(1), blocks_1 + blocks_2, tl.num_programs(1)):
@@ -95,7 +92,7 @@ def gather_columns(
         tl.store(out + columns[None, :], v.to(panel.dtype.element_ty), mask=(p < positions)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "flag_count"])
 def route_and_pack_kernel(
     x,
     sums,
@@ -122,6 +119,7 @@ def route_and_pack_kernel(
     stride_w,
     pitch,
     flag_count,
+    FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     NEURONS: tl.constexpr,
     BC: tl.constexpr,
@@ -156,7 +154,7 @@ def route_and_pack_kernel(
             tl.store(flags + place, tl.zeros((256,), tl.int32), mask=place < flag_count)
     gather_columns(
         x, channels, x, panel, b, chosen, blocks_1, blocks_2, split, split, True, size, positions, h_size, w_size,
-        stride_b, stride_c, stride_t, stride_h, stride_w, pitch, False, WIDE, BP, BK,
+        stride_b, stride_c, stride_t, stride_h, stride_w, pitch, False, FLAT, WIDE, BP, BK,
     )  # fmt: skip
 
 
@@ -180,6 +178,7 @@ def pack_kernel(
     stride_h,
     stride_w,
     pitch,
+    FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
@@ -192,11 +191,11 @@ def pack_kernel(
     known = (chosen >= 0) & (chosen < neurons)
     gather_columns(
         x, order, gate, panel, b, row, tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4), known,
-        size, positions, h_size, w_size, stride_b, stride_c, stride_t, stride_h, stride_w, pitch, True, WIDE, BP, BK,
+        size, positions, h_size, w_size, stride_b, stride_c, stride_t, stride_h, stride_w, pitch, True, FLAT, WIDE, BP, BK,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "slot_count"])
 def group_kernel(
     neuron,
     slots,
@@ -281,7 +280,8 @@ def list_kernel(
 ):
     """Gates to list rows: a program a row, which is a sample, or with ``UNION`` a slot and all its samples.
 
-    With ``UNION`` also ``listed (S, C)`` int8: 1 where the first operator reads a channel, plus 2 where the second does.
+    With ``UNION`` also ``listed (S, C)`` int8: 1 where the first operator reads a channel, plus 2 where the second does. The
+    plan of a slot without a neuron is empty: a sample whose neuron is out of range may still read it.
     """
     row = tl.program_id(0)
     base = row
@@ -322,3 +322,6 @@ def list_kernel(
             at_1 += tl.sum(only_1.to(tl.int32), 0)
             at_both += tl.sum(both.to(tl.int32), 0)
             at_2 += tl.sum(only_2.to(tl.int32), 0)
+    else:
+        for i in tl.static_range(6):
+            tl.store(plans + row * 6 + i, 0)

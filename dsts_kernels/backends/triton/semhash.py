@@ -52,7 +52,7 @@ def semhash_kernel(
     tl.store(gate + b.to(tl.int64) * size + c, found, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def semhash_backward_kernel(
     grad,
     logits,

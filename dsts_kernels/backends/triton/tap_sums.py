@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import position_offsets
 from .epilogue import tap_sums_of
 
 
@@ -26,6 +27,7 @@ def tap_sums_kernel(
     stride_h,
     stride_w,
     TAPS: tl.constexpr,
+    FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
@@ -41,19 +43,20 @@ def tap_sums_kernel(
     column = c * stride_c
     if WIDE:
         column = c.to(tl.int64) * stride_c
+    # One tap is added up position by position and summed once; nine are summed as they come.
+    alone = tl.zeros((BP, BC), tl.float32)
     total = tl.zeros((16 if TAPS == 9 else 1, BC), tl.float32)
     for step in range(0, steps):
         p = (part * steps + step) * BP + tl.arange(0, BP)
-        w = p % w_size
-        h = p // w_size % h_size
-        t = p // (w_size * h_size)
-        if WIDE:
-            place = t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-        else:
-            place = t * stride_t + h * stride_h + w * stride_w
+        place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
         mask = (p < positions)[:, None] & (c < size)[None, :]
         v = tl.load(start + (place[:, None] + column[None, :]), mask=mask, other=0.0).to(tl.float32)
-        total += tap_sums_of(v, h, w, h_size, w_size, TAPS)
+        if TAPS == 1:
+            alone += v
+        else:
+            total += tap_sums_of(v, p // w_size % h_size, p % w_size, h_size, w_size, TAPS)
+    if TAPS == 1:
+        total = tl.sum(alone, 0)[None, :]
     tap = tl.arange(0, total.shape[0])[:, None]
     out = sums + (b.to(tl.int64) * parts + part) * size * TAPS
     tl.store(out + c[None, :] * TAPS + tap, total, mask=(c < size)[None, :] & (tap < TAPS))

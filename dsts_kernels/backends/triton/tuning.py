@@ -43,46 +43,66 @@ def kind_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# Every tile that ships, best guess first. Registers and shared memory of each: docs/performance.md.
-HALF = {
-    "sm_80": {
-        "conv": (Tile(128, 128, 64, 8, 3, False), Tile(128, 64, 64, 4, 3, False, 2), Tile(64, 64, 64, 4, 4, False, 2)),
-        "data_gradient": (Tile(128, 128, 64, 8, 3, False), Tile(128, 64, 64, 4, 3, False), Tile(64, 64, 64, 4, 3, False)),
-        "weight_gradient": (Tile(128, 128, 64, 8, 3, False), Tile(64, 64, 64, 4, 3, False)),
-    },
-    "sm_90": {
-        "conv": (
-            Tile(128, 256, 64, 8, 4, True),
-            Tile(128, 128, 64, 8, 4, True),
-            Tile(128, 64, 64, 4, 4, True, 2),
-            Tile(64, 64, 64, 4, 4, True, 2),
-        ),
-        "data_gradient": (Tile(128, 128, 64, 8, 4, True), Tile(128, 64, 64, 4, 4, True), Tile(64, 64, 64, 4, 4, True)),
-        "weight_gradient": (Tile(128, 256, 64, 8, 4, True), Tile(128, 128, 64, 8, 4, True), Tile(64, 64, 64, 4, 4, True)),
-    },
-    "sm_100": {
-        "conv": (Tile(128, 128, 64, 8, 4, True), Tile(128, 64, 64, 4, 4, True), Tile(64, 64, 64, 4, 4, True)),
-        "data_gradient": (Tile(128, 128, 64, 8, 3, True), Tile(128, 64, 64, 4, 3, True), Tile(64, 64, 64, 4, 3, True)),
-        "weight_gradient": (Tile(128, 128, 64, 8, 4, True), Tile(64, 64, 64, 4, 4, True)),
-    },
-}  # fmt: skip
+def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
+    return tuple(Tile(*row[:5], tma, *row[5:]) for row in rows)
+
+
+# Every tile that ships, best guess first: rows, columns, K block, warps, stages, and programs a multiprocessor where more
+# than one. None spills a register at the paper's shapes, which is what decided between neighbours; docs/performance.md.
 CANDIDATES = {
-    "half": HALF,
-    "tf32": {
-        architecture: {
-            kernel: tuple(tile._replace(k=32, n=min(tile.n, 128), stages=3) for tile in tiles if tile.n <= 128)
-            for kernel, tiles in kernels.items()
-        }
-        for architecture, kernels in HALF.items()
+    "half": {
+        "sm_80": {
+            "conv": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
+            "data_gradient": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
+            "weight_gradient": _tiles((128, 128, 32, 8, 4), (64, 64, 32, 4, 3)),
+        },
+        "sm_90": {
+            "conv": _tiles(
+                (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4, 2), (64, 64, 64, 4, 4, 2), tma=True
+            ),
+            "data_gradient": _tiles((128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
+            "weight_gradient": _tiles((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        },
+        "sm_100": {
+            "conv": _tiles((128, 128, 64, 8, 4), (128, 64, 64, 8, 4), tma=True),
+            "data_gradient": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), tma=True),
+            "weight_gradient": _tiles((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        },
     },
-    # Without matrix instructions: no descriptors, which spill there.
+    "tf32": {
+        "sm_80": {
+            "conv": _tiles((128, 128, 32, 8, 3), (64, 64, 32, 4, 3, 2)),
+            "data_gradient": _tiles((128, 64, 32, 8, 3), (64, 64, 32, 4, 3)),
+            "weight_gradient": _tiles((128, 64, 32, 8, 3)),
+        },
+        "sm_90": {
+            "conv": _tiles((128, 128, 32, 8, 3), (64, 64, 32, 4, 3, 2), tma=True),
+            "data_gradient": _tiles((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), tma=True),
+            "weight_gradient": _tiles((128, 128, 32, 8, 3), (64, 64, 32, 4, 3), tma=True),
+        },
+        "sm_100": {
+            "conv": _tiles((128, 128, 32, 8, 3), tma=True),
+            "data_gradient": _tiles((128, 128, 32, 8, 3), (64, 64, 32, 4, 3), tma=True),
+            "weight_gradient": _tiles((128, 64, 32, 4, 3), tma=True),
+        },
+    },
+    # Without matrix instructions, and without descriptors, which spill there.
     "ieee": {
-        architecture: {
-            "conv": (Tile(128, 128, 32, 8, 3, False), Tile(64, 64, 32, 4, 3, False, 2)),
-            "data_gradient": (Tile(64, 64, 32, 4, 3, False),),
-            "weight_gradient": (Tile(64, 64, 32, 4, 3, False),),
-        }
-        for architecture in ARCHITECTURES
+        "sm_80": {
+            "conv": _tiles((128, 64, 32, 8, 3)),
+            "data_gradient": _tiles((64, 64, 32, 4, 3)),
+            "weight_gradient": _tiles((128, 64, 32, 8, 3)),
+        },
+        "sm_90": {
+            "conv": _tiles((64, 64, 32, 4, 3, 2)),
+            "data_gradient": _tiles((64, 64, 32, 4, 3)),
+            "weight_gradient": _tiles((64, 64, 32, 4, 3)),
+        },
+        "sm_100": {
+            "conv": _tiles((128, 64, 32, 8, 3)),
+            "data_gradient": _tiles((64, 64, 32, 4, 3)),
+            "weight_gradient": _tiles((64, 64, 32, 8, 3)),
+        },
     },
 }
 # Small enough to watch: the interpreter runs them in plain NumPy.

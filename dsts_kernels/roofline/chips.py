@@ -1,0 +1,88 @@
+"""GPUs as their vendor describes them, what we estimate about them, and what a launch takes on one.
+
+A launch takes as long as the slowest of four: products on the busiest multiprocessor, bytes of device memory, bytes
+that L2 delivers, and trips to memory that wait for one another; plus a tail in which none of these is at work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..backends.triton.tuning import Tile
+
+
+class Chip(NamedTuple):
+    """Peaks as published; only Hopper's rate of L2 is an estimate."""
+
+    title: str
+    architecture: str  # whose tiles it runs
+    half: float  # TFLOP/s, dense, on tensor cores; fields are named as kinds of products are
+    tf32: float
+    ieee: float  # TFLOP/s of float32 multiply-adds
+    bandwidth: float  # GB/s of device memory
+    processors: int
+    shared: int  # KiB of shared memory a multiprocessor
+    l2: float  # MB
+    l2_bandwidth: float  # GB/s
+
+
+CHIPS = {
+    # V100 data sheet (SXM2) and whitepaper; L2: 2048 bytes a clock (as the A100 whitepaper compares), boost 1.53 GHz.
+    # It has no tf32.
+    "v100": Chip("V100 SXM2", "sm_70", 125.0, 15.7, 15.7, 900.0, 80, 96, 6.0, 2048 * 1.53),
+    # A100 data sheet (SXM4, 80 GB) and whitepaper; L2: 5120 bytes a clock, boost 1.41 GHz
+    "a100": Chip("A100 SXM4", "sm_80", 312.0, 156.0, 19.5, 2039.0, 108, 164, 40.0, 5120 * 1.41),
+    # H100 data sheet (SXM5; half of its sparse figures) and whitepaper; L2: estimate, A100's width at 1.755 GHz
+    "h100": Chip("H100 SXM5", "sm_90", 989.4, 494.7, 66.9, 3350.0, 132, 228, 50.0, 5120 * 1.755),
+    # H200 data sheet (SXM): the same processor with other memory, so the rest is the H100's
+    "h200": Chip("H200 SXM", "sm_90", 989.4, 494.7, 66.9, 4800.0, 132, 228, 50.0, 5120 * 1.755),
+}
+
+# Estimates from here on. Others measured 798 TFLOP/s in a large bf16 product on an H100 (0.81 of its peak), and 229
+# (bf16) to 273 (fp16) on an A100 (0.73 to 0.87; triton-lang/triton#743).
+SUSTAINED = 0.8  # of a peak rate of products
+COPIED = 0.9  # of the bandwidth of device memory, and of L2
+START_US = 1.5  # of an empty kernel
+GAP_US = 1.0  # between kernels of a stream, or of a CUDA graph
+HOST_US, HOST_TORCH_US = 15.0, 5.0  # of the host, to launch one of our kernels, or of torch's, without a graph
+DRAM_US, L2_US = 0.7, 0.3  # of one trip to memory that nothing hides
+
+
+class Launch(NamedTuple):
+    """What one launch does; bytes are those of its tensors that it touches."""
+
+    kernel: str
+    programs: int
+    dram: float
+    l2: float
+    flop: float = 0.0  # useful, in matrix products
+    busiest: float = 0.0  # FLOP of the busiest multiprocessor: padding, whole K blocks and waves included
+    waves: float = 0.0
+    tile: Tile | None = None
+    chain: float = 0.0  # microseconds of dependent trips, while bandwidth is in use
+    tail: float = START_US  # microseconds that overlap with nothing
+    count: int = 1  # kernels of torch's that it stands for
+
+
+class Prediction(NamedTuple):
+    us: float
+    bound: str
+    parts: dict[str, float]  # microseconds of each bound alone
+
+
+def product_rate(kind: str, chip: Chip) -> float:
+    """FLOP a microsecond that a large product sustains."""
+    return SUSTAINED * getattr(chip, kind) * 1e6
+
+
+def predict(launch: Launch, kind: str, chip: Chip) -> Prediction:
+    parts = {
+        "compute": launch.busiest * chip.processors / product_rate(kind, chip),
+        "DRAM": launch.dram / (COPIED * chip.bandwidth * 1e3),
+        "L2": launch.l2 / (COPIED * chip.l2_bandwidth * 1e3),
+        "latency": launch.chain,
+    }
+    slowest = max(parts, key=lambda bound: parts[bound])
+    us = parts[slowest] + launch.tail
+    bound = "latency" if launch.tail > parts[slowest] else slowest
+    return Prediction(us, bound, parts | {"latency": launch.chain + launch.tail})

@@ -1,0 +1,352 @@
+"""What each kernel of the Triton backend does in one launch: FLOP, bytes, tiles, waves and dependent trips to memory.
+
+Boxes and tiles are those the backend chooses. What its launchers and the device-side schedule decide besides is worked
+out again here, since they need triton; a test holds them together. Assumed throughout: a kernel finds nothing of its
+own in L2 when it starts; programs of one sample advance together, so device memory delivers an operand once a sample,
+and L2 once a tile; features and gradients lie channels-last.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..backends.packing import tile_channels
+from ..backends.triton import tuning
+from ..backends.triton.boxes import best_box, cdiv, next_power
+from ..backends.triton.tuning import Tile
+from .chips import DRAM_US, L2_US, START_US, Chip, Launch
+
+SHAPES = {"tpn": (1024, (8, 16, 16)), "swin": (1024, (16, 7, 7))}
+
+# As in the launchers: K blocks that a program of a shared tile takes at least; positions and channels of a program that
+# gathers or sums; outputs of one that lays filters out, and elements of channels and taps.
+LEAST, POSITIONS, CHANNELS, FILTERS = 8, 64, 64, 64
+RESIDENT = 8  # programs a multiprocessor of a kernel without products (estimate)
+SPATIAL, TEMPORAL = 9, 3  # taps
+FLOAT = 4  # bytes
+
+
+class Case(NamedTuple):
+    """A module and its features. ``kind`` of products: ``half``, ``tf32`` or ``ieee``, as in :mod:`.tuning`."""
+
+    channels: int
+    size: tuple[int, int, int]
+    batch: int = 8
+    layers: int = 3
+    neurons: int = 10
+    dtype: torch.dtype = torch.bfloat16
+    kind: str = "half"
+    share: float = 0.5  # of a neuron's channels that are spatial
+
+    @property
+    def positions(self) -> int:
+        return self.size[0] * self.size[1] * self.size[2]
+
+    @property
+    def element(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def features(self) -> int:
+        """Bytes of ``(B, C, T, H, W)``."""
+        return self.batch * self.channels * self.positions * self.element
+
+    @property
+    def slots(self) -> int:
+        """Neurons the batch chose: sample ``b`` chose ``b % N``, so as many as can be, which reads the most filters."""
+        return min(self.batch, self.neurons)
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Channels that a hard gate lists: spatial, temporal."""
+        spatial = round(self.channels * self.share)
+        return spatial, self.channels - spatial
+
+    def is_hard(self, b: int) -> bool:
+        """Half of a training batch; a soft gate sends every channel through both operators."""
+        return b < self.batch // 2
+
+    def sample_lists(self) -> list[tuple[int, int]]:
+        return [self.split if self.is_hard(b) else (self.channels, self.channels) for b in range(self.batch)]
+
+    def slot_lists(self) -> list[tuple[int, int, int]]:
+        """Channels that any of a slot's samples lists, noise being independent, and how many samples it has."""
+        found = []
+        for slot in range(self.slots):
+            hard = [self.is_hard(b) for b in range(slot, self.batch, self.neurons)]
+            lists = [
+                round(self.channels - self.channels * (1 - count / self.channels) ** len(hard))
+                if all(hard)
+                else self.channels
+                for count in self.split
+            ]
+            found.append((lists[0], lists[1], len(hard)))
+        return found
+
+
+def literal_flop(case: Case) -> int:
+    """Of an evaluation as the formulas are written: scores by convolution, both operators on all channels, mixing."""
+    per_position = (case.neurons + SPATIAL + TEMPORAL + 1) * case.channels**2
+    return 2 * case.layers * case.batch * case.positions * per_position
+
+
+def folded_flop(case: Case) -> int:
+    """Of a frozen evaluation: each channel through the operator that lists it, everything else folded into it."""
+    taps = SPATIAL * case.split[0] + TEMPORAL * case.split[1]
+    return 2 * case.layers * case.batch * case.positions * taps * case.channels
+
+
+def stream(
+    kernel: str, chip: Chip, programs: int, dram: float, trips: float, *, l2: float | None = None, tail: float = 0.0
+) -> Launch:
+    """A kernel without products, whose programs wait ``trips`` microseconds for memory each."""
+    chain = cdiv(programs, RESIDENT * chip.processors) * trips
+    return Launch(kernel, programs, dram, dram if l2 is None else l2, chain=chain, tail=START_US + tail)
+
+
+def tile_for(kernel: str, case: Case, chip: Chip) -> Tile:
+    if chip.architecture == "sm_70":  # its kernels will be CUDA C++: a tile by assumption
+        return Tile(128, 128, 64 if kernel == "weight_gradient" else tile_channels(case.dtype), 8, 2, False)
+    return tuning.choose_tile(kernel, chip.architecture, case.kind, case.size, case.channels, case.batch)
+
+
+def box_rows(case: Case, rows: int) -> tuple[int, float]:
+    """Boxes of ``rows`` positions a sample, and how many of a box's rows lie inside it: only those are read."""
+    boxes = best_box(rows, *case.size).tiles(*case.size)
+    return boxes, case.positions / boxes
+
+
+class Reduction(NamedTuple):
+    """One sample's convolution: K blocks, rows of its filters, columns of its panel."""
+
+    steps: int
+    rows: int
+    columns: int
+
+
+def reduction(case: Case, first: int, second: int) -> Reduction:
+    """Of a sample whose operators read so many channels."""
+    block = tile_channels(case.dtype)
+    blocks = cdiv(first, block), cdiv(second, block)
+    rows = SPATIAL * first + TEMPORAL * second
+    return Reduction(SPATIAL * blocks[0] + TEMPORAL * blocks[1], rows, block * sum(blocks))
+
+
+class Share(NamedTuple):
+    """How the persistent convolution deals its tiles out."""
+
+    longest: int  # K blocks of the busiest program
+    items: int  # tiles and parts of tiles that a program has at most
+    parts: int  # parts of tiles, which go through memory
+    pieces: int  # most parts of one tile
+
+
+def deal(steps: Sequence[int], per_sample: int, programs: int) -> Share:
+    """What :mod:`dsts_kernels.backends.triton.schedule` does, with ``steps`` K blocks in a tile of each sample."""
+    tiles = len(steps) * per_sample
+    waves = max(0, tiles // programs - 1)
+    dealt = [sum(steps[(q + i * programs) // per_sample] for i in range(waves)) for q in range(programs)]
+    left = (steps[tile // per_sample] for tile in range(waves * programs, tiles))
+    bounds = list(itertools.accumulate(left, initial=0))  # of shared tiles, in K blocks
+    shared = bounds[-1]
+    if waves:
+        mean = (sum(dealt) + shared) // programs + 1
+        weights = [max(mean - own, 0) for own in dealt]
+    else:
+        most = min(max(shared // LEAST, 1), programs)
+        weights = [1] * most + [0] * (programs - most)
+    stops = [shared * until // sum(weights) for until in itertools.accumulate(weights)]
+    longest, items, partial = 0, waves, Counter()
+    for own, start, stop in zip(dealt, [0, *stops[:-1]], stops, strict=True):
+        longest = max(longest, own + stop - start)
+        if start < stop:
+            first, last = bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop) - 1
+            items = max(items, waves + last - first + 1)
+            partial.update({tile for tile in (first, last) if start > bounds[tile] or stop < bounds[tile + 1]})
+    return Share(longest, items, sum(partial.values()), max(partial.values(), default=0))
+
+
+def conv_problem(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
+    """Tile, tiles a sample and programs of a convolution over at most ``width`` columns by ``taps``."""
+    tile = tile_for("conv", case, chip)
+    per_sample = box_rows(case, tile.m)[0] * cdiv(case.channels, tile.n)
+    most = case.batch * per_sample * cdiv(width, tile.k) * taps
+    return tile, per_sample, max(1, min(chip.processors * tile.per_sm, cdiv(most, LEAST)))
+
+
+def conv(
+    case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, more: float = 0.0
+) -> Launch:
+    """``more`` bytes are read or written by the epilogue besides the output."""
+    tile, per_sample, programs = conv_problem(case, chip, width, taps)
+    steps = [sample.steps for sample in samples]
+    share = deal(steps, per_sample, programs)
+    rows = sum(steps) * tile.k if form == "packed" else sum(sample.rows for sample in samples)
+    panel = sum(sample.columns for sample in samples) * case.positions * case.element
+    scratch = share.parts * tile.m * tile.n * FLOAT
+    loads = sum(steps) * per_sample * (box_rows(case, tile.m)[1] + tile.n) * tile.k * case.element
+    # A tile fills its pipeline, reads what its epilogue needs and stores; a shared one is added up 16 rows at a time.
+    adding = tile.m / 16 * (share.pieces + 1) * L2_US if share.parts else 0.0
+    return Launch(
+        f"conv {form}",
+        programs,
+        panel + rows * case.channels * case.element + case.features + more + scratch,
+        loads + case.features + more + 2 * scratch,
+        flop=2.0 * sum(sample.rows for sample in samples) * case.positions * case.channels,
+        busiest=2.0 * share.longest * tile.m * tile.n * tile.k * min(tile.per_sm, cdiv(programs, chip.processors)),
+        waves=case.batch * per_sample / programs,
+        tile=tile,
+        tail=START_US + (2 + 3 * share.items) * DRAM_US + adding,
+    )
+
+
+def plain_conv(case: Case, chip: Chip, form: str) -> Launch:
+    """Mixing (``rows``) or its data gradient (``columns``)."""
+    one = Reduction(cdiv(case.channels, tile_channels(case.dtype)), case.channels, case.channels)
+    return conv(case, chip, form, [one] * case.batch, case.channels, 1)
+
+
+def resident_programs(tile: Tile, case: Case, chip: Chip, accumulators: int) -> int:
+    """Programs that fit on a multiprocessor by shared memory and, roughly, by registers."""
+    operands = tile.stages * (tile.m + tile.n) * tile.k * case.element
+    registers = accumulators * tile.m * tile.n + 100 * 32 * tile.warps
+    return max(1, min(chip.shared * 1024 // operands, 65536 // registers))
+
+
+def one_tile_each(launch: Launch, case: Case, chip: Chip, steps: list[int], block: float, accumulators: int) -> Launch:
+    """Completes a launch whose programs have ``steps`` K blocks and go, in order, to multiprocessors as they get free.
+
+    ``launch.l2`` holds what epilogues touch; a K block loads ``block`` elements.
+    """
+    tile, active = launch.tile, [n for n in steps if n]
+    fits = resident_programs(tile, case, chip, accumulators)
+    resident = min(fits, max(1, cdiv(len(active), chip.processors)))
+    free = [0] * (chip.processors * resident)
+    for n in active:
+        heapq.heapreplace(free, free[0] + n)
+    waves = len(active) / len(free)
+    return launch._replace(
+        l2=launch.l2 + sum(active) * block * case.element,
+        busiest=2.0 * max(free) * resident * tile.m * tile.n * tile.k,
+        waves=waves,
+        tail=START_US + 3 * DRAM_US * cdiv(len(active), len(free)) / resident,
+    )
+
+
+def data_gradient(case: Case, chip: Chip) -> Launch:
+    """Both operators on every channel, with the gates' gradient."""
+    tile, c = tile_for("data_gradient", case, chip), case.channels
+    boxes, rows = box_rows(case, tile.m)
+    programs, taps = case.batch * boxes * cdiv(c, tile.n), SPATIAL + TEMPORAL
+    ends = 2 * case.features + case.batch * boxes * c * FLOAT
+    dram = ends + case.features + case.batch * taps * c**2 * case.element
+    flop = 2.0 * case.batch * case.positions * taps * c**2
+    launch = Launch("data_gradient", programs, dram, ends, flop=flop, tile=tile)
+    return one_tile_each(launch, case, chip, [taps * cdiv(c, tile.k)] * programs, (rows + tile.n) * tile.k, 2)
+
+
+def weight_gradient(case: Case, chip: Chip, gated: bool) -> Launch:
+    """Of both operators, or of mixing."""
+    tile, c = tile_for("weight_gradient", case, chip), case.channels
+    boxes, inside = box_rows(case, tile.k)
+    steps, flop, read, written = [], 0.0, 0.0, 0.0
+    for first, second, samples in case.slot_lists():
+        taps = [first] * SPATIAL + [second] * TEMPORAL if gated else [c]
+        own = [
+            samples * boxes * (row < count)
+            for count in taps
+            for row in range(0, c, tile.m)
+            for _ in range(0, c, tile.n)
+        ]
+        columns = reduction(case, first, second).columns if gated else c
+        operands = samples * case.positions * (columns + c) * case.element
+        # Every wave of a slot goes over all its positions: from memory where L2 does not keep them.
+        read += operands * (1 if operands < chip.l2 * 1e6 else cdiv(sum(map(bool, own)), chip.processors))
+        written += sum(taps) * c * case.element
+        flop += 2.0 * samples * case.positions * sum(taps) * c
+        steps += own
+    name = "weight_gradient" if gated else "weight_gradient mixing"
+    launch = Launch(name, len(steps), read + written, written, flop=flop, tile=tile)
+    return one_tile_each(launch, case, chip, steps, (tile.m + tile.n) * inside, 1)
+
+
+def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
+    """The launch, and how many partial sums of a channel it writes."""
+    steps, blocks = cdiv(case.positions, POSITIONS), cdiv(case.channels, CHANNELS)
+    parts = max(1, min(steps, cdiv(4 * chip.processors, case.batch * blocks)))
+    dram = case.features + case.batch * parts * case.channels * FLOAT
+    return stream("tap_sums", chip, blocks * parts * case.batch, dram, cdiv(steps, parts) * DRAM_US), parts
+
+
+def gather(
+    kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
+) -> Launch:
+    """Gathers listed channels into a panel of at most ``most`` K blocks.
+
+    ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
+    """
+    along = cdiv(case.positions, POSITIONS)
+    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
+    columns = [reduction(case, *pair).columns for pair in lists]
+    panel = sum(columns) * case.positions * case.element
+    programs = along * shares * case.batch
+    # Channels-last, both lists touch every 32 bytes of a row, and a program goes through the second after the first: L2
+    # delivers features twice, and memory too where half of the panel has driven them out of it.
+    twice = case.features if case.features + panel / 2 > chip.l2 * 1e6 else 0
+    trips = cdiv(max(columns) // tile_channels(case.dtype), shares) * (L2_US + DRAM_US)
+    return stream(
+        kernel,
+        chip,
+        programs,
+        case.features + twice + panel + more,
+        trips,
+        l2=2 * case.features + panel + more + programs * l2,
+        tail=tail,
+    )
+
+
+def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
+    """Every program adds up its sample's ``parts`` and works its scores out before it gathers."""
+    c, n, block = case.channels, case.neurons, tile_channels(case.dtype)
+    tile, _, programs = conv_problem(case, chip, c + block, SPATIAL)
+    flags = programs + case.batch * cdiv(c, tile.n)
+    read = (case.batch * parts + n) * c * FLOAT + case.slots * c * 4 + (n + 1) * 8
+    written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
+    chunk = max(16, min(256, 4096 // next_power(n)))
+    tail = (cdiv(c, chunk) * (cdiv(parts, 4) + 1) + 3) * L2_US  # the compiler reads four parts of a chunk at a time
+    lists, most = [case.split] * case.batch, cdiv(c, block) + 1
+    return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
+
+
+def filter_tiles(case: Case, taps: int) -> int:
+    return cdiv(case.channels, FILTERS) * cdiv(case.channels * taps, FILTERS)
+
+
+def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
+    """Parameters of the chosen neurons, laid out for the kernels."""
+    dram = 2.0 * case.slots * case.channels**2 * taps * case.element
+    return stream("pack_filters", chip, filter_tiles(case, taps) * case.slots, dram, L2_US + DRAM_US)
+
+
+def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
+    """The way back for gradients: listed channels are read, and all neurons written."""
+    listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
+    dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
+    return stream("unpack_filters", chip, filter_tiles(case, taps) * case.neurons, dram, L2_US + DRAM_US)
+
+
+def little(kernel: str, case: Case, chip: Chip, programs: int, rows: int, trips: int) -> Launch:
+    """A kernel on ``rows`` of ``C`` floats, which is hardly more than its launch."""
+    return stream(kernel, chip, programs, rows * case.channels * FLOAT, 0.0, tail=trips * DRAM_US)
+
+
+def library(what: str, dram: float, count: int = 1) -> Launch:
+    """Kernels of torch's around ours, by the bytes they read and write."""
+    return Launch(f"torch: {what}", 0, dram, dram, tail=count * (START_US + DRAM_US), count=count)

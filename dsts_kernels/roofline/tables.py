@@ -1,0 +1,139 @@
+"""Tables of predictions, aligned for a terminal, and their sums with and without a CUDA graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, predict, product_rate
+from .launches import SHAPES, Case, literal_flop
+from .steps import STEPS
+
+HEAD = "PREDICTIONS, NOT MEASUREMENTS: roofline of every launch (FLOP, bytes, tiles, waves)"
+NOTES = f"""\
+programs  of a launch; waves: tiles over those that run at once; fill: useful FLOP over what fits in the time of the
+          busiest multiprocessor (padding of boxes and K blocks, whole waves or uneven shares); us: of one launch
+bound     the slowest of products ({SUSTAINED:.0%} of peak), DRAM, L2, and waiting for memory (latency)
+graph     all launches with {GAP_US:g} us between them; launched: one by one, by a host that takes {HOST_US:g} us for
+          each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py"""
+VOLTA = "V100: its kernels are not written yet (CUDA C++); predicted with 128x128 tiles and the same launches, in {}"
+
+
+class Total(NamedTuple):
+    """Of a step, in milliseconds."""
+
+    kernels: float
+    graph: float
+    launched: float
+    floor: float  # useful products alone, at the rate a large product sustains
+    shares: dict[str, float]  # of the kernels' time, by bound
+
+
+def run_on(case: Case, chip: Chip) -> Case:
+    """The case as ``chip`` can run it: Volta has neither bfloat16 nor tf32."""
+    if chip.architecture != "sm_70":
+        return case
+    dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+    return case._replace(dtype=dtype, kind="ieee" if case.kind == "tf32" else case.kind)
+
+
+def total(launches: Sequence[Launch], kind: str, chip: Chip) -> Total:
+    kernels = graph = host = end = 0.0
+    shares: Counter[str] = Counter()
+    for launch in launches:
+        us, bound, _ = predict(launch, kind, chip)
+        kernels += us
+        shares[bound] += us
+        graph += us + GAP_US * launch.count
+        host += (HOST_US if launch.programs else HOST_TORCH_US) * launch.count
+        end = max(end + GAP_US * launch.count, host) + us
+    floor = sum(launch.flop for launch in launches) / product_rate(kind, chip)
+    by_bound = {bound: us / kernels for bound, us in shares.most_common()}
+    return Total(kernels / 1e3, graph / 1e3, end / 1e3, floor / 1e3, by_bound)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in (head, *rows)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
+    us, bound, parts = predict(launch, kind, chip)
+    tile = "-" if launch.tile is None else "x".join(map(str, launch.tile[:3]))
+    fill = f"{launch.flop / (launch.busiest * chip.processors):.0%}" if launch.busiest else "-"
+    return [
+        launch.kernel,
+        str(times * launch.count),
+        str(launch.programs or "-"),
+        tile,
+        f"{launch.waves:.2f}" if launch.tile else "-",
+        fill,
+        f"{launch.flop / 1e9:.1f}" if launch.flop else "-",
+        f"{launch.dram / 1e6:.1f}",
+        f"{launch.l2 / 1e6:.0f}",
+        *(f"{parts[name]:.1f}" for name in ("compute", "DRAM", "L2", "latency")),
+        f"{us:.1f}",
+        f"{us * times / 1e3:.3f}",
+        bound,
+    ]
+
+
+LAUNCH_HEAD = (
+    *("kernel", "n", "programs", "tile", "waves", "fill", "GFLOP", "DRAM MB", "L2 MB"),
+    *("compute us", "DRAM us", "L2 us", "wait us", "us", "ms all", "bound"),
+)
+SUM_HEAD = ("sums, ms", "chip", "dtype", "kernels", "graph", "launched", "products alone", "of it", "bound by")
+
+
+def dtype_name(case: Case) -> str:
+    return "tf32" if case.kind == "tf32" else str(case.dtype).removeprefix("torch.")
+
+
+def label(case: Case) -> str:
+    named = next((name for name, shape in SHAPES.items() if shape == (case.channels, case.size)), None)
+    sizes = "x".join(map(str, (case.batch, case.channels, *case.size)))
+    return f"{named} {sizes}" if named else sizes
+
+
+def sum_row(step: str, case: Case, chip: Chip, found: Total) -> list[str]:
+    shares = ", ".join(f"{bound} {share:.0%}" for bound, share in found.shares.items())
+    times = [f"{ms:.3f}" for ms in found[:4]]
+    return [
+        f"{step} {label(case)}", chip.title, dtype_name(case), *times, f"{found.floor / found.graph:.0%}", shares
+    ]  # fmt: skip
+
+
+def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str]) -> str:
+    """Every launch of every step on every chip, equal launches in one row, and the sums of all."""
+    blocks, sums = [HEAD + "\n" + NOTES], []
+    for step in steps:
+        for wanted in cases:
+            for chip in chips:
+                case = run_on(wanted, chip)
+                launches = STEPS[step](case, chip)
+                found = total(launches, case.kind, chip)
+                rows = [launch_row(one, times, case.kind, chip) for one, times in Counter(launches).items()]
+                title = (
+                    f"{step}  {label(case)} {dtype_name(case)} on {chip.title}: {case.layers} layers, {case.neurons} "
+                    f"neurons, {case.share:.0%} of channels spatial (predicted)"
+                )
+                ends = (
+                    f"sum: {found.kernels:.3f} ms of kernels, {found.graph:.3f} in a CUDA graph, {found.launched:.3f} "
+                    f"launched one by one; as written literally {literal_flop(case) / 1e12:.2f} TFLOP an evaluation, "
+                    f"here {sum(one.flop for one in launches) / 1e12:.2f}"
+                )
+                blocks.append("\n".join((title, table(LAUNCH_HEAD, rows), ends)))
+                sums.append(sum_row(step, case, chip, found))
+    blocks.append("predicted\n" + table(SUM_HEAD, sums))
+    volta = [chip for chip in chips if chip.architecture == "sm_70"]
+    if volta:
+        blocks.append(VOLTA.format(" and ".join(sorted({dtype_name(run_on(case, volta[0])) for case in cases}))))
+    return "\n\n".join(blocks)

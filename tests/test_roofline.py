@@ -1,0 +1,308 @@
+"""The roofline: counts worked out by hand, bounds that no prediction beats, and the launchers that it imitates."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.packing import tile_channels
+from dsts_kernels.cli import main
+from dsts_kernels.roofline import (
+    CHIPS,
+    SHAPES,
+    STEPS,
+    Case,
+    Chip,
+    folded_flop,
+    frozen_step,
+    literal_flop,
+    predict,
+    total,
+)
+from dsts_kernels.roofline.launches import conv_problem, deal, gather, route_and_pack
+from dsts_kernels.roofline.tables import run_on
+
+TPN, SWIN = (Case(*SHAPES[name]) for name in ("tpn", "swin"))
+CASES = {
+    "tpn": TPN,
+    "swin": SWIN,
+    "ragged": Case(100, (3, 5, 9), batch=3, layers=2, neurons=4, share=0.37),
+    "float32": TPN._replace(dtype=torch.float32, kind="ieee"),
+    "tf32": SWIN._replace(dtype=torch.float32, kind="tf32"),
+    "tiny": Case(1, (1, 1, 1), batch=1, layers=1, neurons=1, share=1.0),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_chip = pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+every_step = pytest.mark.parametrize("step", STEPS)
+
+
+def test_flop_counts():
+    """The figures of the design, section 2: 2.37 TFLOP literal and 0.62 folded, at TPN and batch 8."""
+    assert literal_flop(TPN) / 1e12 == pytest.approx(2.37, abs=0.005)
+    assert folded_flop(TPN) / 1e12 == pytest.approx(0.62, abs=0.005)
+    assert sum(launch.flop for launch in frozen_step(TPN, CHIPS["h100"])) == folded_flop(TPN)
+
+
+@every_step
+@every_chip
+@every_case
+def test_no_launch_beats_a_bound(case, chip, step):
+    """A prediction is at least useful FLOP at peak, bytes at the bandwidth of memory, and bytes at that of L2."""
+    case = run_on(case, chip)
+    for launch in STEPS[step](case, chip):
+        us, bound, parts = predict(launch, case.kind, chip)
+        assert us >= launch.flop / (getattr(chip, case.kind) * 1e6), launch
+        assert us >= launch.dram / (chip.bandwidth * 1e3) and us >= launch.l2 / (chip.l2_bandwidth * 1e3), launch
+        assert us >= parts[bound] or bound == "latency"
+        assert launch.busiest * chip.processors >= launch.flop * (1 - 1e-9), launch
+
+
+@every_step
+@every_chip
+@pytest.mark.parametrize("case", [TPN, SWIN], ids=SHAPES)
+def test_more_batch_takes_no_less(case, chip, step):
+    """Half of a training batch is hard, so an even batch does all that the odd one before it does, or more."""
+    times = []
+    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        more = run_on(case._replace(batch=batch), chip)
+        times.append(total(STEPS[step](more, chip), more.kind, chip))
+    for before, after in itertools.pairwise(times):
+        assert before.kernels < after.kernels and before.graph < after.graph and before.floor < after.floor
+
+
+@every_chip
+@every_case
+def test_sums(case, chip):
+    """Gaps come on top of kernels, a host that launches one by one on top of gaps; nothing beats its products."""
+    case = run_on(case, chip)
+    for step in STEPS.values():
+        found = total(step(case, chip), case.kind, chip)
+        assert found.launched > found.graph > found.kernels > found.floor
+        assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_frozen_order():
+    """Two launches a layer and one before them."""
+    names = [launch.kernel for launch in frozen_step(TPN._replace(layers=4), CHIPS["a100"])]
+    assert names == ["tap_sums", *["route_and_pack", "conv packed"] * 4]
+
+
+@pytest.mark.parametrize("steps", [[96] * 8, [96], [24, 192, 3, 96, 96], [1, 1], [5, 300]], ids=str)
+@pytest.mark.parametrize("programs", [132, 7, 1, 256])
+def test_deal(steps, programs):
+    """All K blocks are dealt: the busiest program has the mean or more, and never much more where there is enough."""
+    per_sample = 64
+    share = deal(steps, per_sample, programs)
+    mean = sum(steps) * per_sample / programs
+    assert mean <= share.longest <= max(mean + max(steps) + 8, 16)
+    assert share.parts == 0 if programs == 1 else share.parts >= 2 * (share.pieces > 0)
+    assert share.pieces <= programs
+
+
+def test_deal_by_hand():
+    """Three tiles of 8 K blocks on two programs: no whole wave, so each takes 12 and the middle tile is cut."""
+    assert deal([8, 8, 8], 1, 2) == (12, 2, 2, 2)
+    assert deal([8] * 4, 1, 2) == (16, 2, 0, 0)
+
+
+def test_gather_bytes():
+    """The gather's bytes are those of its tensors, where L2 holds the features, all neurons chosen, no column idle."""
+    case = Case(256, (4, 8, 8), batch=4, neurons=4, share=0.4)  # lists of 102 and 154: 2 and 3 blocks of 64
+    assert case.features < CHIPS["h100"].l2 * 1e6 / 4 and case.split == (102, 154)
+    with launchers(CHIPS["h100"]) as (launch, recorded):
+        run_frozen(launch, case)
+        found = next(call for call in recorded if call.kernel == "route_and_pack")
+    parts = found.tensors["sums"].shape[1]
+    expected = sum(t.numel() * t.element_size() for t in found.tensors.values())
+    assert found.tensors["panel"].shape[-1] == 5 * 64
+    assert route_and_pack(case, CHIPS["h100"], parts).dram == expected
+
+    lists = case.sample_lists()  # two hard samples in 2 and 3 blocks, two soft ones in 4 and 4
+    launch = gather("pack", case, CHIPS["h100"], lists, 8, 0.0)
+    assert launch.dram == case.features + case.positions * case.element * 64 * (2 * 5 + 2 * 8)
+
+
+def test_features_read_again_where_l2_is_small():
+    """The features of Swin-B at batch 8 leave an L2 of 6 MB before the second list comes to them."""
+    small, large = (gather("pack", SWIN, CHIPS[name], [SWIN.split] * 8, 17, 0.0).dram for name in ("v100", "h100"))
+    assert small - large == SWIN.features
+
+
+class Call(NamedTuple):
+    """One recorded launch."""
+
+    kernel: str
+    programs: int
+    tensors: dict[str, torch.Tensor]
+    constants: dict[str, object]
+
+
+class Recorder:
+    """Stands in for a kernel and writes its launches down."""
+
+    def __init__(self, kernel, recorded: list[Call]) -> None:
+        self.kernel, self.recorded = kernel, recorded
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return functools.partial(self.record, math.prod(grid))
+
+    def record(self, programs: int, *arguments, **constants) -> None:
+        named = zip(self.kernel.arg_names, arguments, strict=False)
+        bases = {name: getattr(value, "base", value) for name, value in named}  # of tensor descriptors
+        tensors = {name: value for name, value in bases.items() if isinstance(value, torch.Tensor)}
+        name = self.kernel.fn.__name__.removesuffix("_kernel")
+        form = constants.get("FORM")
+        self.recorded.append(Call(f"{name} {form}" if form else name, programs, tensors, constants))
+
+
+@contextlib.contextmanager
+def launchers(chip: Chip) -> Iterator[tuple]:
+    """The launchers on a chip that is not here, and the list of their launches, none of which runs."""
+    pytest.importorskip("triton")
+    from dsts_kernels.backends.triton import launch
+
+    recorded: list[Call] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "chip", lambda device: (chip.architecture, chip.processors)))
+        for name in [name for name in vars(launch) if name.endswith("_kernel")]:
+            stand_in = Recorder(getattr(launch, name), recorded)
+            stack.enter_context(mock.patch.object(launch, name, stand_in))
+        yield launch, recorded
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def features_of(case: Case) -> torch.Tensor:
+    return meta(case.batch, *case.size, case.channels, dtype=case.dtype).permute(0, 4, 1, 2, 3)
+
+
+def run_frozen(launch, case: Case) -> None:
+    c, n, x, sums = case.channels, case.neurons, features_of(case), None
+    filters = meta(n * 12 * c * tile_channels(case.dtype), dtype=case.dtype)
+    integers = meta(n, c, dtype=torch.int32), meta(n + 1, dtype=torch.int64)
+    weights = FrozenWeights(meta(n, c, 1), *integers, filters, meta(n, c), None)
+    h = x
+    for layer in range(case.layers):
+        last = layer == case.layers - 1
+        options = FrozenOptions(1, [1, 1, 1], True, "tiled", 0 if last else 1)
+        h, sums, _, _ = launch.frozen_layer(h, sums, x if last else None, weights, options)
+
+
+def run_training_layer(launch, case: Case) -> None:
+    """Forward and backward of one layer, in the order in which autograd calls them."""
+    b, c, n, x = case.batch, case.channels, case.neurons, features_of(case)
+    half = functools.partial(meta, dtype=case.dtype)
+    neuron, hard = meta(b, dtype=torch.int64), meta(b, dtype=torch.bool)
+    logits, noise, gate = half(n, c), half(b, c), half(b, c)
+    spatial, temporal, mixing = half(n, c, c, 1, 3, 3), half(n, c, c, 3, 1, 1), half(n, c, c, 1, 1, 1)
+    launch.tap_sums(x, 1)
+    launch.semhash_gate(logits, neuron, noise, hard)
+    launch.gated_conv3d(x, gate, neuron, spatial, temporal)
+    launch.mixing_conv3d(x, neuron, mixing)
+    launch.mixing_conv3d_backward(x, x, neuron, mixing, [True, True])
+    launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4)
+    launch.semhash_gate_backward(gate, logits, neuron, noise)
+
+
+@pytest.mark.parametrize("case", [TPN, SWIN, TPN._replace(batch=1), CASES["ragged"], CASES["float32"]], ids=str)
+@pytest.mark.parametrize("name", ["a100", "h100"])
+@pytest.mark.parametrize("step", STEPS)
+def test_launches_are_those_of_the_launchers(case, name, step):
+    """Kernels in their order, programs of each, tiles of the large ones."""
+    chip, before = CHIPS[name], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with launchers(chip) as (launch, recorded):
+            (run_frozen if step == "frozen" else run_training_layer)(launch, case)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    case = case if step == "frozen" else case._replace(layers=1)
+    ours = [one for one in STEPS[step](case, chip) if one.programs]
+    assert [re.sub(" (mixing|union)$", "", one.kernel) for one in ours] == [call.kernel for call in recorded]
+    assert [one.programs for one in ours] == [call.programs for call in recorded]
+    for one, call in zip(ours, recorded, strict=True):
+        if one.tile is not None:
+            rows = call.constants["BT"] * call.constants["BH"] * call.constants["BW"]
+            gradient = call.kernel == "weight_gradient"
+            assert rows == (one.tile.k if gradient else one.tile.m) and call.constants["BN"] == one.tile.n
+            assert (call.constants["num_warps"], call.constants["num_stages"]) == one.tile[3:5]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 32])
+@pytest.mark.parametrize("name", ["a100", "h100"])
+@pytest.mark.parametrize("case", [TPN, SWIN, CASES["ragged"]], ids=["tpn", "swin", "ragged"])
+def test_conv_problem_is_the_launchers(case, name, batch):
+    """Tile, tiles and programs of the persistent convolution, and how many waves it deals whole."""
+    case, chip = case._replace(batch=batch), CHIPS[name]
+    with launchers(chip) as (launch, _):
+        theirs = launch.conv_problem(features_of(case), case.channels, case.channels + 64, 9, 1)
+    tile, per_sample, programs = conv_problem(case, chip, case.channels + 64, 9)
+    assert (tile, programs) == (theirs.tile, theirs.programs)
+    assert max(0, batch * per_sample // programs - 1) == theirs.waves
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_command(name, capsys):
+    """Every launch and every chip, headed as predictions."""
+    assert main(["roofline", "--shape", name]) == 0
+    text = capsys.readouterr().out
+    sizes = "x".join(map(str, (8, SHAPES[name][0], *SHAPES[name][1])))
+    assert text.startswith("PREDICTIONS, NOT MEASUREMENTS") and "128x128 tiles" in text
+    wanted = (
+        "route_and_pack",
+        "conv packed",
+        "conv listed",
+        "data_gradient",
+        "weight_gradient",
+        "in a CUDA graph",
+        sizes,
+    )
+    for part in (*wanted, *(chip.title for chip in CHIPS.values())):
+        assert part in text, part
+    assert max(map(len, text.splitlines())) < 170
+
+
+def test_command_options(capsys):
+    """Options reach the tables, one step and one chip are enough, and equal ones count once."""
+    options = "--shape 96x4x14x14 --chip A100 --chip a100 --step frozen --batch 3 --layers 2 --neurons 7"
+    assert main(["roofline", *options.split(), "--dtype", "tf32", "--spatial-share", "0.25"]) == 0
+    text = capsys.readouterr().out
+    assert "frozen  3x96x4x14x14 tf32 on A100 SXM4: 2 layers, 7 neurons, 25% of channels spatial (predicted)" in text
+    assert text.count(" on ") == 1 and "V100" not in text and "training" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chip", "b200"], "--chip: got 'b200', wanted v100 or a100 or h100 or h200"),
+        (["--shape", "1024x8x16"], "--shape: got '1024x8x16', wanted tpn or swin or CxTxHxW"),
+        (["--shape", "16x0x4x4"], "--shape: got '16x0x4x4', wanted"),
+        (
+            ["--shape", "65536x256x256x256"],
+            "--shape: got 65536x256x256x256 with --batch 8, wanted at most 2^31 elements",
+        ),
+        (["--batch", "0"], "--batch: got '0', wanted a whole number from 1 to 65536"),
+        (["--layers", "two"], "--layers: got 'two', wanted a whole number"),
+        (["--spatial-share", "1.5"], "--spatial-share: got '1.5', wanted a number from 0 to 1"),
+        (["--spatial-share", "nan"], "--spatial-share: got 'nan', wanted a number from 0 to 1"),
+        (["--dtype", "int8"], "--dtype: got 'int8', wanted bfloat16 or float16 or float32 or tf32"),
+        (["--step", "backward"], "--step: got 'backward', wanted frozen or training or all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["roofline", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
