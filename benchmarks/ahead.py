@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor; a program gets 1 KiB less
 SHAPES = {"tpn": (8, 16, 16), "swin": (16, 7, 7)}
 CHANNELS, NEURONS, BATCH = 1024, 10, 8
+KINDS = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 LARGE = ("conv_kernel", "data_gradient_kernel", "weight_gradient_kernel")
 
 
@@ -59,6 +61,7 @@ class Compiled(NamedTuple):
     stack: int  # bytes a thread: what was spilled
     shared: int  # bytes a program
     instruction: str  # tcgen05, wgmma, mma, or none
+    form: str  # of a convolution's filters
     descriptors: bool  # loads by tensor descriptor
     programs: int  # that fit a multiprocessor
 
@@ -222,6 +225,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         stack + local,
         shared,
         instruction,
+        str(constants.get("FORM", "")),
         "cp.async.bulk.tensor" in ptx,
         fits,
     )
@@ -237,7 +241,7 @@ def compile_all(
         for dtype, precision in kinds
         for launch in launches(architecture, shape, dtype, precision)
     }
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(compile_launch, work.values(), [key[1] for key in work], chunksize=4))
 
 
@@ -269,8 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write everything here")
     options = parser.parse_args(arguments)
-    kinds = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
-    found = compile_all(options.architecture or list(TARGETS), options.shape or list(SHAPES), kinds, options.processes)
+    found = compile_all(options.architecture or list(TARGETS), options.shape or list(SHAPES), KINDS, options.processes)
     print(markdown(found))
     if options.json:
         options.json.write_text(json.dumps([one._asdict() for one in found], indent=1))

@@ -116,6 +116,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     named = ["--commit", commit] if commit else []
+    kept = [] if out == RESULTS else ["--out", str(out)]  # else where the launchers look
     one_thread = {"OMP_NUM_THREADS": "2"} if workers(cores // 2) else {}
     return [
         Step("build", "pip install -e .", [*pip, "-e", "."], 10, 120),
@@ -137,14 +138,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
             240,
             one_thread,
         ),
-        Step(
-            "tune",
-            "benchmarks.tune",
-            [python, "-m", "benchmarks.tune", "--out", str(out)],
-            60,
-            60 * minutes,
-            takes_seconds="--seconds",
-        ),
+        Step("tune", "benchmarks.tune", [python, "-m", "benchmarks.tune", *kept], 60, 60 * minutes),
     ]
 
 

@@ -235,7 +235,7 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
 
 
 def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of positions, shares of the K blocks, samples: about four programs a multiprocessor."""
+    """Blocks of positions, shares of a list's K blocks, samples: about four programs a multiprocessor."""
     along = cdiv(positions, POSITIONS)
     return along, max(1, min(blocks, cdiv(4 * chip(device)[1], along * batch))), batch
 
@@ -246,7 +246,7 @@ def pack_features(x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, rows: T
     panel = x.new_empty(b, t, h, w, width)
     block_k = tile_channels(x.dtype)
     strides, is_flat = steps_of(x)
-    pack_kernel[gather_grid(b, t * h * w, width // block_k, x.device)](
+    pack_kernel[gather_grid(b, t * h * w, cdiv(c, block_k), x.device)](
         x,
         lists.order,
         gate,
@@ -673,7 +673,7 @@ def frozen_layer(
         flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
         lanes = next_power(neurons)
         strides, is_flat = steps_of(x)
-        route_and_pack_kernel[gather_grid(b, t * h * width, panel.shape[-1] // block_k, x.device)](
+        route_and_pack_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
             x,
             parts,
             w.scoring,

@@ -74,22 +74,31 @@ def gather_columns(
     place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
     start = x + b.to(tl.int64) * stride_b
     out = panel + (b.to(tl.int64) * positions + p)[:, None] * pitch
-    for j in range(tl.program_id(1), blocks_1 + blocks_2, tl.num_programs(1)):
-        in_first = j < blocks_1
-        k = tl.where(in_first, j, j - blocks_1) * BK + tl.arange(0, BK)
-        listed = k < tl.where(in_first, count, size - second)
-        place_in_row = row.to(tl.int64) * size + tl.where(in_first, 0, second) + k
-        c = tl.load(order + place_in_row, mask=listed, other=0)
-        if WIDE:
-            c = c.to(tl.int64)
-        mask = (p < positions)[:, None] & listed[None, :]
-        v = tl.load(start + (place[:, None] + (c * stride_c)[None, :]), mask=mask, other=0.0)
-        if SCALED:
-            g = tl.load(gate + b.to(tl.int64) * size + c, mask=listed, other=0.0).to(tl.float32)
-            v = v.to(tl.float32) * tl.where(in_first, g, 1.0 - g)[None, :]
-        v = tl.where(known, v, float("nan"))
-        columns = j * BK + tl.arange(0, BK)
-        tl.store(out + columns[None, :], v.to(panel.dtype.element_ty), mask=(p < positions)[:, None])
+    # The same block of either list in turn: both are sorted, so they read the same lines.
+    for block in range(tl.program_id(1), tl.maximum(blocks_1, blocks_2), tl.num_programs(1)):
+        for side in tl.static_range(2):
+            blocks = blocks_1 if side == 0 else blocks_2
+            if block < blocks:
+                k = block * BK + tl.arange(0, BK)
+                place_in_row = row.to(tl.int64) * size + k
+                column = block * BK + tl.arange(0, BK)
+                if side == 0:
+                    listed = k < count
+                else:
+                    listed = k < size - second
+                    place_in_row += second
+                    column += blocks_1 * BK
+                c = tl.load(order + place_in_row, mask=listed, other=0)
+                if WIDE:
+                    c = c.to(tl.int64)
+                mask = (p < positions)[:, None] & listed[None, :]
+                v = tl.load(start + (place[:, None] + (c * stride_c)[None, :]), mask=mask, other=0.0)
+                if SCALED:
+                    g = tl.load(gate + b.to(tl.int64) * size + c, mask=listed, other=0.0).to(tl.float32)
+                    g = g if side == 0 else 1.0 - g
+                    v = v.to(tl.float32) * g[None, :]
+                v = tl.where(known, v, float("nan")).to(panel.dtype.element_ty)
+                tl.store(out + column[None, :], v, mask=(p < positions)[:, None])
 
 
 @triton.jit(do_not_specialize=["parts", "flag_count"])

@@ -157,10 +157,11 @@ def choose_tile(
     """The tile of a problem. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
     if kernel in _forced:
         return _forced[kernel]
-    fitting = [tile for tile in candidates(kernel, architecture, kind) if not (small and tile.n > 128)]
+    every = candidates(kernel, architecture, kind)
+    fitting = [tile for tile in every if not (small and tile.n > 128)]
     index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
-    if 0 <= index < len(fitting):
-        return fitting[index]
+    if 0 <= index < len(every) and every[index] in fitting:
+        return every[index]
     positions = size[0] * size[1] * size[2]
     for tile in fitting:
         rows = tile.m if kernel != "weight_gradient" else 0

@@ -118,7 +118,7 @@ def test_the_least_a_program_takes(least):
 
 def test_gated_convolution_on_any_chip(multiprocessors, monkeypatch, in_any_order):
     """Very unequal lists, by 1 to 13 multiprocessors: equal to rounding, and again bit for bit in another order."""
-    inputs = gated_inputs(4, 40, 8, TILES, neuron=[1, 0, 1, 2])
+    inputs = gated_inputs(4, 40, 24, TILES, neuron=[1, 0, 1, 2])
     inputs[1][0], inputs[1][1], inputs[1][2], inputs[1][3] = 1, 0, 0.5, torch.cat([torch.ones(1), torch.zeros(39)])
     ref, spy, found = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel"), {}
     for count in CHIPS:
@@ -136,9 +136,9 @@ def test_gated_convolution_on_any_chip(multiprocessors, monkeypatch, in_any_orde
 @pytest.mark.parametrize("batch, size", [(1, (1, 3, 3)), (2, (1, 5, 3))], ids=str)
 def test_small_batches_are_split(batch, size, multiprocessors, monkeypatch, in_any_order):
     """Fewer tiles than multiprocessors: several programs a tile, added up by the last to come, in order."""
-    inputs = gated_inputs(batch, 100, 8, size, gate="all-half")
+    inputs = gated_inputs(batch, 100, 24, size, gate="all-half")
     ref, spy = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel")
-    tiles = batch * launch.best_box(16, *size).tiles(*size)
+    tiles = batch * launch.best_box(32, *size).tiles(*size)
     for least in (8, 1):
         monkeypatch.setattr(launch, "LEAST", least)
         for count in (7, 13):

@@ -1,0 +1,161 @@
+"""Boxes and the choice of tiles: plain Python, without a GPU and without the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from dsts_kernels.backends.packing import tile_channels
+from dsts_kernels.backends.triton import tuning
+from dsts_kernels.backends.triton.boxes import Box, best_box, cdiv, next_power
+from dsts_kernels.backends.triton.tuning import ARCHITECTURES, CANDIDATES, INTERPRETER, KERNELS, Tile
+
+KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+SIZES = [(8, 16, 16), (16, 7, 7), (1, 1, 1), (3, 5, 4), (1, 1, 300), (600, 1, 1), (1, 56, 56), (2, 13, 9), (5, 3, 2)]
+everywhere = pytest.mark.parametrize(
+    "kind, architecture, kernel", list(itertools.product(CANDIDATES, (*ARCHITECTURES, INTERPRETER), KERNELS))
+)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """``tuned({problem: index})``: what was measured on sm_90; nothing elsewhere."""
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning.measured.cache_clear()
+
+    def write(tiles: dict[str, int]) -> None:
+        (tmp_path / "sm_90.json").write_text(json.dumps({"tiles": tiles}))
+        tuning.measured.cache_clear()
+
+    yield write
+    tuning.measured.cache_clear()
+
+
+def test_rounding():
+    """Quotients rounded up, powers of two rounded up."""
+    assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [next_power(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("positions", [16, 32, 64, 128, 256])
+def test_best_box(positions, size):
+    """Sides are powers of two that a descriptor can load, and no other box covers the features with fewer tiles."""
+    box = best_box(positions, *size)
+    assert box.t * box.h * box.w == positions
+    assert all(side == next_power(side) <= 256 for side in box)
+    sides = [1 << i for i in range(9)]
+    others = [Box(*s) for s in itertools.product(sides, repeat=3) if s[0] * s[1] * s[2] == positions]
+    assert box.tiles(*size) == min(other.tiles(*size) for other in others)
+    assert box.tiles(*size) * positions >= size[0] * size[1] * size[2]
+
+
+def test_best_box_is_wide():
+    """Among equals the widest, for neighbours in memory to stay in one tile, and no side beyond 256."""
+    assert best_box(128, 8, 16, 16) == Box(1, 8, 16) and best_box(64, 4, 4, 4) == Box(4, 4, 4)
+    assert best_box(512, 1, 1, 9999) == Box(1, 2, 256) and best_box(16, 2, 8, 8) == Box(1, 2, 8)
+
+
+@everywhere
+def test_candidates_are_well_formed(kind, architecture, kernel):
+    """Sides the kernels and descriptors take, the K block filters are packed in, accumulators that registers hold."""
+    tiles, block = tuning.candidates(kernel, architecture, kind), tile_channels(KINDS[kind])
+    assert tiles and len(set(tiles)) == len(tiles)
+    for tile in tiles:
+        assert all(16 <= side == next_power(side) <= 256 for side in (tile.m, tile.n, tile.k))
+        assert tile.warps in (4, 8) and 1 <= tile.stages <= 4 and tile.per_sm >= 1
+        assert tile.k == block or kernel == "weight_gradient"
+        accumulators = 2 if kernel == "data_gradient" else 1
+        assert accumulators * tile.m * tile.n <= 128 * 32 * tile.warps
+        assert not (tile.tma and architecture == "sm_80"), "descriptors are for Hopper and later"
+
+
+@everywhere
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_tile_for_every_problem(kind, architecture, kernel, size, tuned):
+    """The first candidate no larger than the problem, else the last; a large epilogue gets at most 128 columns."""
+    tiles = tuning.candidates(kernel, architecture, kind)
+    for columns, batch, small in itertools.product((1, 24, 64, 256, 1024), (1, 8), (False, True)):
+        tile = tuning.choose_tile(kernel, architecture, kind, size, columns, batch, small)
+        assert tile in tiles and not (small and tile.n > 128)
+    assert tuning.choose_tile(kernel, architecture, kind, (64, 64, 64), 1024, 8) == tiles[0]
+    assert tuning.choose_tile(kernel, architecture, kind, (1, 1, 1), 1, 1) == tiles[-1] or tiles[-1].n > 16
+
+
+def test_a_measured_tile_runs(tuned):
+    """A tuned file is honoured for its problem, on its architecture, and for nothing else."""
+    arguments = ("half", (8, 16, 16), 1024, 8)
+    first = tuning.choose_tile("conv", "sm_90", *arguments)
+    tuned({tuning.problem("conv", *arguments): 2})
+    shipped = CANDIDATES["half"]["sm_90"]["conv"]
+    assert tuning.choose_tile("conv", "sm_90", *arguments) == shipped[2] != first
+    assert tuning.choose_tile("conv", "sm_90", "half", (8, 16, 16), 1024, 1) == first
+    assert tuning.choose_tile("conv", "sm_80", *arguments) == CANDIDATES["half"]["sm_80"]["conv"][0]
+    assert (
+        tuning.choose_tile("weight_gradient", "sm_90", *arguments) == CANDIDATES["half"]["sm_90"]["weight_gradient"][0]
+    )
+
+
+def test_a_measured_tile_is_a_candidate(tuned):
+    """An index counts all candidates, also where an epilogue leaves some of them out."""
+    arguments = ("half", (8, 16, 16), 1024, 8)
+    shipped = CANDIDATES["half"]["sm_90"]["conv"]
+    for index, tile in enumerate(shipped):
+        tuned({tuning.problem("conv", *arguments): index})
+        assert tuning.choose_tile("conv", "sm_90", *arguments) == tile
+        small = tuning.choose_tile("conv", "sm_90", *arguments, small=True)
+        assert small == (tile if tile.n <= 128 else next(t for t in shipped if t.n <= 128))
+
+
+@pytest.mark.parametrize("index", [-1, 4, 99])
+def test_a_bad_index_is_passed_over(index, tuned):
+    """A file from a version with other candidates does no harm."""
+    arguments = ("half", (8, 16, 16), 1024, 8)
+    tuned({tuning.problem("conv", *arguments): index})
+    assert len(CANDIDATES["half"]["sm_90"]["conv"]) == 4
+    assert tuning.choose_tile("conv", "sm_90", *arguments) == CANDIDATES["half"]["sm_90"]["conv"][0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tuned_files_that_ship(architecture):
+    """Every index in a shipped file is that of a candidate, under a name that a problem has."""
+    names = {f"{kernel} {kind}": (kernel, kind) for kernel in KERNELS for kind in CANDIDATES}
+    for problem, index in tuning.measured(architecture).items():
+        kernel, kind = names[" ".join(problem.split()[:2])]
+        assert 0 <= index < len(CANDIDATES[kind][architecture][kernel]), problem
+
+
+def test_forced_tiles():
+    """A forced tile wins over everything within its block, nests, and is forgotten after an error."""
+    arguments = ("sm_90", "half", (8, 16, 16), 1024, 8)
+    one, two = Tile(16, 16, 64, 4, 1, False), Tile(32, 16, 64, 4, 1, False)
+    before = {kernel: tuning.choose_tile(kernel, *arguments) for kernel in KERNELS}
+    with pytest.raises(ZeroDivisionError), tuning.forced(conv=one):
+        with tuning.forced(conv=two, data_gradient=one):
+            assert tuning.choose_tile("conv", *arguments, small=True) == two
+            assert tuning.choose_tile("data_gradient", *arguments) == one
+        assert tuning.choose_tile("conv", *arguments) == one
+        assert tuning.choose_tile("data_gradient", *arguments) == before["data_gradient"]
+        raise ZeroDivisionError
+    assert {kernel: tuning.choose_tile(kernel, *arguments) for kernel in KERNELS} == before
+
+
+@pytest.mark.parametrize("precision, kind", [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_kinds(precision, kind):
+    """float32 honours torch's matmul precision; half types do not ask."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert tuning.kind_of(torch.float32) == kind
+        assert tuning.kind_of(torch.bfloat16) == tuning.kind_of(torch.float16) == "half"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_architectures():
+    """The family of a device."""
+    for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100")):
+        assert tuning.architecture_of(capability) == name
