@@ -15,7 +15,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
-from dsts_kernels.backends.triton import tuning
+from dsts_kernels.backends.triton import LAUNCHERS, TritonBackend, load, tuning
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
@@ -110,16 +110,18 @@ DTYPES = {
 
 
 @contextlib.contextmanager
-def recording(architecture: str, found: list, step: list[str]) -> Iterator[object]:
-    """The launchers, with every kernel replaced by a recorder and a chip of ``architecture``."""
-    from dsts_kernels.backends.triton import launch
-
-    kernels = [name for name in vars(launch) if name.endswith("_kernel")]
+def on_chip(architecture: str, processors: int, stand_in: Callable[[object], object]) -> Iterator[TritonBackend]:
+    """The Triton backend on a chip that is not here, with something else in place of every kernel."""
     with contextlib.ExitStack() as stack:
-        for name in kernels:
-            stack.enter_context(mock.patch.object(launch, name, Recorder(getattr(launch, name), found, step)))
-        stack.enter_context(mock.patch.object(launch, "chip", lambda device: (architecture, PROCESSORS[architecture])))
-        yield launch
+        stack.enter_context(mock.patch.object(load("launch"), "chip", lambda device: (architecture, processors)))
+        for module in map(load, LAUNCHERS):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, stand_in(getattr(module, name))))
+        yield TritonBackend()
+
+
+def kernel_named(name: str) -> object:
+    return next(getattr(module, name) for module in map(load, LAUNCHERS) if hasattr(module, name))
 
 
 def trace(architecture: str, shape: str, dtype: torch.dtype) -> list[Launch]:
@@ -132,7 +134,8 @@ def trace(architecture: str, shape: str, dtype: torch.dtype) -> list[Launch]:
     neuron = empty(b, dtype=torch.int64)
     gate, logits, noise = empty(b, c, dtype=dtype), empty(n, c, dtype=dtype), empty(b, c, dtype=dtype)
     spatial, temporal = empty(n, c, c, 1, 3, 3, dtype=dtype), empty(n, c, c, 3, 1, 1, dtype=dtype)
-    with recording(architecture, found, step) as launch:
+    stand_in = functools.partial(Recorder, found=found, step=step)
+    with on_chip(architecture, PROCESSORS[architecture], stand_in) as launch:
         step[0] = "training"
         launch.semhash_gate(logits, neuron, noise, empty(b, dtype=torch.bool))
         launch.semhash_gate_backward(gate, logits, neuron, noise)
@@ -189,9 +192,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dsts_kernels.backends.triton import launch as launchers
-
-    kernel = getattr(launchers, launch.kernel)
+    kernel = kernel_named(launch.kernel)
     constants, signature = dict(launch.constants), dict(launch.signature)
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
@@ -253,13 +254,14 @@ def markdown(found: list[Compiled]) -> str:
             key = (one.kernel, one.architecture, one.dtype, one.tile, one.instruction)
             rows.setdefault(key, []).append(one)
     lines = [
-        "| kernel | chip | dtype | tile | warps | stages | registers | spilled | shared KiB | matrix unit | programs an SM |",
+        "| kernel | chip | dtype | tile | warps | stages | registers | spilled | shared KiB | unit | programs an SM |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for (kernel, architecture, dtype, tile, instruction), own in sorted(rows.items()):
         worst = max(own, key=lambda one: (one.stack, one.registers))
         lines.append(
-            f"| {kernel.removesuffix('_kernel')} | {architecture} | {dtype} | {tile} | {worst.warps} | {worst.stages} | "
+            f"| {kernel.removesuffix('_kernel')} | {architecture} | {dtype} | {tile} | {worst.warps} | "
+            f"{worst.stages} | "
             f"{worst.registers} | {worst.stack} | {max(one.shared for one in own) // 1024} | {instruction} | "
             f"{min(one.programs for one in own)} |"
         )

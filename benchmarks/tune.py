@@ -1,7 +1,7 @@
 """Measure every tile that ships on this GPU, and write down which is best where: ``python -m benchmarks.tune``.
 
-Each of the three large kernels is timed by the op that launches it, everything else in the op included alike. Results are
-checked against the first candidate's before they are timed. The file goes to
+Each of the three large kernels is timed by the op that launches it, everything else in the op included alike. Results
+are checked against the first candidate's before they are timed. The file goes to
 ``dsts_kernels/backends/triton/tuned/<architecture>.json``, where launchers look problems up.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
-from dsts_kernels.backends.triton import tuning
+from dsts_kernels.backends.triton import TritonBackend, tuning
 from dsts_kernels.testing import TOLERANCES, relative_error
 
 from .machine import describe
@@ -25,7 +25,9 @@ SIZES = ((8, 16, 16), (16, 7, 7))
 BATCHES = (1, 8, 32)
 
 
-def frozen_call(size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dtype, neurons: int = 10) -> Callable:
+def frozen_call(
+    size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dtype, neurons: int = 10
+) -> Callable:
     """One frozen layer with half the channels spatial, as the middle layer of a module sees it."""
     from dsts_kernels import FusedDSTS
 
@@ -37,19 +39,13 @@ def frozen_call(size: tuple[int, int, int], batch: int, channels: int, dtype: to
     weights: FrozenWeights = layer.weights()
     options: FrozenOptions = layer.options(x, 1)
     sums = x.sum((2, 3, 4), dtype=torch.float32)[:, :, None]
-    run = launcher().frozen_layer
+    run = TritonBackend().frozen_layer
     return lambda: run(x, sums, None, weights, options)[0]
 
 
 def features(size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.randn(batch, *size, channels, device="cuda", dtype=dtype)
     return x.permute(0, 4, 1, 2, 3)
-
-
-def launcher():
-    from dsts_kernels.backends.triton import launch
-
-    return launch
 
 
 def gradient_call(
@@ -62,7 +58,7 @@ def gradient_call(
     scale = 1 / math.sqrt(channels)
     spatial = torch.randn(neurons, channels, channels, 1, 3, 3, device="cuda", dtype=dtype) * scale
     temporal = torch.randn(neurons, channels, channels, 3, 1, 1, device="cuda", dtype=dtype) * scale
-    run = launcher().gated_conv3d_backward
+    run = TritonBackend().gated_conv3d_backward
     found = needs.index(True)
     return lambda: run(grad, x, gate, neuron, spatial, temporal, needs)[found]
 
@@ -75,7 +71,9 @@ def calls(size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dt
     }
 
 
-def best_tile(kernel: str, call: Callable, tiles: tuple[tuning.Tile, ...], dtype: torch.dtype) -> tuple[int, list[float]]:
+def best_tile(
+    kernel: str, call: Callable, tiles: tuple[tuning.Tile, ...], dtype: torch.dtype
+) -> tuple[int, list[float]]:
     """Index of the fastest candidate, and every candidate's milliseconds."""
     from triton.testing import do_bench
 

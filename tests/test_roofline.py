@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import ahead
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.backends.packing import tile_channels
+from dsts_kernels.backends.triton import load
 from dsts_kernels.cli import main
 from dsts_kernels.roofline import (
     CHIPS,
@@ -128,14 +129,8 @@ def test_gather_bytes():
     assert route_and_pack(case, CHIPS["h100"], parts).dram == expected
 
     lists = case.sample_lists()  # two hard samples in 2 and 3 blocks, two soft ones in 4 and 4
-    launch = gather("pack", case, CHIPS["h100"], lists, 8, 0.0)
+    launch = gather("pack", case, CHIPS["h100"], lists, 4, 0.0)
     assert launch.dram == case.features + case.positions * case.element * 64 * (2 * 5 + 2 * 8)
-
-
-def test_features_read_again_where_l2_is_small():
-    """The features of Swin-B at batch 8 leave an L2 of 6 MB before the second list comes to them."""
-    small, large = (gather("pack", SWIN, CHIPS[name], [SWIN.split] * 8, 17, 0.0).dram for name in ("v100", "h100"))
-    assert small - large == SWIN.features
 
 
 class Call(NamedTuple):
@@ -169,15 +164,10 @@ class Recorder:
 def launchers(chip: Chip) -> Iterator[tuple]:
     """The launchers on a chip that is not here, and the list of their launches, none of which runs."""
     pytest.importorskip("triton")
-    from dsts_kernels.backends.triton import launch
-
     recorded: list[Call] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "chip", lambda device: (chip.architecture, chip.processors)))
-        for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-            stand_in = Recorder(getattr(launch, name), recorded)
-            stack.enter_context(mock.patch.object(launch, name, stand_in))
-        yield launch, recorded
+    stand_in = functools.partial(Recorder, recorded=recorded)
+    with ahead.on_chip(chip.architecture, chip.processors, stand_in) as backend:
+        yield backend, recorded
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -246,8 +236,8 @@ def test_launches_are_those_of_the_launchers(case, name, step):
 def test_conv_problem_is_the_launchers(case, name, batch):
     """Tile, tiles and programs of the persistent convolution, and how many waves it deals whole."""
     case, chip = case._replace(batch=batch), CHIPS[name]
-    with launchers(chip) as (launch, _):
-        theirs = launch.conv_problem(features_of(case), case.channels, case.channels + 64, 9, 1)
+    with launchers(chip):
+        theirs = load("conv").conv_problem(features_of(case), case.channels, case.channels + 64, 9, 1)
     tile, per_sample, programs = conv_problem(case, chip, case.channels + 64, 9)
     assert (tile, programs) == (theirs.tile, theirs.programs)
     assert max(0, batch * per_sample // programs - 1) == theirs.waves

@@ -13,6 +13,7 @@ each neuron's spatial panel followed by its temporal one.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def places(
 ) -> list[tuple[Place, Place]]:
     """Every neuron's spatial and temporal filter; neuron ``n`` has ``starts[n + 1] - starts[n]`` spatial channels."""
     found, at = [], 0
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in itertools.pairwise(starts):
         pair = []
         for count, taps in ((end - begin, 9), (channels - (end - begin), 3)):
             pair.append(Place(at, count))

@@ -27,7 +27,7 @@ SHAPES = {"tpn": (1024, (8, 16, 16)), "swin": (1024, (16, 7, 7))}
 
 # As in the launchers: K blocks that a program of a shared tile takes at least; positions and channels of a program that
 # gathers or sums; outputs of one that lays filters out, and elements of channels and taps.
-LEAST, POSITIONS, CHANNELS, FILTERS = 8, 64, 64, 64
+LEAST, POSITIONS, CHANNELS, FILTERS = tuning.LEAST_BLOCKS, tuning.GATHER_POSITIONS, 64, tuning.FILTER_TILE
 RESIDENT = 8  # programs a multiprocessor of a kernel without products (estimate)
 SPATIAL, TEMPORAL = 9, 3  # taps
 FLOAT = 4  # bytes
@@ -288,7 +288,7 @@ def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
 def gather(
     kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
 ) -> Launch:
-    """Gathers listed channels into a panel of at most ``most`` K blocks.
+    """Gathers listed channels into a panel, ``most`` K blocks of either list at most.
 
     ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
     """
@@ -297,15 +297,14 @@ def gather(
     columns = [reduction(case, *pair).columns for pair in lists]
     panel = sum(columns) * case.positions * case.element
     programs = along * shares * case.batch
-    # Channels-last, both lists touch every 32 bytes of a row, and a program goes through the second after the first: L2
-    # delivers features twice, and memory too where half of the panel has driven them out of it.
-    twice = case.features if case.features + panel / 2 > chip.l2 * 1e6 else 0
+    # Channels-last, both lists touch every 32 bytes of a row: L2 delivers features twice, but a program takes the lists
+    # block by block in turn, so memory delivers them once.
     trips = cdiv(max(columns) // tile_channels(case.dtype), shares) * (L2_US + DRAM_US)
     return stream(
         kernel,
         chip,
         programs,
-        case.features + twice + panel + more,
+        case.features + panel + more,
         trips,
         l2=2 * case.features + panel + more + programs * l2,
         tail=tail,
@@ -321,7 +320,7 @@ def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
     written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
     chunk = max(16, min(256, 4096 // next_power(n)))
     tail = (cdiv(c, chunk) * (cdiv(parts, 4) + 1) + 3) * L2_US  # the compiler reads four parts of a chunk at a time
-    lists, most = [case.split] * case.batch, cdiv(c, block) + 1
+    lists, most = [case.split] * case.batch, cdiv(c, block)
     return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 

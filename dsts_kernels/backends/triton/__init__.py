@@ -17,13 +17,17 @@ from torch import Tensor
 
 from ..base import Backend, FrozenOptions, FrozenWeights
 
+LAUNCHERS = (
+    *("conv", "data_gradient", "filters", "frozen", "gated_conv", "launch", "lists", "mixing", "route", "semhash"),
+    *("tap_sums", "weight_gradient"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def kernels() -> ModuleType:
-    """The launchers, imported when first wanted: triton takes half a second."""
-    return importlib.import_module(".launch", __name__)
+def load(module: str) -> ModuleType:
+    """A module of launchers, imported when first wanted: triton takes half a second."""
+    return importlib.import_module(f".{module}", __name__)
 
 
 @functools.cache
@@ -63,18 +67,18 @@ class TritonBackend(Backend):
         return "tiled"
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
-        return kernels().semhash_gate(logits, neuron, noise, hard)
+        return load("semhash").semhash_gate(logits, neuron, noise, hard)
 
     def semhash_gate_backward(
         self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
     ) -> Tensor:
-        return kernels().semhash_gate_backward(grad, logits, neuron, noise)
+        return load("semhash").semhash_gate_backward(grad, logits, neuron, noise)
 
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
-        return kernels().tap_sums(x, taps)
+        return load("tap_sums").tap_sums(x, taps)
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        return kernels().gated_conv3d(x, gate, neuron, spatial, temporal)
+        return load("gated_conv").gated_conv3d(x, gate, neuron, spatial, temporal)
 
     def gated_conv3d_backward(
         self,
@@ -86,22 +90,22 @@ class TritonBackend(Backend):
         temporal: Tensor,
         needs: list[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        return kernels().gated_conv3d_backward(grad, x, gate, neuron, spatial, temporal, needs)
+        return load("gated_conv").gated_conv3d_backward(grad, x, gate, neuron, spatial, temporal, needs)
 
     def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-        return kernels().mixing_conv3d(z, neuron, mixing)
+        return load("mixing").mixing_conv3d(z, neuron, mixing)
 
     def mixing_conv3d_backward(
         self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        return kernels().mixing_conv3d_backward(grad, z, neuron, mixing, needs)
+        return load("mixing").mixing_conv3d_backward(grad, z, neuron, mixing, needs)
 
     def frozen_layer(
         self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if options.packing != "tiled":
             raise RuntimeError(
-                f"backend: got a module packed {options.packing!r} for another backend, wanted one frozen for 'triton': "
-                "freeze(backend='triton'), or move it to the GPU"
+                f"backend: got a module packed {options.packing!r} for another backend, wanted one frozen for "
+                "'triton': freeze(backend='triton'), or move it to the GPU"
             )
-        return kernels().frozen_layer(x, sums, skip, w, options)
+        return load("frozen").frozen_layer(x, sums, skip, w, options)

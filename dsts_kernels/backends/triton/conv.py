@@ -14,9 +14,15 @@ Filters come in four forms (``FORM``), each read as it lies:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import launch, tuning
+from .boxes import Box, best_box, cdiv, next_power
 from .common import box_start, load_box, tap_shift
 from .epilogue import add_boxes, add_parts, finish, part_of, write_sums
 from .schedule import block_counts, shared_tile, shared_work, shares
@@ -261,3 +267,117 @@ def conv_kernel(
                     write_sums(found, part_sums, b, box, boxes, o0 + tl.arange(0, BN), outputs, SUM_TAPS)
                     add_boxes(part_sums, sums, flags + programs, b, boxes, o0, outputs, SUM_TAPS, SUM_ROWS, BN)
         begin = tl.where(whole, begin, tile_start + length)
+
+
+class Epilogue(NamedTuple):
+    """What a convolution does besides. ``flags`` are zeros from an earlier launch, else made here."""
+
+    bias: Tensor | None = None
+    relu: bool = False
+    skip: Tensor | None = None
+    sums: Tensor | None = None
+    flags: Tensor | None = None
+
+
+PLAIN = Epilogue()
+
+
+class Problem(NamedTuple):
+    """A convolution's tile and grid, known before its operands are."""
+
+    tile: tuning.Tile
+    box: Box
+    programs: int
+    waves: int
+    flags: int
+
+
+def conv_problem(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> Problem:
+    """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``."""
+    size = tuple(x.shape[2:])
+    architecture, processors = launch.chip(x.device)
+    small = sum_taps == 9
+    tile = tuning.choose_tile("conv", architecture, tuning.kind_of(x.dtype), size, outputs, x.shape[0], small)
+    box = best_box(tile.m, *size)
+    tiles = x.shape[0] * box.tiles(*size) * cdiv(outputs, tile.n)
+    most = tiles * cdiv(width, tile.k) * taps
+    programs = max(1, min(processors * tile.per_sm, cdiv(most, tuning.LEAST_BLOCKS)))
+    if most > launch.INT32:
+        raise ValueError(f"x: got {tuple(x.shape)}, wanted fewer than 2^31 steps of {tile.k} channels in all its tiles")
+    flags = programs + x.shape[0] * cdiv(outputs, tile.n)
+    return Problem(tile, box, programs, max(0, tiles // programs - 1), flags)
+
+
+def conv(
+    panel: Tensor,
+    filters: Tensor,
+    form: str,
+    plan: Tensor,
+    out: Tensor,
+    p: Problem,
+    *,
+    kernel: tuple[int, int, int] = launch.SPATIAL,
+    second: bool = True,
+    sign: int = 1,
+    order: Tensor | None = None,
+    rows: int = 0,
+    slots: int = 0,
+    epilogue: Epilogue = PLAIN,
+) -> None:
+    """:func:`.conv.conv_kernel` on a panel ``(B, T, H, W, width)`` into ``out (B, O, T, H, W)``."""
+    b, outputs, *size = out.shape
+    tile, box = p.tile, p.box
+    x, tma_x = launch.boxed(panel, box, tile.k, tile.tma)
+    shape = {"packed": [tile.n, tile.k], "rows": [1, tile.n, tile.k], "columns": [1, tile.k, tile.n]}.get(form)
+    f, tma_filters = launch.described(filters, shape, tile.tma) if shape else (filters, False)
+    sums = epilogue.sums
+    sum_taps = 0 if sums is None else sums.shape[2]
+    parts = panel.new_empty((b, box.tiles(*size), outputs, sum_taps) if sum_taps else (1,), dtype=torch.float32)
+    flags = panel.new_zeros(p.flags, dtype=torch.int32) if epilogue.flags is None else epilogue.flags
+    partial = panel.new_empty(2 * p.programs * tile.m * tile.n, dtype=torch.float32)
+    conv_kernel[(p.programs,)](
+        x,
+        f,
+        plan if order is None else order,
+        plan,
+        partial if epilogue.bias is None else epilogue.bias,
+        out if epilogue.skip is None else epilogue.skip,
+        out,
+        parts,
+        parts if sums is None else sums,
+        partial,
+        flags,
+        b,
+        *size,
+        panel.shape[-1],
+        rows,
+        slots,
+        outputs,
+        *out.stride(),
+        p.waves,
+        FORM=form,
+        TMA_X=tma_x,
+        TMA_FILTERS=tma_filters,
+        UNIFORM=form in ("rows", "columns"),
+        KT_1=kernel[0],
+        KH_1=kernel[1],
+        KW_1=kernel[2],
+        TAPS_2=3 if second else 0,
+        SIGN=sign,
+        HAS_BIAS=epilogue.bias is not None,
+        RELU=epilogue.relu,
+        HAS_SKIP=epilogue.skip is not None,
+        SUM_TAPS=sum_taps,
+        WIDE=launch.wide(out) or panel[0].numel() > launch.INT32,
+        PRECISION=launch.precision(panel.dtype),
+        BATCH=next_power(b),
+        PROGRAMS=next_power(p.programs),
+        LEAST=tuning.LEAST_BLOCKS,
+        BT=box.t,
+        BH=box.h,
+        BW=box.w,
+        BN=tile.n,
+        BK=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,17 +1,24 @@
 """Data gradient of the gated convolution, both operators in one kernel, with the gates' gradient as its epilogue.
 
-``dx = gate*dxs + (1 - gate)*dxt`` and ``dgate = <x, dxs - dxt>``, where ``dxs`` and ``dxt`` are the operators' own data
-gradients. Where gates train, both are needed of every channel. Where they are frozen (``LISTED``) a tile's columns come in
-the order of the sample's lists, and most tiles need one operator only.
+``dx = gate*dxs + (1 - gate)*dxt`` and ``dgate = <x, dxs - dxt>``, where ``dxs`` and ``dxt`` are the operators' own
+data gradients. Where gates train, both are needed of every channel. Where they are frozen (``LISTED``) a tile's
+columns come in the order of the sample's lists, and most tiles need one operator only.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..packing import tile_channels
+from . import launch, tuning
+from .boxes import best_box, cdiv
 from .common import box_positions, box_start, inside, load_box, tap_shift
 from .epilogue import part_of
+from .filters import pack_filters
+from .lists import Groups, list_channels
 
 
 @triton.jit
@@ -92,13 +99,17 @@ def data_gradient_kernel(
     for i in range(0, steps_1):
         dt, dh, dw = tap_shift(i % 9, 1, 3, 3, -1)
         o0 = i // 9 * BK
-        a = load_box(grad, b, t0 + dt, h0 + dh, w0 + dw, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK)
+        a = load_box(
+            grad, b, t0 + dt, h0 + dh, w0 + dw, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK
+        )
         f = load_rows(filters, slot * 12 + i % 9, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
         by_1 = tl.dot(a, f, by_1, input_precision=PRECISION)
     by_2 = tl.zeros((BM, BN), tl.float32)
     for i in range(0, steps_2):
         o0 = i // 3 * BK
-        a = load_box(grad, b, t0 + 1 - i % 3, h0, w0, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK)
+        a = load_box(
+            grad, b, t0 + 1 - i % 3, h0, w0, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK
+        )
         f = load_rows(filters, slot * 12 + 9 + i % 3, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
         by_2 = tl.dot(a, f, by_2, input_precision=PRECISION)
 
@@ -128,3 +139,58 @@ def data_gradient_kernel(
             g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)[None, :]
             v = tl.where(g == 0.0, 0.0, g * part_1) + tl.where(g == 1.0, 0.0, (1.0 - g) * part_2)
             tl.store(dx + b.to(tl.int64) * stride_b + offsets, v.to(dx.dtype.element_ty), mask=mask)
+
+
+def data_gradient(
+    rows: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    groups: Groups,
+    spatial: Tensor,
+    temporal: Tensor,
+    need_x: bool,
+    need_gate: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    b, c, *size = x.shape
+    outputs = spatial.shape[1]
+    lists = list_channels(gate, groups, False, tile_channels(x.dtype))
+    filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+    tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c, b)
+    box = best_box(tile.m, *size)
+    dx = torch.empty_like(x) if need_x else None
+    if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both
+        x = torch.empty_like(dx).copy_(x)
+    like = x if dx is None else dx
+    boxes = box.tiles(*size)
+    parts = x.new_empty((b, boxes, c) if need_gate else (1,), dtype=torch.float32)
+    g, tma_grad = launch.boxed(rows, box, tile.k, tile.tma)
+    f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
+    data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
+        g,
+        f,
+        lists.order,
+        lists.plans,
+        gate,
+        x,
+        like,
+        parts,
+        *size,
+        c,
+        outputs,
+        *like.stride(),
+        LISTED=not need_gate,
+        NEED_X=need_x,
+        NEED_GATE=need_gate,
+        TMA_GRAD=tma_grad,
+        TMA_FILTERS=tma_filters,
+        WIDE=launch.wide(like) or rows[0].numel() > launch.INT32,
+        PRECISION=launch.precision(x.dtype),
+        BT=box.t,
+        BH=box.h,
+        BW=box.w,
+        BN=tile.n,
+        BK=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dx, parts.sum(1).to(gate.dtype) if need_gate else None

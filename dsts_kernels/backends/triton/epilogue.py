@@ -1,4 +1,4 @@
-"""How a tile of a convolution ends: parts added up, ReLU, skip connection, the store, and tap sums of what was stored."""
+"""How a tile of a convolution ends: parts added up, bias, ReLU, skip, the store, and tap sums of what was stored."""
 
 from __future__ import annotations
 

@@ -6,8 +6,14 @@ holds, are written as zeros in the same pass.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .boxes import cdiv
+from .lists import Groups
 
 
 @triton.jit
@@ -24,7 +30,8 @@ def pack_filters_kernel(
     BO: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """``filters (slots, all_taps, C, O)``, or without ``BY_CHANNEL`` ``(slots, all_taps, O, C)``, from tap ``first_tap``.
+    """``filters (slots, all_taps, C, O)``, or without ``BY_CHANNEL`` ``(slots, all_taps, O, C)``, from tap
+    ``first_tap``.
 
     A tile is ``BO`` outputs by ``BF`` elements of channels and taps as they lie: read along the one, written along the
     other, so both ways are whole lines.
@@ -85,3 +92,42 @@ def unpack_filters_kernel(
     v = tl.load(filters + place, mask=read, other=0.0)
     target = weight + n.to(tl.int64) * outputs * channels * TAPS
     tl.store(target + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], v, mask=mask)
+
+
+def pack_filters(weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, by_channel: bool) -> Tensor:
+    """Filters of the chosen neurons, ``(slots * taps, C, O)`` or ``(slots * taps, O, C)``, every kernel's taps."""
+    outputs, channels = weights[0].shape[1:3]
+    taps = [weight[0, 0, 0].numel() for weight in weights]
+    shape = (channels, outputs) if by_channel else (outputs, channels)
+    filters = torch.empty((neuron_of.shape[0] * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
+    first = 0
+    for weight, count in zip(weights, taps, strict=True):
+        grid = (cdiv(outputs, tuning.FILTER_TILE) * cdiv(channels * count, tuning.FILTER_TILE), neuron_of.shape[0])
+        pack_filters_kernel[grid](
+            weight.contiguous(), filters, neuron_of, outputs, channels, first, sum(taps),
+            TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
+        )  # fmt: skip
+        first += count
+    return filters
+
+
+def unpack_filters(
+    filters: Tensor,
+    like: Tensor,
+    groups: Groups,
+    listed: Tensor | None,
+    bit: int,
+    first: int,
+    taps: int,
+    by_channel: bool,
+) -> Tensor:
+    """Gradients ``filters`` of the chosen neurons, as a gradient of ``like (N, O, C, *kernel)``."""
+    neurons, outputs, channels = like.shape[:3]
+    weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    own = like[0, 0, 0].numel()
+    grid = (cdiv(outputs, tuning.FILTER_TILE) * cdiv(channels * own, tuning.FILTER_TILE), neurons)
+    unpack_filters_kernel[grid](
+        filters, weight, groups.slot_of, filters if listed is None else listed, outputs, channels, first, taps, bit,
+        TAPS=own, BY_CHANNEL=by_channel, HAS_LISTS=listed is not None, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
+    )  # fmt: skip
+    return weight

@@ -1,21 +1,37 @@
-"""Routing on the device: who chose which neuron, which channels its gates list, and features gathered by those lists.
+"""Features gathered by channel lists into panels, and for a frozen layer the choice of the neuron whose lists they are.
 
-A *list row* is one order of the channels, ``order[row]``: those that only the first operator reads, those that both read,
-those that only the second reads. The first operator's list is a prefix of it, the second one's a suffix. A *plan*
-(:data:`.schedule.PLAN`) says how long they are. A *slot* numbers the neurons that a batch chose, in order.
+:mod:`.lists` says what a list row, a plan and a slot are.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..base import FrozenWeights
+from ..packing import tile_channels
+from . import launch, tuning
+from .boxes import cdiv, next_power
 from .common import position_offsets
+from .lists import Lists
+from .schedule import PLAN
 
 
 @triton.jit
 def choose_neuron(
-    sums, scoring, b, parts, size, neurons, divisor, scores, NEURONS: tl.constexpr, BC: tl.constexpr, STORE: tl.constexpr
+    sums,
+    scoring,
+    b,
+    parts,
+    size,
+    neurons,
+    divisor,
+    scores,
+    NEURONS: tl.constexpr,
+    BC: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """``argmax`` of the relevance scores of sample ``b``, as torch breaks ties and orders NaN; never out of range."""
     n = tl.arange(0, NEURONS)
@@ -67,8 +83,8 @@ def gather_columns(
 ):
     """One block of positions of sample ``b``, gathered by its lists into K blocks of a panel, zeros behind each list.
 
-    Axis 0 of the grid is blocks of positions, axis 1 shares the K blocks out. ``SCALED`` multiplies by the gate, or by 1
-    minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
+    Axis 0 of the grid is blocks of positions, axis 1 shares the K blocks out. ``SCALED`` multiplies by the gate, or by
+    1 minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
     """
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
@@ -199,138 +215,96 @@ def pack_kernel(
     chosen = tl.load(neuron + b)
     known = (chosen >= 0) & (chosen < neurons)
     gather_columns(
-        x, order, gate, panel, b, row, tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4), known,
-        size, positions, h_size, w_size, stride_b, stride_c, stride_t, stride_h, stride_w, pitch, True, FLAT, WIDE, BP, BK,
+        x, order, gate, panel, b, row, tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4),
+        known, size, positions, h_size, w_size, stride_b, stride_c, stride_t, stride_h, stride_w, pitch,
+        True, FLAT, WIDE, BP, BK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch", "slot_count"])
-def group_kernel(
-    neuron,
-    slots,
-    neuron_of,
-    slot_of,
-    groups,
-    members,
-    batch,
-    neurons,
-    slot_count,
-    NEURONS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Samples by neuron: a program a sample.
+def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -> tuple[int, int, int]:
+    """Blocks of positions, shares of a list's K blocks, samples: about four programs a multiprocessor."""
+    along = cdiv(positions, tuning.GATHER_POSITIONS)
+    return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along * batch))), batch
 
-    ``slots (B,)`` the slot of each sample's neuron, ``neuron_of (S,)`` and ``slot_of (N,)`` either way, -1 where there is
-    none; ``members (B,)`` the samples sorted by neuron, a slot's being ``groups[s]``: first, how many.
+
+def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:
+    """Columns a panel may need: both lists in whole K blocks, which overlap only where gates are soft."""
+    block_k = tile_channels(dtype)
+    blocks = cdiv(channels, block_k)
+    return (2 * blocks if scaled else blocks + 1) * block_k
+
+
+def pack_features(
+    x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, rows: Tensor, lists: Lists, width: int
+) -> Tensor:
+    """``(B, T, H, W, width)``: gated features gathered by the list row that each sample has in ``rows``."""
+    b, c, t, h, w = x.shape
+    panel = x.new_empty(b, t, h, w, width)
+    block_k = tile_channels(x.dtype)
+    strides, is_flat = launch.steps_of(x)
+    pack_kernel[gather_grid(b, t * h * w, cdiv(c, block_k), x.device)](
+        x,
+        lists.order,
+        gate,
+        neuron,
+        rows,
+        lists.plans,
+        panel,
+        neurons,
+        c,
+        t * h * w,
+        h,
+        w,
+        *strides,
+        width,
+        FLAT=is_flat,
+        WIDE=launch.wide(x),
+        BP=tuning.GATHER_POSITIONS,
+        BK=block_k,
+    )
+    return panel
+
+
+def route_and_pack(
+    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, flags: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``flags``.
+
+    ``sums (B, parts, C * taps)`` are the tap sums of ``x`` in parts that are added up here.
     """
-    b = tl.program_id(0)
-    mine = tl.load(neuron + b)
-    n = tl.arange(0, NEURONS)
-    used = tl.zeros((NEURONS,), tl.int32)
-    before = 0
-    same = 0
-    rank = 0
-    for b0 in range(0, batch, CHUNK):
-        other = b0 + tl.arange(0, CHUNK)
-        theirs = tl.load(neuron + other, mask=other < batch, other=-1)
-        used = tl.maximum(used, tl.max((theirs[:, None] == n[None, :]).to(tl.int32), 0))
-        before += tl.sum(((theirs < mine) & (other < batch)).to(tl.int32), 0)
-        same += tl.sum(((theirs == mine) & (other < batch)).to(tl.int32), 0)
-        rank += tl.sum(((theirs == mine) & (other < b)).to(tl.int32), 0)
-    used = tl.where(n < neurons, used, 0)
-    slot_all = tl.cumsum(used, 0) - used
-    slot = tl.sum(tl.where(n == mine, slot_all, 0), 0)
-    tl.store(slots + b, slot)
-    tl.store(members + before + rank, b)
-    if (mine >= 0) & (mine < neurons):
-        tl.store(groups + slot * 2, before)
-        tl.store(groups + slot * 2 + 1, same)
-    if b == 0:
-        count = tl.sum(used, 0)
-        tl.store(neuron_of + slot_all, n, mask=used > 0)
-        tl.store(neuron_of + n, -1, mask=(n >= count) & (n < slot_count))
-        tl.store(slot_of + n, tl.where(used > 0, slot_all, -1), mask=n < neurons)
-
-
-@triton.jit
-def read_by(gate, groups, members, row, c, size, UNION: tl.constexpr):
-    """Whether only the first, and whether only the second operator reads channels ``c``: by one sample or by a slot's."""
-    inside = c < size
-    if UNION:
-        only_1 = inside
-        only_2 = inside
-        start = tl.load(groups + row * 2)
-        for i in range(0, tl.load(groups + row * 2 + 1)):
-            b = tl.load(members + start + i).to(tl.int64)
-            g = tl.load(gate + b * size + c, mask=inside, other=0.0).to(tl.float32)
-            only_1 &= g == 1.0
-            only_2 &= g == 0.0
-    else:
-        g = tl.load(gate + row.to(tl.int64) * size + c, mask=inside, other=0.0).to(tl.float32)
-        only_1 = inside & (g == 1.0)
-        only_2 = inside & (g == 0.0)
-    return only_1, only_2, inside & ~only_1 & ~only_2
-
-
-@triton.jit
-def list_kernel(
-    gate,
-    slots,
-    neuron_of,
-    groups,
-    members,
-    order,
-    plans,
-    listed,
-    size,
-    UNION: tl.constexpr,
-    BK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Gates to list rows: a program a row, which is a sample, or with ``UNION`` a slot and all its samples.
-
-    With ``UNION`` also ``listed (S, C)`` int8: 1 where the first operator reads a channel, plus 2 where the second does. The
-    plan of a slot without a neuron is empty: a sample whose neuron is out of range may still read it.
-    """
-    row = tl.program_id(0)
-    base = row
-    exists = True
-    if UNION:
-        exists = tl.load(neuron_of + row) >= 0
-    else:
-        base = tl.load(slots + row)
-    if exists:
-        count_1 = 0
-        count_both = 0
-        for c0 in range(0, size, CHUNK):
-            only_1, only_2, both = read_by(gate, groups, members, row, c0 + tl.arange(0, CHUNK), size, UNION)
-            count_1 += tl.sum(only_1.to(tl.int32), 0)
-            count_both += tl.sum(both.to(tl.int32), 0)
-        at_1 = 0
-        at_both = count_1
-        at_2 = count_1 + count_both
-        plan = plans + row * 6
-        tl.store(plan, base)
-        tl.store(plan + 1, tl.cdiv(at_2, BK))
-        tl.store(plan + 2, tl.cdiv(size - count_1, BK))
-        tl.store(plan + 3, at_2)
-        tl.store(plan + 4, count_1)
-        tl.store(plan + 5, row)
-        mine = order + row.to(tl.int64) * size
-        for c0 in range(0, size, CHUNK):
-            c = c0 + tl.arange(0, CHUNK)
-            only_1, only_2, both = read_by(gate, groups, members, row, c, size, UNION)
-            rank_1 = tl.cumsum(only_1.to(tl.int32), 0)
-            rank_both = tl.cumsum(both.to(tl.int32), 0)
-            rank_2 = tl.cumsum(only_2.to(tl.int32), 0)
-            place = tl.where(only_1, at_1 + rank_1, tl.where(both, at_both + rank_both, at_2 + rank_2)) - 1
-            tl.store(mine + place, c, mask=c < size)
-            if UNION:
-                bits = tl.where(only_2, 2, tl.where(only_1, 1, 3))
-                tl.store(listed + row.to(tl.int64) * size + c, bits.to(tl.int8), mask=c < size)
-            at_1 += tl.sum(only_1.to(tl.int32), 0)
-            at_both += tl.sum(both.to(tl.int32), 0)
-            at_2 += tl.sum(only_2.to(tl.int32), 0)
-    else:
-        for i in tl.static_range(6):
-            tl.store(plans + row * 6 + i, 0)
+    b, c, t, h, width = x.shape
+    block_k, lanes = tile_channels(x.dtype), next_power(scores.shape[1])
+    panel = x.new_empty(b, t, h, width, panel_width(c, x.dtype, False))
+    plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
+    strides, is_flat = launch.steps_of(x)
+    route_and_pack_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
+        x,
+        sums,
+        w.scoring,
+        w.channels,
+        w.starts,
+        panel,
+        plan,
+        neuron,
+        scores,
+        flags,
+        sums.shape[1],
+        w.scoring.shape[2],
+        scores.shape[1],
+        float(divisor),
+        c,
+        t * h * width,
+        h,
+        width,
+        *strides,
+        panel.shape[-1],
+        flags.numel(),
+        FLAT=is_flat,
+        WIDE=launch.wide(x),
+        NEURONS=lanes,
+        BC=max(16, min(256, 4096 // lanes)),
+        BP=tuning.GATHER_POSITIONS,
+        BK=block_k,
+        num_warps=8,
+    )
+    return panel, plan

@@ -1,9 +1,9 @@
 """Who computes what: tiles dealt in whole waves, and the iterations of the rest shared out evenly (stream-K).
 
-Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of ``programs`` persistent
-programs takes one tile of every wave; what the waves leave over is cut into one contiguous range of iterations a program,
-the shorter the longer its waves were. Everything is worked out from ``plan`` on the device, alike in every program, so
-nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
+Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of ``programs``
+persistent programs takes one tile of every wave; what the waves leave over is cut into one contiguous range of
+iterations a program, the shorter the longer its waves were. Everything is worked out from ``plan`` on the device,
+alike in every program, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Ints a sample in a plan: first K block or slot of its filters, K blocks of either operator, listed channels of the first,
-# where the second one's list starts, row of its list and bias.
+# Ints a sample in a plan: first K block or slot of its filters, K blocks of either operator, listed channels of the
+# first, where the second one's list starts, row of its list and bias.
 PLAN = 6
 
 
@@ -41,7 +41,7 @@ def shared_work(
     BATCH: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """By sample, ``[BATCH]`` each: iterations a tile, first tile that is shared, shared iterations, their running sum."""
+    """By sample, ``[BATCH]`` each: iterations a tile, first shared tile, shared iterations and their running sum."""
     samples = tl.arange(0, BATCH)
     counts_1, counts_2 = block_counts(plan, samples, samples < batch, width, UNIFORM, BK)
     lengths = counts_1 * TAPS_1 + counts_2 * TAPS_2
@@ -68,7 +68,8 @@ def shares(
 ):
     """Where every program's range of shared iterations starts and stops: two ``[PROGRAMS]``.
 
-    Without whole waves no program gets fewer than ``LEAST`` iterations: a short range costs more to add up than it saves.
+    Without whole waves no program gets fewer than ``LEAST`` iterations: a short range costs more to add up than it
+    saves.
     """
     _, _, work, _ = shared_work(plan, batch, per_sample, waves * programs, width, UNIFORM, TAPS_1, TAPS_2, BATCH, BK)
     shared = tl.sum(work, 0).to(tl.int64)

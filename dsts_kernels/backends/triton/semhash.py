@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .boxes import cdiv, next_power
 
 
 @triton.jit
@@ -88,3 +93,50 @@ def semhash_backward_kernel(
             g = tl.load(grad + b64 * size + c, mask=mask, other=0.0).to(tl.float32)
             total += tl.where((r > 0.0) & (r < 1.0), g * (1.2 * s * (1.0 - s)), 0.0)
     tl.store(dlogits + n.to(tl.int64) * size + c, total, mask=mask)
+
+
+def semhash_gate(logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
+    logits = logits.contiguous()
+    neurons, size = logits.shape
+    batch = neurons if neuron is None else neuron.shape[0]
+    gate = logits.new_empty(batch, size)
+    if gate.numel():
+        with launch.on_device(logits):
+            block = min(1024, next_power(size))
+            semhash_kernel[cdiv(size, block), batch](
+                logits,
+                logits if neuron is None else neuron.contiguous(),
+                logits if noise is None else noise.contiguous(),
+                logits if hard is None else hard.contiguous(),
+                gate,
+                neurons,
+                size,
+                HAS_NEURON=neuron is not None,
+                HAS_NOISE=noise is not None,
+                HAS_HARD=hard is not None,
+                BLOCK=block,
+            )
+    return gate
+
+
+def semhash_gate_backward(grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None) -> Tensor:
+    grad, logits = grad.contiguous(), logits.contiguous()
+    dlogits = torch.empty_like(logits)
+    if dlogits.numel():
+        neurons, size = logits.shape
+        with launch.on_device(logits):
+            block = min(256, next_power(size))
+            semhash_backward_kernel[cdiv(size, block), neurons](
+                grad,
+                logits,
+                logits if neuron is None else neuron.contiguous(),
+                logits if noise is None else noise.contiguous(),
+                dlogits,
+                grad.shape[0],
+                neurons,
+                size,
+                HAS_NEURON=neuron is not None,
+                HAS_NOISE=noise is not None,
+                BLOCK=block,
+            )
+    return dlogits

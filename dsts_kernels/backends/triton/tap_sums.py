@@ -6,9 +6,13 @@ sums are added up by who reads them, in order.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import launch
+from .boxes import cdiv
 from .common import position_offsets
 from .epilogue import tap_sums_of
 
@@ -60,3 +64,24 @@ def tap_sums_kernel(
     tap = tl.arange(0, total.shape[0])[:, None]
     out = sums + (b.to(tl.int64) * parts + part) * size * TAPS
     tl.store(out + c[None, :] * TAPS + tap, total, mask=(c < size)[None, :] & (tap < TAPS))
+
+
+def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
+    """``(B, parts, C, taps)`` float32: enough parts that a small batch fills the chip."""
+    b, c, t, h, w = x.shape
+    bp, bc = (64, 64) if taps == 1 else (64, 32)
+    steps, blocks = cdiv(t * h * w, bp), cdiv(c, bc)
+    parts = max(1, min(steps, cdiv(4 * launch.chip(x.device)[1], max(1, b * blocks))))
+    sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
+    if sums.numel():
+        with launch.on_device(x):
+            strides, is_flat = launch.steps_of(x)
+            tap_sums_kernel[blocks, parts, b](
+                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=launch.wide(x), BP=bp, BC=bc,
+                num_warps=4 if taps == 1 else 8,
+            )  # fmt: skip
+    return sums
+
+
+def tap_sums(x: Tensor, taps: int) -> Tensor:
+    return partial_tap_sums(x, taps).sum(1)

@@ -1,8 +1,8 @@
 """Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
 
-``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m benchmarks.tune``
-measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits it runs. Every candidate
-is compiled ahead of time, and checked for correctness, by the tests.
+``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m
+benchmarks.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits it
+runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from .boxes import next_power
 KERNELS = ("conv", "data_gradient", "weight_gradient")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 INTERPRETER = "interpreter"
+GATHER_POSITIONS = 64  # of a program that gathers
+FILTER_TILE = 64  # outputs, and elements of channels and taps, of a program that lays filters out
+LEAST_BLOCKS = 8  # K blocks: what a program of a shared tile takes at least
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -47,8 +50,9 @@ def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
     return tuple(Tile(*row[:5], tma, *row[5:]) for row in rows)
 
 
-# Every tile that ships, best guess first: rows, columns, K block, warps, stages, and programs a multiprocessor where more
-# than one. None spills a register at the paper's shapes, which is what decided between neighbours; docs/performance.md.
+# Every tile that ships, best guess first: rows, columns, K block, warps, stages, and programs a multiprocessor where
+# more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
+# docs/performance.md.
 CANDIDATES = {
     "half": {
         "sm_80": {

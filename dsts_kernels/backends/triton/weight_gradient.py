@@ -1,16 +1,23 @@
 """Filter gradients, grouped by neuron: one tile of one tap of one slot a program, over all the slot's samples in order.
 
-The reduction runs over positions, a box at a time. Rows of the result come from ``left``, shifted by the tap, columns from
-``right``. For the gated convolution ``left`` is its panel, gathered by the lists of the slot, so that only listed channels
-are computed, and ``right`` the gradient; for a mixing kernel (``UNIFORM``) ``left`` is the gradient, shifted the other way.
+The reduction runs over positions, a box at a time. Rows of the result come from ``left``, shifted by the tap, columns
+from ``right``. For the gated convolution ``left`` is its panel, gathered by the lists of the slot, so that only listed
+channels are computed, and ``right`` the gradient; for a mixing kernel (``UNIFORM``) ``left`` is the gradient, shifted
+the other way.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..packing import tile_channels
+from . import launch, tuning
+from .boxes import best_box, cdiv
 from .common import box_start, load_box, tap_shift
+from .lists import Groups, Lists
 
 
 @triton.jit
@@ -49,7 +56,6 @@ def weight_gradient_kernel(
 ):
     """``out (slots, taps, rows, right_width)``, or with ``BY_NEURON`` ``(N, ...)``; listed rows of it are written."""
     TAPS_1: tl.constexpr = KT_1 * KH_1 * KW_1
-    POSITIONS: tl.constexpr = BT * BH * BW
     slot = tl.program_id(2)
     tap = tl.program_id(1)
     n = tl.load(neuron_of + slot)
@@ -95,3 +101,63 @@ def weight_gradient_kernel(
         target = out + (index * (TAPS_1 + TAPS_2) + tap).to(tl.int64) * rows * right_width
         cells = r.to(tl.int64)[:, None] * right_width + o[None, :]
         tl.store(target + cells, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def filter_gradient(
+    left: Tensor,
+    right: Tensor,
+    lists: Lists | None,
+    groups: Groups,
+    rows: int,
+    kernel: tuple[int, int, int],
+    second: bool,
+    sign: int,
+    shape: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`.weight_gradient.weight_gradient_kernel` by slot, or into ``out`` by neuron."""
+    size = tuple(left.shape[1:4])
+    width = right.shape[-1]
+    architecture = launch.chip(left.device)[0]
+    tile = tuning.choose_tile("weight_gradient", architecture, tuning.kind_of(left.dtype), size, width, left.shape[0])
+    box = best_box(tile.k, *size)
+    by_neuron = out is not None
+    out = torch.empty(shape, dtype=dtype, device=left.device) if out is None else out
+    taps = kernel[0] * kernel[1] * kernel[2] + (3 if second else 0)
+    lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma)
+    rights, tma_right = launch.boxed(right, box, tile.n, tile.tma)
+    weight_gradient_kernel[cdiv(rows, tile.m) * cdiv(width, tile.n), taps, groups.neuron_of.shape[0]](
+        lefts,
+        rights,
+        groups.members if lists is None else lists.order,
+        groups.members if lists is None else lists.plans,
+        groups.neuron_of,
+        groups.groups,
+        groups.members,
+        out,
+        *size,
+        left.shape[-1],
+        width,
+        rows,
+        KT_1=kernel[0],
+        KH_1=kernel[1],
+        KW_1=kernel[2],
+        TAPS_2=3 if second else 0,
+        SIGN=sign,
+        UNIFORM=lists is None,
+        BY_NEURON=by_neuron,
+        TMA_LEFT=tma_left,
+        TMA_RIGHT=tma_right,
+        WIDE=left[0].numel() > launch.INT32 or right[0].numel() > launch.INT32,
+        PRECISION=launch.precision(left.dtype),
+        BT=box.t,
+        BH=box.h,
+        BW=box.w,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile_channels(left.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out

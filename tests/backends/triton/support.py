@@ -22,7 +22,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 triton = importlib.import_module("triton")
-launch = importlib.import_module("dsts_kernels.backends.triton.launch")
+MODULES = {
+    name: importlib.import_module(f"dsts_kernels.backends.triton.{name}")
+    for name in (
+        *("conv", "data_gradient", "filters", "frozen", "gated_conv", "launch", "lists", "mixing", "route", "schedule"),
+        *("semhash", "tap_sums", "weight_gradient"),
+    )
+}
+launch = MODULES["launch"]
 
 TRITON = BACKENDS["triton"]
 DTYPES = (torch.float32, torch.float16)  # the interpreter gets bfloat16 products wrong
@@ -135,7 +142,7 @@ def check_gated(inputs: Sequence[Tensor], needs: Sequence[bool] = (True,) * 4, f
 
 
 class Spy:
-    """Stands in for a kernel in :mod:`launch`: launches it, with constants of ours, and keeps what it was given."""
+    """Stands in for a kernel: launches it, with constants of ours, and keeps what it was given."""
 
     def __init__(self, kernel: object, **constants: object) -> None:
         self.kernel, self.constants, self.launches = kernel, constants, []
@@ -149,7 +156,12 @@ class Spy:
 
 
 def spy_on(monkeypatch: pytest.MonkeyPatch, name: str, **constants: object) -> Spy:
-    """A :class:`Spy` in place of ``launch.<name>``."""
-    spy = Spy(getattr(launch, name), **constants)
-    monkeypatch.setattr(launch, name, spy)
+    """A :class:`Spy` in place of the kernel ``name`` wherever it is launched from."""
+    places = [module for module in MODULES.values() if hasattr(module, name)]
+    spy = Spy(getattr(places[0], name), **constants)
+    for module in places:
+        monkeypatch.setattr(module, name, spy)
     return spy
+
+
+KERNELS = sorted({name for module in MODULES.values() for name in vars(module) if name.endswith("_kernel")})

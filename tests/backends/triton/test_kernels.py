@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from dsts_kernels.backends.packing import tile_channels
 
-from .support import GATES, LAYOUTS, SIZE, dtypes, hard_gate, interpreted, launch, tl, triton
+from .support import GATES, LAYOUTS, MODULES, SIZE, dtypes, hard_gate, interpreted, tl, triton
 
 pytestmark = interpreted
-choose_neuron = importlib.import_module("dsts_kernels.backends.triton.route").choose_neuron
+filters, lists, route = MODULES["filters"], MODULES["lists"], MODULES["route"]
+choose_neuron = route.choose_neuron
 
 NEURONS = {
     "any": ([3, 0, 3, 1, 0], 4),
@@ -29,7 +28,7 @@ NEURONS = {
 def test_group_samples(neuron, neurons, in_any_order):
     """Slots number the chosen neurons in order, and each lists its samples in order; strays belong to none."""
     in_any_order()
-    found = launch.group_samples(torch.tensor(neuron), neurons)
+    found = lists.group_samples(torch.tensor(neuron), neurons)
     chosen = sorted({n for n in neuron if 0 <= n < neurons})
     count = min(len(neuron), neurons)
     assert found.neuron_of.tolist() == chosen + [-1] * (count - len(chosen))
@@ -55,8 +54,8 @@ def test_list_channels(gate, channels):
     """Each sample's lists, one order whose prefix and suffix they are, and the K blocks they fill; NaN is in both."""
     gate = GATES[gate](4, channels)
     gate[3, 0] = torch.nan
-    groups = launch.group_samples(torch.tensor([1, 0, 1, 5]), 3)
-    found = launch.list_channels(gate, groups, False, 32)
+    groups = lists.group_samples(torch.tensor([1, 0, 1, 5]), 3)
+    found = lists.list_channels(gate, groups, False, 32)
     for b in range(4):
         first, both, second = lists_of([gate[b]])
         assert found.order[b].tolist() == first + both + second
@@ -71,8 +70,8 @@ def test_list_channels_of_a_union(channels):
     """What any sample of a slot reads: the gates of others, and of samples out of range, do not matter."""
     gate, neuron = hard_gate(6, channels), [2, 0, 2, 7, 2, 0]
     gate[2], gate[3] = gate[0], torch.nan
-    groups = launch.group_samples(torch.tensor(neuron), 4)
-    found = launch.list_channels(gate, groups, True, 32)
+    groups = lists.group_samples(torch.tensor(neuron), 4)
+    found = lists.list_channels(gate, groups, True, 32)
     for slot, n in enumerate((0, 2)):
         first, both, second = lists_of([gate[b] for b, m in enumerate(neuron) if m == n])
         assert found.order[slot].tolist() == first + both + second
@@ -92,14 +91,14 @@ def test_pack_features(layout, dtype):
     block, channels = tile_channels(dtype), 70
     x, gate = LAYOUTS[layout](torch.randn(3, channels, *SIZE).to(dtype)), GATES["mixed"](3, channels).to(dtype)
     neuron = torch.tensor([1, 0, 2])
-    groups = launch.group_samples(neuron, 2)
-    lists = launch.list_channels(gate, groups, False, block)
-    width = launch.panel_width(channels, dtype, True)
-    panel = launch.pack_features(x, gate, neuron, 2, lists.plans[:, 5:], lists, width)
+    groups = lists.group_samples(neuron, 2)
+    found = lists.list_channels(gate, groups, False, block)
+    width = route.panel_width(channels, dtype, True)
+    panel = route.pack_features(x, gate, neuron, 2, found.plans[:, 5:], found, width)
     rows = x.permute(0, 2, 3, 4, 1)
     for b in range(3):
-        _, blocks_1, blocks_2, read, second, _ = lists.plans[b].tolist()
-        order = lists.order[b].long()
+        _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()
+        order = found.order[b].long()
         wanted = torch.full((*SIZE, width), torch.nan, dtype=dtype)
         wanted[..., : (blocks_1 + blocks_2) * block] = 0
         for at, own, scale in ((0, order[:read], gate[b]), (blocks_1 * block, order[second:], 1 - gate[b].float())):
@@ -115,8 +114,8 @@ def test_pack_features(layout, dtype):
 def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     """Chosen neurons' filters by slot and tap; on the way back others, and channels in no list, are zero."""
     spatial, temporal = torch.randn(4, outputs, channels, 1, 3, 3), torch.randn(4, outputs, channels, 3, 1, 1)
-    groups = launch.group_samples(torch.tensor([3, 1, 3, 8]), 4)
-    packed = launch.pack_filters([spatial, temporal], groups.neuron_of, dtype, by_channel)
+    groups = lists.group_samples(torch.tensor([3, 1, 3, 8]), 4)
+    packed = filters.pack_filters([spatial, temporal], groups.neuron_of, dtype, by_channel)
     assert packed.dtype == dtype
     found = packed.view(4, 12, *packed.shape[1:])
     taps = torch.cat([spatial.flatten(3), temporal.flatten(3)], 3)[[1, 3]].to(dtype)
@@ -126,7 +125,7 @@ def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     listed[0, 0], listed[1, 1] = 1, 2
     for like, bit, first in ((spatial, 1, 0), (temporal, 2, 9)):
         for own in (None, listed):
-            back = launch.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
+            back = filters.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
             wanted = like.to(dtype).float()
             wanted[[0, 2]] = 0
             if own is not None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
-from dsts_kernels.backends.triton.boxes import cdiv
+from dsts_kernels.backends.triton import tuning
+from dsts_kernels.backends.triton.boxes import best_box, cdiv, next_power
 from dsts_kernels.ops.frozen import frozen_layer
 from dsts_kernels.testing import assert_close
 
-from .support import TILES, TRITON, gated_inputs, interpreted, launch, literal_gated, spy_on, tl, triton, wide
+from .support import MODULES, TILES, TRITON, gated_inputs, interpreted, literal_gated, spy_on, tl, triton, wide
 
 pytestmark = interpreted
-schedule = importlib.import_module("dsts_kernels.backends.triton.schedule")
+schedule = MODULES["schedule"]
 shares, shared_work, shared_tile = schedule.shares, schedule.shared_work, schedule.shared_tile
 CHIPS = (1, 2, 3, 5, 7, 13)
 
@@ -60,7 +59,7 @@ def dealt_out(
     tiles = torch.empty(programs, 4, dtype=torch.int32)
     schedule_kernel[(programs,)](
         plan, begin, end, tiles, batch, per_sample, waves, 5 * 32, UNIFORM=uniform, TAPS_1=9,
-        TAPS_2=0 if uniform else 3, BATCH=launch.next_power(batch), PROGRAMS=launch.next_power(programs), LEAST=least,
+        TAPS_2=0 if uniform else 3, BATCH=next_power(batch), PROGRAMS=next_power(programs), LEAST=least,
         BK=32,
     )  # fmt: skip
     lengths = [5 * 9 if uniform else 9 * one + 3 * two for one, two in blocks for _ in range(per_sample)]
@@ -138,9 +137,9 @@ def test_small_batches_are_split(batch, size, multiprocessors, monkeypatch, in_a
     """Fewer tiles than multiprocessors: several programs a tile, added up by the last to come, in order."""
     inputs = gated_inputs(batch, 100, 24, size, gate="all-half")
     ref, spy = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel")
-    tiles = batch * launch.best_box(32, *size).tiles(*size)
+    tiles = batch * best_box(32, *size).tiles(*size)
     for least in (8, 1):
-        monkeypatch.setattr(launch, "LEAST", least)
+        monkeypatch.setattr(tuning, "LEAST_BLOCKS", least)
         for count in (7, 13):
             multiprocessors(count)
             out = TRITON.gated_conv3d(*inputs)
@@ -179,7 +178,7 @@ def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors,
     layer, x = dsts.freeze(backend="triton").layers[0], torch.randn(2, 40, 2, 5, 3)
     arguments = (layer.weights(), layer.options(x, taps))
     wanted, skip = dsts.double()(x.double()) - x, SKIPS[skip](x)
-    monkeypatch.setattr(launch, "LEAST", 2)
+    monkeypatch.setattr(tuning, "LEAST_BLOCKS", 2)
     multiprocessors(count)
     y, sums, *_ = frozen_layer(x, None, skip, *arguments, backend="triton")
     assert_close(y, wanted if skip is None else wanted + skip, factor=2)

@@ -1,0 +1,66 @@
+"""A frozen layer on a GPU: tap sums for the first layer, then two launches a layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..base import FrozenOptions, FrozenWeights
+from ..packing import tile_channels
+from . import launch
+from .conv import Epilogue, conv, conv_problem
+from .route import route_and_pack
+from .tap_sums import partial_tap_sums
+
+
+def frozen_layer(
+    x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b = x.shape[0]
+    neurons, outputs = w.bias.shape
+    y = launch.empty_features(x, outputs) if skip is None else torch.empty_like(skip)
+    next_sums = x.new_empty((b, outputs, options.next_taps), dtype=torch.float32)
+    neuron = torch.empty(b, dtype=torch.int64, device=x.device)
+    scores = x.new_empty((b, neurons), dtype=torch.float32)
+    if not b:
+        return y, next_sums, neuron, scores
+    if skip is not None and skip.stride() != y.stride():
+        skip = torch.empty_like(y).copy_(skip)
+    block_k, folds = tile_channels(x.dtype), w.mixing is None
+    last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
+    with launch.on_device(x):
+        parts = partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
+        problem = conv_problem(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
+        flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
+        panel, plan = route_and_pack(x, parts, w, options.score_divisor, neuron, scores, flags)
+        filters = w.filters.view(-1, block_k)
+        if folds:
+            conv(panel, filters, "packed", plan, y, problem, epilogue=last._replace(flags=flags))
+        else:
+            z = launch.empty_features(x, outputs)
+            conv(panel, filters, "packed", plan, z, problem, epilogue=Epilogue(flags=flags))
+            mix_frozen(z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
+    return y, next_sums, neuron, scores
+
+
+def mix_frozen(
+    z: Tensor, neuron: Tensor, y: Tensor, mixing: Tensor, kernel: tuple[int, int, int], last: Epilogue
+) -> None:
+    """A mixing kernel that does not fold: a second convolution, with the epilogue of the layer."""
+    outputs = z.shape[1]
+    problem = conv_problem(z, outputs, outputs, math.prod(kernel), 0 if last.sums is None else last.sums.shape[2])
+    conv(
+        launch.rows_of(z),
+        mixing.view(-1, outputs, outputs),
+        "rows",
+        neuron,
+        y,
+        problem,
+        kernel=kernel,
+        second=False,
+        rows=outputs,
+        slots=mixing.shape[0],
+        epilogue=last,
+    )

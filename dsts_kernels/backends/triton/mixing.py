@@ -1,0 +1,90 @@
+"""A mixing kernel on a GPU: one convolution of all channels with each sample's own filters, and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .conv import conv, conv_problem
+from .filters import pack_filters, unpack_filters
+from .lists import group_samples
+from .weight_gradient import filter_gradient
+
+
+def mixing_filters(mixing: Tensor, neuron: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """A mixing kernel ``(matrices, O, O)``, what indexes it by sample, and how many sets of taps it has.
+
+    A 1x1x1 kernel serves as it is stored; of another the chosen neurons' are laid out tap by tap.
+    """
+    neurons, outputs = mixing.shape[:2]
+    if mixing.shape[3:].numel() == 1:
+        return mixing.to(dtype).reshape(neurons, outputs, outputs).contiguous(), neuron, neurons
+    groups = group_samples(neuron, neurons)
+    # A neuron that is out of range gets slot -1, and its samples NaN.
+    slots = torch.where((neuron >= 0) & (neuron < neurons), groups.slots, -1)
+    return pack_filters([mixing], groups.neuron_of, dtype, False), slots, groups.neuron_of.shape[0]
+
+
+def mix(z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
+    outputs, kernel = mixing.shape[1], tuple(mixing.shape[3:])
+    out, neuron = launch.empty_features(z, outputs), neuron.contiguous()
+    if out.numel():
+        with launch.on_device(z):
+            filters, index, slots = mixing_filters(mixing, neuron, z.dtype)
+            taps = kernel[0] * kernel[1] * kernel[2]
+            problem = conv_problem(z, outputs, outputs, taps, 0)
+            conv(
+                launch.rows_of(z), filters, form, index, out, problem,
+                kernel=kernel, second=False, sign=1 if form == "rows" else -1, rows=outputs, slots=slots,
+            )  # fmt: skip
+    return out
+
+
+def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
+    return mix(z, neuron, mixing, "rows")
+
+
+def mixing_conv3d_backward(
+    grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dz = mix(grad, neuron, mixing, "columns") if needs[0] else None
+    dmixing = None
+    if needs[1]:
+        neurons, outputs, kernel = mixing.shape[0], mixing.shape[1], tuple(mixing.shape[3:])
+        taps = kernel[0] * kernel[1] * kernel[2]
+        if not grad.numel():
+            return dz, torch.zeros_like(mixing)
+        with launch.on_device(z):
+            groups = group_samples(neuron.contiguous(), neurons)
+            if taps == 1:
+                dmixing = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device)
+                filter_gradient(
+                    launch.rows_of(grad),
+                    launch.rows_of(z),
+                    None,
+                    groups,
+                    outputs,
+                    kernel,
+                    False,
+                    -1,
+                    None,
+                    mixing.dtype,
+                    dmixing,
+                )
+            else:
+                shape = (groups.neuron_of.shape[0] * taps, outputs, outputs)
+                found = filter_gradient(
+                    launch.rows_of(grad),
+                    launch.rows_of(z),
+                    None,
+                    groups,
+                    outputs,
+                    kernel,
+                    False,
+                    -1,
+                    shape,
+                    mixing.dtype,
+                )
+                dmixing = unpack_filters(found, mixing, groups, None, 3, 0, taps, False)
+    return dz, dmixing
