@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -210,8 +211,11 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     ptx = built.asm["ptx"]
     instruction = next((name for name in ("tcgen05", "wgmma", "mma") if f"{name}." in ptx), "none")
     shared = built.metadata.shared
-    sides = [constants.get(name) for name in ("BM", "BN", "BK")]
-    sides[0] = sides[0] or constants.get("BT", 1) * constants.get("BH", 1) * constants.get("BW", 1)
+    positions = math.prod(constants.get(name, 1) for name in ("BT", "BH", "BW"))
+    if launch.kernel == "weight_gradient_kernel":  # whose reduction runs over positions
+        sides = constants["BM"], constants["BN"], positions
+    else:
+        sides = positions, constants.get("BN"), constants.get("BK")
     fits = min(65536 // (-(-registers // 8) * 8 * 32 * launch.warps), 64 // launch.warps, 32)
     fits = min(fits, SHARED_KIB[architecture] * 1024 // (shared + 1024))
     return Compiled(

@@ -59,7 +59,7 @@ def test_a_named_backend_that_cannot_run_is_an_error():
     """No silent fallback: asking for the CPU backend on another device says why it cannot."""
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
         choose("tap_sums", torch.device("meta"), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'eager'"):
+    with pytest.raises(ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'triton', 'eager'"):
         use_backend("none-such")
 
 
@@ -90,6 +90,32 @@ def test_a_failed_build_is_announced(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cpu.warn_if_missing()
+
+
+def test_triton_says_why_not(monkeypatch):
+    """It is for CUDA tensors, or CPU tensors in the interpreter, never for float64; CPU tensors stay with others."""
+    backend, cuda = BACKENDS["triton"], torch.device("cuda")
+    monkeypatch.setattr(backend, "missing", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend.why_not("tap_sums", CPU, torch.float32) == "it runs on CUDA tensors, not on cpu"
+    monkeypatch.setattr("dsts_kernels.backends.triton.capability", lambda device: (7, 0))
+    assert "compute capability 8.0, this GPU has 7.0" in backend.why_not("tap_sums", cuda, torch.float32)
+    monkeypatch.setattr("dsts_kernels.backends.triton.capability", lambda device: (9, 0))
+    assert backend.why_not("tap_sums", cuda, torch.bfloat16) is None
+    assert choose("tap_sums", cuda, torch.bfloat16) is backend
+    assert "float64" in backend.why_not("tap_sums", cuda, torch.float64)
+    assert choose("tap_sums", cuda, torch.float64).name == "eager"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.why_not("tap_sums", CPU, torch.float16) is None
+    assert "not on cuda" in backend.why_not("tap_sums", cuda, torch.float16)
+
+
+def test_triton_without_triton(monkeypatch):
+    """An install without triton says so, and imports nothing of it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert BACKENDS["triton"].missing() == "triton is not installed (pip install triton)"
+    code = "import sys, dsts_kernels; assert 'triton' not in sys.modules, 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_explain():

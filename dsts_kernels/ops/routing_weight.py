@@ -21,6 +21,10 @@ def _inner(grad: Tensor, z: Tensor) -> Tensor:
         # Both are channels-last here, so this is one dot product over memory as it lies.
         rows = (t.permute(0, 2, 3, 4, 1).reshape(-1) for t in (grad, z))
         return torch.dot(*rows)[None]
+    if z.dtype == torch.bfloat16:
+        # Products rounded like their factors, summed in float32: a third of the bytes of two float32 copies. Float16
+        # products could overflow.
+        return (grad * z).sum((1, 2, 3, 4), dtype=wide)
     return (grad.to(wide) * z.to(wide)).sum((1, 2, 3, 4))
 
 

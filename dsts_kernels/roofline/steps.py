@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from .chips import Chip, Launch
@@ -68,11 +70,12 @@ def training_backward(case: Case, chip: Chip) -> list[Launch]:
     c, f, block = case.channels, case.features, tile_channels(case.dtype)
     matrices, wide = case.neurons * c * c * case.element, f * FLOAT // case.element
     union = [case.slot_lists()[b % case.neurons][:2] for b in range(case.batch)]
-    # Both factors copied to float32 where they are not, their product, its sum.
-    inner = 2 * f + (6 * wide if case.element < FLOAT else 2 * wide)
+    inner, passes = 4 * f, 2  # the product of both factors, and its sum
+    if case.dtype == torch.float16:  # which are copied to float32 first
+        inner, passes = 2 * f + 6 * wide, 4
     return [
         library("ReLU, BatchNorm backward", 8.0 * f, 3),  # 3 passes, then 2 and 3
-        library("<dz', z'>", inner, 4 if case.element < FLOAT else 2),
+        library("<dz', z'>", inner, passes),
         library("flags", 0),
         plain_conv(case, chip, "columns"),
         little("group", case, chip, case.batch, 0, 2),

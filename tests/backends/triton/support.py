@@ -16,19 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsts_kernels.backends import BACKENDS
+from dsts_kernels.backends.triton import LAUNCHERS, load
 from dsts_kernels.testing import TOLERANCES, assert_close
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 triton = importlib.import_module("triton")
-MODULES = {
-    name: importlib.import_module(f"dsts_kernels.backends.triton.{name}")
-    for name in (
-        *("conv", "data_gradient", "filters", "frozen", "gated_conv", "launch", "lists", "mixing", "route", "schedule"),
-        *("semhash", "tap_sums", "weight_gradient"),
-    )
-}
+MODULES = {name: load(name) for name in (*LAUNCHERS, "schedule")}
 launch = MODULES["launch"]
 
 TRITON = BACKENDS["triton"]

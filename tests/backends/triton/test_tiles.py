@@ -40,8 +40,8 @@ def launched_with(spy, tile: tuning.Tile) -> bool:
 
 
 @pytest.mark.parametrize("tile, dtype", tiles_of("conv"))
-def test_conv(tile, dtype, monkeypatch):
-    """A panel with filters by list, a mixing kernel as stored and turned round, packed filters with sums and skip."""
+def test_conv(tile, dtype, monkeypatch, multiprocessors):
+    """Filters by list, a mixing kernel as stored and turned round; packed filters in whole tiles with sums and skip."""
     outputs, size, spy = tile.n + 8, size_for(tile.m, tile.n), spy_on(monkeypatch, "conv_kernel")
     z, neuron = torch.randn(1, outputs, *size).to(dtype), torch.tensor([1])
     mixing = (torch.randn(2, outputs, outputs, 1, 1, 1) / outputs**0.5).to(dtype)
@@ -57,6 +57,7 @@ def test_conv(tile, dtype, monkeypatch):
         assert spy.launches[-1][1]["TMA_FILTERS"] == tile.tma
         dz, _ = TRITON.mixing_conv3d_backward(z, z, neuron, mixing, [True, False])
         assert_close(dz, literal_mixing(*wide([z, neuron, mixing.transpose(1, 2)])))
+        multiprocessors(1)
         y, sums, *_ = frozen_layer(z, None, z, layer.weights(), layer.options(z, taps), backend="triton")
     assert_close(y, dsts.double()(z.double()))
     assert_close(sums, BACKENDS["eager"].tap_sums(y.double(), taps), dtype=torch.float32)
