@@ -59,7 +59,9 @@ def test_a_named_backend_that_cannot_run_is_an_error():
     """No silent fallback: asking for the CPU backend on another device says why it cannot."""
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
         choose("tap_sums", torch.device("meta"), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'triton', 'eager'"):
+    with pytest.raises(
+        ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'triton', 'eager'"
+    ):
         use_backend("none-such")
 
 
@@ -112,8 +114,15 @@ def test_triton_says_why_not(monkeypatch):
 
 def test_triton_without_triton(monkeypatch):
     """An install without triton says so, and imports nothing of it."""
+    from dsts_kernels.backends.triton import unusable
+
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert BACKENDS["triton"].missing() == "triton is not installed (pip install triton)"
+    assert unusable.__wrapped__() == "triton is not installed (pip install triton)"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.4.0+git1")
+    assert unusable.__wrapped__() == "triton 3.4.0+git1 is installed, 3.6 or later is needed"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.10.1")
+    assert unusable.__wrapped__() is None
     code = "import sys, dsts_kernels; assert 'triton' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
@@ -21,6 +22,7 @@ LAUNCHERS = (
     *("conv", "data_gradient", "filters", "frozen", "gated_conv", "launch", "lists", "mixing", "route", "semhash"),
     *("tap_sums", "weight_gradient"),
 )
+OLDEST = (3, 6)  # of the versions the kernels were tried with
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +30,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def load(module: str) -> ModuleType:
     """A module of launchers, imported when first wanted: triton takes half a second."""
     return importlib.import_module(f".{module}", __name__)
+
+
+@functools.cache
+def unusable() -> str | None:
+    """Why the triton that is installed, if one is, does not serve; found out without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of one's own
+        return None
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    wanted = ".".join(map(str, OLDEST))
+    return f"triton {version} is installed, {wanted} or later is needed" if numbers < OLDEST else None
 
 
 @functools.cache
@@ -42,8 +58,8 @@ class TritonBackend(Backend):
     remark = "our kernels on the GPU, without a host synchronisation"
 
     def missing(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install triton)"
+        if (reason := unusable()) is not None:
+            return reason
         if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
             return None
         return "torch finds no CUDA GPU; set TRITON_INTERPRET=1 to run its kernels in Triton's interpreter, slowly"
