@@ -186,11 +186,12 @@ class FrozenDSTS(nn.Module):
                 f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze the source with "
                 f"freeze(dtype={got}), which rounds once"
             )
+        if probe.is_meta:
+            return super()._apply(fn, recurse)
+        chosen = choose("frozen_layer", probe.device, got, self.backend)  # an error here spoils nothing
         super()._apply(fn, recurse)
-        if not probe.is_meta:
-            packing = choose("frozen_layer", probe.device, got, self.backend).packing(probe.device, got, self.algorithm)
-            for layer in self.layers:
-                layer.repack(packing)
+        for layer in self.layers:
+            layer.repack(chosen.packing(probe.device, got, self.algorithm))
         return self
 
     def extra_repr(self) -> str:
