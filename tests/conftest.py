@@ -37,12 +37,13 @@ def poison():
         yield
 
 
-@pytest.fixture(params=list(backends.BACKENDS))
+# Tests that take turns run on CPU tensors; Triton's are in backends/triton and gpu.
+@pytest.fixture(params=[name for name in backends.BACKENDS if name != "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that cannot run is skipped only where the install says it was not built."""
     reason = backends.BACKENDS[request.param].missing()
     if reason is not None:
-        assert request.param == "triton" or build_record()[0] == "none", reason
+        assert build_record()[0] == "none", reason
         pytest.skip(reason)
     return request.param
 

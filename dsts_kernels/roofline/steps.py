@@ -88,7 +88,6 @@ def training_backward(case: Case, chip: Chip) -> list[Launch]:
         data_gradient(case, chip),
         library("gate gradient summed", 0, 2),
         little("list union", case, chip, case.slots, case.batch + 2 * case.slots, 4),
-        library("slots", 0, 2),
         gather("pack", case, chip, union, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
         weight_gradient(case, chip, True),
         unpack_filters(case, chip, SPATIAL),

@@ -183,11 +183,11 @@ def conv_kernel(
         o0 = tile % columns * BN
         t0, h0, w0 = box_start(box, t_size, h_size, w_size, BT, BH, BW)
         if UNIFORM:
-            base = tl.load(plan + b).to(tl.int32)
-            chosen = (base >= 0) & (base < slots)
-            base = tl.where(chosen, base, 0)
+            index = tl.load(plan + b)
+            chosen = (index >= 0) & (index < slots)
+            base = tl.where(chosen, index, 0).to(tl.int32)
         else:
-            base = tl.load(plan + b * 6)
+            base = tl.maximum(tl.load(plan + b * 6), 0)  # without a slot the panel is NaN
 
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range(0, k1 - k0):  # from 0: elsewhere Triton loses track of alignment

@@ -82,7 +82,8 @@ def data_gradient_kernel(
     box = tl.program_id(0) // columns % boxes
     c0 = tl.program_id(0) % columns * BN
     t0, h0, w0 = box_start(box, t_size, h_size, w_size, BT, BH, BW)
-    slot = tl.load(plan + b * 6)
+    own_slot = tl.load(plan + b * 6)
+    slot = tl.maximum(own_slot, 0)
     blocks = tl.cdiv(outputs, BK)
     steps_1 = 9 * blocks
     steps_2 = 3 * blocks
@@ -133,10 +134,11 @@ def data_gradient_kernel(
             offsets = position[:, None] + (own * stride_c)[None, :]
         if NEED_GATE:
             v = tl.load(x + b.to(tl.int64) * stride_b + offsets, mask=mask, other=0.0).to(tl.float32)
-            found = tl.sum(v * (part_1 - part_2), 0)
+            found = tl.where(own_slot < 0, float("nan"), tl.sum(v * (part_1 - part_2), 0))
             tl.store(dgate + (b * boxes + box).to(tl.int64) * channels + own, found, mask=listed)
         if NEED_X:
-            g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)[None, :]
+            g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)
+            g = tl.where(own_slot < 0, float("nan"), g)[None, :]  # a neuron out of range shows as NaN
             v = tl.where(g == 0.0, 0.0, g * part_1) + tl.where(g == 1.0, 0.0, (1.0 - g) * part_2)
             tl.store(dx + b.to(tl.int64) * stride_b + offsets, v.to(dx.dtype.element_ty), mask=mask)
 

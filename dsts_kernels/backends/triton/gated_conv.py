@@ -12,7 +12,6 @@ from .data_gradient import data_gradient
 from .filters import pack_filters, unpack_filters
 from .lists import Groups, group_samples, list_channels
 from .route import pack_features, panel_width
-from .schedule import PLAN
 from .weight_gradient import filter_gradient
 
 
@@ -26,7 +25,7 @@ def gated_conv3d(x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, tempo
     with launch.on_device(x):
         groups = group_samples(neuron, neurons)
         lists = list_channels(gate, groups, False, block_k)
-        panel = pack_features(x, gate, neuron, neurons, lists.plans[:, 5:], lists, width)
+        panel = pack_features(x, gate, neuron, neurons, None, lists, width)
         filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
         problem = conv_problem(x, outputs, channels + block_k, 12, 0)
         conv(panel, filters, "listed", lists.plans, out, problem, order=lists.order, rows=channels)
@@ -49,23 +48,29 @@ def gated_conv3d_backward(
         if need_x or need_gate:
             dx, dgate = data_gradient(rows, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
         if need_spatial or need_temporal:
-            dspatial, dtemporal = operator_gradients(rows, x, gate_rows, neuron, groups, spatial, temporal)
-    return dx, dgate, dspatial if need_spatial else None, dtemporal if need_temporal else None
+            wanted = spatial if need_spatial else None, temporal if need_temporal else None
+            dspatial, dtemporal = operator_gradients(rows, x, gate_rows, neuron, groups, spatial.shape, wanted)
+    return dx, dgate, dspatial, dtemporal
 
 
 def operator_gradients(
-    rows: Tensor, x: Tensor, gate: Tensor, neuron: Tensor, groups: Groups, spatial: Tensor, temporal: Tensor
-) -> tuple[Tensor, Tensor]:
-    neurons, outputs, channels = spatial.shape[:3]
+    rows: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    neuron: Tensor,
+    groups: Groups,
+    shape: torch.Size,
+    wanted: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients like the filters that are ``wanted``, of operators of ``shape (N, O, C, ...)``."""
+    neurons, outputs, channels = shape[:3]
+    dtype = next(weight.dtype for weight in wanted if weight is not None)
     block_k = tile_channels(x.dtype)
     lists = list_channels(gate, groups, True, block_k)
-    # Rows of a union are slots; a sample's slot stands where a plan has its first number.
-    slots = torch.zeros((x.shape[0], PLAN), dtype=torch.int32, device=x.device)
-    slots[:, 0] = groups.slots
-    panel = pack_features(x, gate, neuron, neurons, slots, lists, panel_width(channels, x.dtype, True))
-    shape = (groups.neuron_of.shape[0] * 12, channels, outputs)
-    found = filter_gradient(panel, rows, lists, groups, channels, launch.SPATIAL, True, 1, shape, spatial.dtype)
-    return (
-        unpack_filters(found, spatial, groups, lists.listed, 1, 0, 12, True),
-        unpack_filters(found, temporal, groups, lists.listed, 2, 9, 12, True),
+    panel = pack_features(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
+    room = (groups.neuron_of.shape[0] * 12, channels, outputs)
+    found = filter_gradient(panel, rows, lists, groups, channels, launch.SPATIAL, True, 1, room, dtype)
+    return tuple(
+        None if weight is None else unpack_filters(found, weight, groups, lists.listed, bit, first, 12, True)
+        for weight, bit, first in zip(wanted, (1, 2), (0, 9), strict=True)
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 
 import torch
 from torch import Tensor
@@ -20,11 +19,6 @@ from .boxes import Box
 
 INT32 = 2**31 - 1
 SPATIAL = (1, 3, 3)
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -35,8 +35,9 @@ def group_kernel(
 ):
     """Samples by neuron: a program a sample.
 
-    ``slots (B,)`` the slot of each sample's neuron, ``neuron_of (S,)`` and ``slot_of (N,)`` either way, -1 where there
-    is none; ``members (B,)`` the samples sorted by neuron, a slot's being ``groups[s]``: first, how many.
+    ``slots (B,)`` the slot of each sample's neuron, -1 where that is out of range; ``neuron_of (S,)`` and ``slot_of
+    (N,)`` either way, -1 where there is none; ``members (B,)`` the samples sorted by neuron, a slot's being
+    ``groups[s]``: first, how many.
     """
     b = tl.program_id(0)
     mine = tl.load(neuron + b)
@@ -55,9 +56,10 @@ def group_kernel(
     used = tl.where(n < neurons, used, 0)
     slot_all = tl.cumsum(used, 0) - used
     slot = tl.sum(tl.where(n == mine, slot_all, 0), 0)
-    tl.store(slots + b, slot)
+    known = (mine >= 0) & (mine < neurons)
+    tl.store(slots + b, tl.where(known, slot, -1))
     tl.store(members + before + rank, b)
-    if (mine >= 0) & (mine < neurons):
+    if known:
         tl.store(groups + slot * 2, before)
         tl.store(groups + slot * 2 + 1, same)
     if b == 0:
@@ -152,7 +154,7 @@ def list_kernel(
 
 
 class Groups(NamedTuple):
-    """Samples by neuron: see :func:`.route.group_kernel`."""
+    """Samples by neuron: see :func:`group_kernel`."""
 
     slots: Tensor  # (B,) int32
     neuron_of: Tensor  # (S,) int32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,7 @@ def mixing_filters(mixing: Tensor, neuron: Tensor, dtype: torch.dtype) -> tuple[
     if mixing.shape[3:].numel() == 1:
         return mixing.to(dtype).reshape(neurons, outputs, outputs).contiguous(), neuron, neurons
     groups = group_samples(neuron, neurons)
-    # A neuron that is out of range gets slot -1, and its samples NaN.
-    slots = torch.where((neuron >= 0) & (neuron < neurons), groups.slots, -1)
-    return pack_filters([mixing], groups.neuron_of, dtype, False), slots, groups.neuron_of.shape[0]
+    return pack_filters([mixing], groups.neuron_of, dtype, False), groups.slots, groups.neuron_of.shape[0]
 
 
 def mix(z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
@@ -32,7 +32,7 @@ def mix(z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
     if out.numel():
         with launch.on_device(z):
             filters, index, slots = mixing_filters(mixing, neuron, z.dtype)
-            taps = kernel[0] * kernel[1] * kernel[2]
+            taps = math.prod(kernel)
             problem = conv_problem(z, outputs, outputs, taps, 0)
             conv(
                 launch.rows_of(z), filters, form, index, out, problem,
@@ -49,42 +49,17 @@ def mixing_conv3d_backward(
     grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     dz = mix(grad, neuron, mixing, "columns") if needs[0] else None
-    dmixing = None
-    if needs[1]:
-        neurons, outputs, kernel = mixing.shape[0], mixing.shape[1], tuple(mixing.shape[3:])
-        taps = kernel[0] * kernel[1] * kernel[2]
-        if not grad.numel():
-            return dz, torch.zeros_like(mixing)
-        with launch.on_device(z):
-            groups = group_samples(neuron.contiguous(), neurons)
-            if taps == 1:
-                dmixing = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device)
-                filter_gradient(
-                    launch.rows_of(grad),
-                    launch.rows_of(z),
-                    None,
-                    groups,
-                    outputs,
-                    kernel,
-                    False,
-                    -1,
-                    None,
-                    mixing.dtype,
-                    dmixing,
-                )
-            else:
-                shape = (groups.neuron_of.shape[0] * taps, outputs, outputs)
-                found = filter_gradient(
-                    launch.rows_of(grad),
-                    launch.rows_of(z),
-                    None,
-                    groups,
-                    outputs,
-                    kernel,
-                    False,
-                    -1,
-                    shape,
-                    mixing.dtype,
-                )
-                dmixing = unpack_filters(found, mixing, groups, None, 3, 0, taps, False)
-    return dz, dmixing
+    if not needs[1]:
+        return dz, None
+    if not grad.numel():
+        return dz, torch.zeros_like(mixing)
+    neurons, outputs, kernel = mixing.shape[0], mixing.shape[1], tuple(mixing.shape[3:])
+    taps = math.prod(kernel)
+    with launch.on_device(z):
+        groups = group_samples(neuron.contiguous(), neurons)
+        # A 1x1x1 kernel's gradient is written where it belongs; of another it is laid out afterwards.
+        whole = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device) if taps == 1 else None
+        shape = (groups.neuron_of.shape[0] * taps, outputs, outputs)
+        panels = launch.rows_of(grad), launch.rows_of(z)
+        found = filter_gradient(*panels, None, groups, outputs, kernel, False, -1, shape, mixing.dtype, whole)
+        return dz, found if taps == 1 else unpack_filters(found, mixing, groups, None, 3, 0, taps, False)

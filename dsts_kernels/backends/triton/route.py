@@ -83,10 +83,10 @@ def gather_columns(
 ):
     """One block of positions of sample ``b``, gathered by its lists into K blocks of a panel, zeros behind each list.
 
-    Axis 0 of the grid is blocks of positions, axis 1 shares the K blocks out. ``SCALED`` multiplies by the gate, or by
-    1 minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
+    Axis 0 of the grid is the samples' blocks of positions, axis 1 shares the K blocks out. ``SCALED`` multiplies by
+    the gate, or by 1 minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
     """
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    p = tl.program_id(0) % tl.cdiv(positions, BP) * BP + tl.arange(0, BP)
     place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
     start = x + b.to(tl.int64) * stride_b
     out = panel + (b.to(tl.int64) * positions + p)[:, None] * pitch
@@ -156,8 +156,10 @@ def route_and_pack_kernel(
     Every program works its sample's choice out for itself, alike; one writes it down. ``flags`` are zeroed for the
     convolution that follows.
     """
-    b = tl.program_id(2)
-    one = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    along = tl.cdiv(positions, BP)
+    b = tl.program_id(0) // along
+    batch = tl.num_programs(0) // along
+    one = (tl.program_id(0) % along == 0) & (tl.program_id(1) == 0)
     chosen = choose_neuron(sums, scoring, b, parts, size * taps, neurons, divisor, scores, NEURONS, BC, True)
     n = tl.arange(0, NEURONS)
     split_all = tl.load(starts + n + 1, mask=n < neurons, other=0) - tl.load(starts + n, mask=n < neurons, other=0)
@@ -174,7 +176,7 @@ def route_and_pack_kernel(
         tl.store(plan + b * 6 + 3, split)
         tl.store(plan + b * 6 + 4, split)
         tl.store(plan + b * 6 + 5, chosen)
-        for i in range(b * 256, flag_count, tl.num_programs(2) * 256):
+        for i in range(b * 256, flag_count, batch * 256):
             place = i + tl.arange(0, 256)
             tl.store(flags + place, tl.zeros((256,), tl.int32), mask=place < flag_count)
     gather_columns(
@@ -189,7 +191,7 @@ def pack_kernel(
     order,
     gate,
     neuron,
-    rows,
+    slots,
     plans,
     panel,
     neurons,
@@ -203,14 +205,17 @@ def pack_kernel(
     stride_h,
     stride_w,
     pitch,
+    BY_SLOT: tl.constexpr,
     FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Training's gather: gated features by list row ``rows[6*b]``, whose plan is ``plans[row]``."""
-    b = tl.program_id(2)
-    row = tl.load(rows + b * 6)
+    """Training's gather: gated features by the list row of the sample, or with ``BY_SLOT`` of its slot."""
+    b = tl.program_id(0) // tl.cdiv(positions, BP)
+    row = b
+    if BY_SLOT:
+        row = tl.maximum(tl.load(slots + b), 0)
     plan = plans + row * 6
     chosen = tl.load(neuron + b)
     known = (chosen >= 0) & (chosen < neurons)
@@ -221,10 +226,10 @@ def pack_kernel(
     )  # fmt: skip
 
 
-def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of positions, shares of a list's K blocks, samples: about four programs a multiprocessor."""
-    along = cdiv(positions, tuning.GATHER_POSITIONS)
-    return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along * batch))), batch
+def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -> tuple[int, int]:
+    """Every sample's blocks of positions, and shares of a list's K blocks: about four programs a multiprocessor."""
+    along = batch * cdiv(positions, tuning.GATHER_POSITIONS)
+    return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along)))
 
 
 def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:
@@ -235,9 +240,9 @@ def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:
 
 
 def pack_features(
-    x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, rows: Tensor, lists: Lists, width: int
+    x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
 ) -> Tensor:
-    """``(B, T, H, W, width)``: gated features gathered by the list row that each sample has in ``rows``."""
+    """``(B, T, H, W, width)``: gated features gathered by each sample's own list row, or by that of its slot."""
     b, c, t, h, w = x.shape
     panel = x.new_empty(b, t, h, w, width)
     block_k = tile_channels(x.dtype)
@@ -247,7 +252,7 @@ def pack_features(
         lists.order,
         gate,
         neuron,
-        rows,
+        neuron if slots is None else slots,
         lists.plans,
         panel,
         neurons,
@@ -257,6 +262,7 @@ def pack_features(
         w,
         *strides,
         width,
+        BY_SLOT=slots is not None,
         FLAT=is_flat,
         WIDE=launch.wide(x),
         BP=tuning.GATHER_POSITIONS,

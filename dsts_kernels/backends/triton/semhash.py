@@ -43,8 +43,9 @@ def semhash_kernel(
     BLOCK: tl.constexpr,
 ):
     """``gate (B, C)``: 1 or 0 for hard samples, the saturating sigmoid for soft ones; all hard without ``hard``."""
-    b = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(size, BLOCK)
+    b = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = c < size
     q = noisy_logits(logits, neuron, noise, b, c, mask, neurons, size, HAS_NEURON, HAS_NOISE)
     found = tl.where(q > 0, 1.0, 0.0)
@@ -72,8 +73,9 @@ def semhash_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """``dlogits (N, C)``: a neuron's samples are added up in order, so the result does not depend on timing."""
-    n = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(size, BLOCK)
+    n = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = c < size
     total = tl.zeros((BLOCK,), tl.float32)
     first = 0
@@ -103,7 +105,7 @@ def semhash_gate(logits: Tensor, neuron: Tensor | None, noise: Tensor | None, ha
     if gate.numel():
         with launch.on_device(logits):
             block = min(1024, next_power(size))
-            semhash_kernel[cdiv(size, block), batch](
+            semhash_kernel[(cdiv(size, block) * batch,)](
                 logits,
                 logits if neuron is None else neuron.contiguous(),
                 logits if noise is None else noise.contiguous(),
@@ -126,7 +128,7 @@ def semhash_gate_backward(grad: Tensor, logits: Tensor, neuron: Tensor | None, n
         neurons, size = logits.shape
         with launch.on_device(logits):
             block = min(256, next_power(size))
-            semhash_backward_kernel[cdiv(size, block), neurons](
+            semhash_backward_kernel[(cdiv(size, block) * neurons,)](
                 grad,
                 logits,
                 logits if neuron is None else neuron.contiguous(),

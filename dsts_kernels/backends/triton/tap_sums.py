@@ -39,8 +39,8 @@ def tap_sums_kernel(
     """``sums (B, parts, C, TAPS)`` of ``x (B, C, T, H, W)``; axis 1 of the grid is the parts."""
     part = tl.program_id(1)
     parts = tl.num_programs(1)
-    b = tl.program_id(2)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    b = tl.program_id(0)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
     positions = t_size * h_size * w_size
     steps = tl.cdiv(tl.cdiv(positions, BP), parts)
     start = x + b.to(tl.int64) * stride_b
@@ -76,7 +76,7 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     if sums.numel():
         with launch.on_device(x):
             strides, is_flat = launch.steps_of(x)
-            tap_sums_kernel[blocks, parts, b](
+            tap_sums_kernel[b, parts, blocks](
                 x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=launch.wide(x), BP=bp, BC=bc,
                 num_warps=4 if taps == 1 else 8,
             )  # fmt: skip

@@ -68,8 +68,8 @@ CANDIDATES = {
             "weight_gradient": _tiles((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
         },
         "sm_100": {
-            "conv": _tiles((128, 128, 64, 8, 4), (128, 64, 64, 8, 4), tma=True),
-            "data_gradient": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), tma=True),
+            "conv": _tiles((128, 128, 64, 8, 4), tma=True),
+            "data_gradient": _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), tma=True),
             "weight_gradient": _tiles((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
         },
     },

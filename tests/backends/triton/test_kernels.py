@@ -35,7 +35,7 @@ def test_group_samples(neuron, neurons, in_any_order):
     assert found.slot_of.tolist() == [chosen.index(n) if n in chosen else -1 for n in range(neurons)]
     assert sorted(found.members.tolist()) == list(range(len(neuron)))
     for b, n in enumerate(neuron):
-        assert found.slots[b] == (chosen.index(n) if n in chosen else 0)
+        assert found.slots[b] == (chosen.index(n) if n in chosen else -1)
     for slot, n in enumerate(chosen):
         first, size = found.groups[slot].tolist()
         assert found.members[first : first + size].tolist() == [b for b, m in enumerate(neuron) if m == n]
@@ -94,7 +94,7 @@ def test_pack_features(layout, dtype):
     groups = lists.group_samples(neuron, 2)
     found = lists.list_channels(gate, groups, False, block)
     width = route.panel_width(channels, dtype, True)
-    panel = route.pack_features(x, gate, neuron, 2, found.plans[:, 5:], found, width)
+    panel = route.pack_features(x, gate, neuron, 2, None, found, width)
     rows = x.permute(0, 2, 3, 4, 1)
     for b in range(3):
         _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()

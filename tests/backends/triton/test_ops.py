@@ -159,6 +159,9 @@ def test_a_neuron_out_of_range(neuron):
         assert out[other].isnan().all() and out[known].isfinite().all()
     grad = torch.randn(z.shape)
     found = TRITON.gated_conv3d_backward(grad, *inputs, [True] * 4)
+    frozen = TRITON.gated_conv3d_backward(grad, *inputs, [True, False, False, False])[0]
+    for gradient in (*found[:2], frozen):
+        assert gradient[other].isnan().all() and gradient[known].isfinite().all()
     filters = TRITON.mixing_conv3d_backward(grad, zero, inputs[2], mixing, [True, True])
     few = [t[known] if i < 3 else t for i, t in enumerate(inputs)]
     if known:
