@@ -135,7 +135,7 @@ class FrozenDSTS(nn.Module):
         source: the module to freeze.
         dtype: of features and packed weights; ``None`` keeps the source's. Scores and biases stay float32.
         algorithm: ``"winograd"`` packs for fast convolution, ``"direct"`` for the library's; ``"auto"`` takes
-            fast convolution where the backend has it (a CPU, float32 and half types).
+            fast convolution where the backend has it (a CPU, float32 and half types). On a GPU both are direct, ours.
         backend: the name of a backend; ``None`` keeps the source's choice.
 
     Raises:
