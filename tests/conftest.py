@@ -37,7 +37,7 @@ def poison():
         yield
 
 
-# Tests that take turns run on CPU tensors; Triton's are in backends/triton and gpu.
+# Tests that take turns run on CPU tensors; Triton's are in backends/triton, backends/gpu and gpu.
 @pytest.fixture(params=[name for name in backends.BACKENDS if name != "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that cannot run is skipped only where the install says it was not built."""

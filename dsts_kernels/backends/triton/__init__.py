@@ -14,14 +14,11 @@ import os
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from ..base import Backend, FrozenOptions, FrozenWeights
+from ..gpu import GpuBackend, Kernels
 
-LAUNCHERS = (
-    *("conv", "data_gradient", "filters", "frozen", "gated_conv", "launch", "lists", "mixing", "route", "semhash"),
-    *("tap_sums", "weight_gradient"),
-)
+# Modules of kernels with their launchers, all of which .kernels gathers.
+LAUNCHERS = ("conv", "data_gradient", "filters", "lists", "route", "semhash", "tap_sums", "weight_gradient")
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +48,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-class TritonBackend(Backend):
+class TritonBackend(GpuBackend):
     """Kernels on a GPU; on CPU tensors only in the interpreter."""
 
     name = "triton"
@@ -79,49 +76,6 @@ class TritonBackend(Backend):
             return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
         return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
 
-    def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
-        return "tiled"
-
-    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
-        return load("semhash").semhash_gate(logits, neuron, noise, hard)
-
-    def semhash_gate_backward(
-        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
-    ) -> Tensor:
-        return load("semhash").semhash_gate_backward(grad, logits, neuron, noise)
-
-    def tap_sums(self, x: Tensor, taps: int) -> Tensor:
-        return load("tap_sums").tap_sums(x, taps)
-
-    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
-        return load("gated_conv").gated_conv3d(x, gate, neuron, spatial, temporal)
-
-    def gated_conv3d_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        gate: Tensor,
-        neuron: Tensor,
-        spatial: Tensor,
-        temporal: Tensor,
-        needs: list[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        return load("gated_conv").gated_conv3d_backward(grad, x, gate, neuron, spatial, temporal, needs)
-
-    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-        return load("mixing").mixing_conv3d(z, neuron, mixing)
-
-    def mixing_conv3d_backward(
-        self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return load("mixing").mixing_conv3d_backward(grad, z, neuron, mixing, needs)
-
-    def frozen_layer(
-        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if options.packing != "tiled":
-            raise RuntimeError(
-                f"backend: got a module packed {options.packing!r} for another backend, wanted one frozen for "
-                "'triton': freeze(backend='triton'), or move it to the GPU"
-            )
-        return load("frozen").frozen_layer(x, sums, skip, w, options)
+    @property
+    def kernels(self) -> Kernels:
+        return load("kernels")

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import features
+from ..gpu.kernels import PLAIN, Epilogue
 from . import launch, tuning
 from .boxes import Box, best_box, cdiv, next_power
 from .common import box_start, load_box, tap_shift
@@ -269,19 +271,6 @@ def conv_kernel(
         begin = tl.where(whole, begin, tile_start + length)
 
 
-class Epilogue(NamedTuple):
-    """What a convolution does besides. ``flags`` are zeros from an earlier launch, else made here."""
-
-    bias: Tensor | None = None
-    relu: bool = False
-    skip: Tensor | None = None
-    sums: Tensor | None = None
-    flags: Tensor | None = None
-
-
-PLAIN = Epilogue()
-
-
 class Problem(NamedTuple):
     """A convolution's tile and grid, known before its operands are."""
 
@@ -302,7 +291,7 @@ def conv_problem(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) 
     tiles = x.shape[0] * box.tiles(*size) * cdiv(outputs, tile.n)
     most = tiles * cdiv(width, tile.k) * taps
     programs = max(1, min(processors * tile.per_sm, cdiv(most, tuning.LEAST_BLOCKS)))
-    if most > launch.INT32:
+    if most > features.INT32:
         raise ValueError(f"x: got {tuple(x.shape)}, wanted fewer than 2^31 steps of {tile.k} channels in all its tiles")
     flags = programs + x.shape[0] * cdiv(outputs, tile.n)
     return Problem(tile, box, programs, max(0, tiles // programs - 1), flags)
@@ -316,7 +305,7 @@ def conv(
     out: Tensor,
     p: Problem,
     *,
-    kernel: tuple[int, int, int] = launch.SPATIAL,
+    kernel: tuple[int, int, int] = features.SPATIAL,
     second: bool = True,
     sign: int = 1,
     order: Tensor | None = None,
@@ -368,7 +357,7 @@ def conv(
         RELU=epilogue.relu,
         HAS_SKIP=epilogue.skip is not None,
         SUM_TAPS=sum_taps,
-        WIDE=launch.wide(out) or panel[0].numel() > launch.INT32,
+        WIDE=features.wide(out) or panel[0].numel() > features.INT32,
         PRECISION=launch.precision(panel.dtype),
         BATCH=next_power(b),
         PROGRAMS=next_power(p.programs),

@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import features
+from ..gpu.lists import Groups
 from ..packing import tile_channels
 from . import launch, tuning
 from .boxes import best_box, cdiv
 from .common import box_positions, box_start, inside, load_box, tap_shift
 from .epilogue import part_of
 from .filters import pack_filters
-from .lists import Groups, list_channels
+from .lists import list_channels
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def data_gradient(
         NEED_GATE=need_gate,
         TMA_GRAD=tma_grad,
         TMA_FILTERS=tma_filters,
-        WIDE=launch.wide(like) or rows[0].numel() > launch.INT32,
+        WIDE=features.wide(like) or rows[0].numel() > features.INT32,
         PRECISION=launch.precision(x.dtype),
         BT=box.t,
         BH=box.h,

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu.lists import Groups
 from . import tuning
 from .boxes import cdiv
-from .lists import Groups
 
 
 @triton.jit

@@ -1,22 +1,19 @@
 """Who chose which neuron, and which channels each gate lists: integers only, worked out on the device.
 
-A *list row* is one order of the channels, ``order[row]``: those that only the first operator reads, those that both
-read, those that only the second reads. The first operator's list is a prefix of it, the second one's a suffix. A
-*plan* (:data:`.schedule.PLAN`) says how long they are. A *slot* numbers the neurons that a batch chose, in order.
+:mod:`dsts_kernels.backends.gpu.lists` says what a list row, a plan and a slot are.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu.lists import PLAN, Groups, Lists
 from .boxes import next_power
-from .schedule import PLAN
 
 
 @triton.jit(do_not_specialize=["batch", "slot_count"])
@@ -153,16 +150,6 @@ def list_kernel(
             tl.store(plans + row * 6 + i, 0)
 
 
-class Groups(NamedTuple):
-    """Samples by neuron: see :func:`group_kernel`."""
-
-    slots: Tensor  # (B,) int32
-    neuron_of: Tensor  # (S,) int32
-    slot_of: Tensor  # (N,) int32
-    groups: Tensor  # (S, 2) int32
-    members: Tensor  # (B,) int32
-
-
 def group_samples(neuron: Tensor, neurons: int) -> Groups:
     batch = neuron.shape[0]
     count = min(batch, neurons)
@@ -173,14 +160,6 @@ def group_samples(neuron: Tensor, neurons: int) -> Groups:
         neuron, *groups, batch, neurons, count, NEURONS=lanes, CHUNK=max(1, min(next_power(batch), 4096 // lanes))
     )
     return groups
-
-
-class Lists(NamedTuple):
-    """Channel lists by row: see :mod:`.route`."""
-
-    order: Tensor  # (rows, C) int32
-    plans: Tensor  # (rows, PLAN) int32
-    listed: Tensor  # (rows, C) int8, where the rows are slots
 
 
 def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Lists:

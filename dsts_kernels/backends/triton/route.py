@@ -1,6 +1,6 @@
 """Features gathered by channel lists into panels, and for a frozen layer the choice of the neuron whose lists they are.
 
-:mod:`.lists` says what a list row, a plan and a slot are.
+:mod:`dsts_kernels.backends.gpu.lists` says what a list row, a plan and a slot are.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import FrozenWeights
+from ..gpu import features
+from ..gpu.lists import PLAN, Lists, panel_width
 from ..packing import tile_channels
 from . import launch, tuning
 from .boxes import cdiv, next_power
 from .common import position_offsets
-from .lists import Lists
-from .schedule import PLAN
 
 
 @triton.jit
@@ -232,13 +232,6 @@ def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -
     return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along)))
 
 
-def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:
-    """Columns a panel may need: both lists in whole K blocks, which overlap only where gates are soft."""
-    block_k = tile_channels(dtype)
-    blocks = cdiv(channels, block_k)
-    return (2 * blocks if scaled else blocks + 1) * block_k
-
-
 def pack_features(
     x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
 ) -> Tensor:
@@ -246,7 +239,7 @@ def pack_features(
     b, c, t, h, w = x.shape
     panel = x.new_empty(b, t, h, w, width)
     block_k = tile_channels(x.dtype)
-    strides, is_flat = launch.steps_of(x)
+    strides, is_flat = features.steps_of(x)
     pack_kernel[gather_grid(b, t * h * w, cdiv(c, block_k), x.device)](
         x,
         lists.order,
@@ -264,7 +257,7 @@ def pack_features(
         width,
         BY_SLOT=slots is not None,
         FLAT=is_flat,
-        WIDE=launch.wide(x),
+        WIDE=features.wide(x),
         BP=tuning.GATHER_POSITIONS,
         BK=block_k,
     )
@@ -282,7 +275,7 @@ def route_and_pack(
     block_k, lanes = tile_channels(x.dtype), next_power(scores.shape[1])
     panel = x.new_empty(b, t, h, width, panel_width(c, x.dtype, False))
     plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
-    strides, is_flat = launch.steps_of(x)
+    strides, is_flat = features.steps_of(x)
     route_and_pack_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
         x,
         sums,
@@ -306,7 +299,7 @@ def route_and_pack(
         panel.shape[-1],
         flags.numel(),
         FLAT=is_flat,
-        WIDE=launch.wide(x),
+        WIDE=features.wide(x),
         NEURONS=lanes,
         BC=max(16, min(256, 4096 // lanes)),
         BP=tuning.GATHER_POSITIONS,

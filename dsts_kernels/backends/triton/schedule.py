@@ -4,16 +4,13 @@ Samples differ in how many K blocks their tiles have, since their neurons' lists
 persistent programs takes one tile of every wave; what the waves leave over is cut into one contiguous range of
 iterations a program, the shorter the longer its waves were. Everything is worked out from ``plan`` on the device,
 alike in every program, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
+:data:`dsts_kernels.backends.gpu.lists.PLAN` says what a plan holds.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Ints a sample in a plan: first K block or slot of its filters, K blocks of either operator, listed channels of the
-# first, where the second one's list starts, row of its list and bias.
-PLAN = 6
 
 
 @triton.jit

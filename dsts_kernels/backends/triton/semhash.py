@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from ..gpu import features
 from .boxes import cdiv, next_power
 
 
@@ -103,7 +103,7 @@ def semhash_gate(logits: Tensor, neuron: Tensor | None, noise: Tensor | None, ha
     batch = neurons if neuron is None else neuron.shape[0]
     gate = logits.new_empty(batch, size)
     if gate.numel():
-        with launch.on_device(logits):
+        with features.on_device(logits):
             block = min(1024, next_power(size))
             semhash_kernel[(cdiv(size, block) * batch,)](
                 logits,
@@ -126,7 +126,7 @@ def semhash_gate_backward(grad: Tensor, logits: Tensor, neuron: Tensor | None, n
     dlogits = torch.empty_like(logits)
     if dlogits.numel():
         neurons, size = logits.shape
-        with launch.on_device(logits):
+        with features.on_device(logits):
             block = min(256, next_power(size))
             semhash_backward_kernel[(cdiv(size, block) * neurons,)](
                 grad,

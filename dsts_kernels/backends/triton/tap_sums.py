@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import features
 from . import launch
 from .boxes import cdiv
 from .common import position_offsets
@@ -74,14 +75,10 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     parts = max(1, min(steps, cdiv(4 * launch.chip(x.device)[1], max(1, b * blocks))))
     sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
     if sums.numel():
-        with launch.on_device(x):
-            strides, is_flat = launch.steps_of(x)
+        with features.on_device(x):
+            strides, is_flat = features.steps_of(x)
             tap_sums_kernel[b, parts, blocks](
-                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=launch.wide(x), BP=bp, BC=bc,
+                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=features.wide(x), BP=bp, BC=bc,
                 num_warps=4 if taps == 1 else 8,
             )  # fmt: skip
     return sums
-
-
-def tap_sums(x: Tensor, taps: int) -> Tensor:
-    return partial_tap_sums(x, taps).sum(1)

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import features
+from ..gpu.lists import Groups, Lists
 from ..packing import tile_channels
 from . import launch, tuning
 from .boxes import best_box, cdiv
 from .common import box_start, load_box, tap_shift
-from .lists import Groups, Lists
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def filter_gradient(
         BY_NEURON=by_neuron,
         TMA_LEFT=tma_left,
         TMA_RIGHT=tma_right,
-        WIDE=left[0].numel() > launch.INT32 or right[0].numel() > launch.INT32,
+        WIDE=left[0].numel() > features.INT32 or right[0].numel() > features.INT32,
         PRECISION=launch.precision(left.dtype),
         BT=box.t,
         BH=box.h,

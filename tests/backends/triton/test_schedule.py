@@ -7,12 +7,14 @@ import torch
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
+from dsts_kernels.backends.gpu.lists import PLAN
 from dsts_kernels.backends.triton import tuning
 from dsts_kernels.backends.triton.boxes import best_box, cdiv, next_power
 from dsts_kernels.ops.frozen import frozen_layer
 from dsts_kernels.testing import assert_close
 
-from .support import MODULES, TILES, TRITON, gated_inputs, interpreted, literal_gated, spy_on, tl, triton, wide
+from ..gpu.support import BACKEND, TILES, gated_inputs, literal_gated, wide
+from .support import MODULES, interpreted, spy_on, tl, triton
 
 pytestmark = interpreted
 schedule = MODULES["schedule"]
@@ -53,7 +55,7 @@ def dealt_out(
 ) -> tuple[list[tuple[int, int]], torch.Tensor, list[int]]:
     """Ranges of every program, its tiles ``(programs, 4)``, and the length of every tile."""
     batch = len(blocks)
-    plan = torch.zeros(batch, schedule.PLAN, dtype=torch.int32)
+    plan = torch.zeros(batch, PLAN, dtype=torch.int32)
     plan[:, 1:3] = torch.tensor(blocks)
     begin, end = torch.empty(programs, dtype=torch.int32), torch.empty(programs, dtype=torch.int32)
     tiles = torch.empty(programs, 4, dtype=torch.int32)
@@ -122,14 +124,14 @@ def test_gated_convolution_on_any_chip(multiprocessors, monkeypatch, in_any_orde
     ref, spy, found = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel"), {}
     for count in CHIPS:
         multiprocessors(count)
-        found[count] = TRITON.gated_conv3d(*inputs)
+        found[count] = BACKEND.gated_conv3d(*inputs)
         assert_close(found[count], ref, name=f"{count} multiprocessors")
     assert [grid[0] for grid, _ in spy.launches] == list(CHIPS)
     assert sum(not torch.equal(found[1], out) for out in found.values()) > 0, "no tile was ever split"
     in_any_order()
     for count in (3, 13):
         multiprocessors(count)
-        assert torch.equal(TRITON.gated_conv3d(*inputs), found[count])
+        assert torch.equal(BACKEND.gated_conv3d(*inputs), found[count])
 
 
 @pytest.mark.parametrize("batch, size", [(1, (1, 3, 3)), (2, (1, 5, 3))], ids=str)
@@ -142,11 +144,11 @@ def test_small_batches_are_split(batch, size, multiprocessors, monkeypatch, in_a
         monkeypatch.setattr(tuning, "LEAST_BLOCKS", least)
         for count in (7, 13):
             multiprocessors(count)
-            out = TRITON.gated_conv3d(*inputs)
+            out = BACKEND.gated_conv3d(*inputs)
             assert_close(out, ref)
             assert spy.launches[-1][0][0] == min(count, cdiv(tiles * 5 * 12, least)) > tiles
     in_any_order()
-    assert torch.equal(TRITON.gated_conv3d(*inputs), out)
+    assert torch.equal(BACKEND.gated_conv3d(*inputs), out)
 
 
 SKIPS = {

@@ -11,7 +11,8 @@ from dsts_kernels.backends.triton import tuning
 from dsts_kernels.ops.frozen import frozen_layer
 from dsts_kernels.testing import assert_close
 
-from .support import TRITON, check_gated, gated_inputs, interpreted, launch, literal_mixing, spy_on, wide
+from ..gpu.support import BACKEND, check_gated, gated_inputs, literal_mixing, wide
+from .support import interpreted, launch, spy_on
 
 pytestmark = interpreted
 KINDS = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -53,9 +54,9 @@ def test_conv(tile, dtype, monkeypatch, multiprocessors):
     with tuning.forced(conv=tile):
         check_gated(gated_inputs(1, 24, outputs, size, dtype), needs=[False] * 4)
         assert launched_with(spy, tile) and spy.launches[-1][1]["TMA_X"] == tile.tma
-        assert_close(TRITON.mixing_conv3d(z, neuron, mixing), literal_mixing(*wide([z, neuron, mixing])))
+        assert_close(BACKEND.mixing_conv3d(z, neuron, mixing), literal_mixing(*wide([z, neuron, mixing])))
         assert spy.launches[-1][1]["TMA_FILTERS"] == tile.tma
-        dz, _ = TRITON.mixing_conv3d_backward(z, z, neuron, mixing, [True, False])
+        dz, _ = BACKEND.mixing_conv3d_backward(z, z, neuron, mixing, [True, False])
         assert_close(dz, literal_mixing(*wide([z, neuron, mixing.transpose(1, 2)])))
         multiprocessors(1)
         y, sums, *_ = frozen_layer(z, None, z, layer.weights(), layer.options(z, taps), backend="triton")
@@ -85,7 +86,7 @@ def test_weight_gradient(tile, dtype, monkeypatch):
     with tuning.forced(weight_gradient=tile):
         check_gated(inputs, (False, False, True, True), forward=False)
         assert launched_with(spy, tile) and spy.launches[-1][1]["TMA_RIGHT"] == tile.tma
-        _, found = TRITON.mixing_conv3d_backward(z, z.flip(0), neuron, mixing, [False, True])
+        _, found = BACKEND.mixing_conv3d_backward(z, z.flip(0), neuron, mixing, [False, True])
     for b, n in enumerate(neuron):
         rows, columns = z[b].flatten(1).double(), z[1 - b].flatten(1).double()
         assert_close(found[n].flatten(1), rows @ columns.t(), dtype=dtype)

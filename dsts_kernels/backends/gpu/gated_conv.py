@@ -6,34 +6,39 @@ import torch
 from torch import Tensor
 
 from ..packing import tile_channels
-from . import launch
-from .conv import conv, conv_problem
-from .data_gradient import data_gradient
-from .filters import pack_filters, unpack_filters
-from .lists import Groups, group_samples, list_channels
-from .route import pack_features, panel_width
-from .weight_gradient import filter_gradient
+from . import features
+from .kernels import Kernels
+from .lists import Groups, panel_width
 
 
-def gated_conv3d(x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+def gated_conv3d(
+    kernels: Kernels, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor
+) -> Tensor:
     neurons, outputs, channels = spatial.shape[:3]
-    out = launch.empty_features(x, outputs)
+    out = features.empty_features(x, outputs)
     if not out.numel():
         return out
     gate, neuron, block_k = gate.contiguous(), neuron.contiguous(), tile_channels(x.dtype)
     width = panel_width(channels, x.dtype, True)
-    with launch.on_device(x):
-        groups = group_samples(neuron, neurons)
-        lists = list_channels(gate, groups, False, block_k)
-        panel = pack_features(x, gate, neuron, neurons, None, lists, width)
-        filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-        problem = conv_problem(x, outputs, channels + block_k, 12, 0)
-        conv(panel, filters, "listed", lists.plans, out, problem, order=lists.order, rows=channels)
+    with features.on_device(x):
+        groups = kernels.group_samples(neuron, neurons)
+        lists = kernels.list_channels(gate, groups, False, block_k)
+        panel = kernels.pack_features(x, gate, neuron, neurons, None, lists, width)
+        filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+        problem = kernels.conv_problem(x, outputs, channels + block_k, 12, 0)
+        kernels.conv(panel, filters, "listed", lists.plans, out, problem, order=lists.order, rows=channels)
     return out
 
 
 def gated_conv3d_backward(
-    grad: Tensor, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, needs: list[bool]
+    kernels: Kernels,
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    neuron: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_gate, need_spatial, need_temporal = needs
     if not grad.numel():
@@ -42,18 +47,19 @@ def gated_conv3d_backward(
         ]
         return tuple(zeros)
     gate_rows, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
-    with launch.on_device(x):
-        groups, rows = group_samples(neuron, neurons), launch.rows_of(grad)
+    with features.on_device(x):
+        groups, rows = kernels.group_samples(neuron, neurons), features.rows_of(grad)
         dx = dgate = dspatial = dtemporal = None
         if need_x or need_gate:
-            dx, dgate = data_gradient(rows, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
+            dx, dgate = kernels.data_gradient(rows, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
         if need_spatial or need_temporal:
             wanted = spatial if need_spatial else None, temporal if need_temporal else None
-            dspatial, dtemporal = operator_gradients(rows, x, gate_rows, neuron, groups, spatial.shape, wanted)
+            dspatial, dtemporal = operator_gradients(kernels, rows, x, gate_rows, neuron, groups, spatial.shape, wanted)
     return dx, dgate, dspatial, dtemporal
 
 
 def operator_gradients(
+    kernels: Kernels,
     rows: Tensor,
     x: Tensor,
     gate: Tensor,
@@ -66,11 +72,11 @@ def operator_gradients(
     neurons, outputs, channels = shape[:3]
     dtype = next(weight.dtype for weight in wanted if weight is not None)
     block_k = tile_channels(x.dtype)
-    lists = list_channels(gate, groups, True, block_k)
-    panel = pack_features(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
+    lists = kernels.list_channels(gate, groups, True, block_k)
+    panel = kernels.pack_features(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
     room = (groups.neuron_of.shape[0] * 12, channels, outputs)
-    found = filter_gradient(panel, rows, lists, groups, channels, launch.SPATIAL, True, 1, room, dtype)
+    found = kernels.filter_gradient(panel, rows, lists, groups, channels, features.SPATIAL, True, 1, room, dtype)
     return tuple(
-        None if weight is None else unpack_filters(found, weight, groups, lists.listed, bit, first, 12, True)
+        None if weight is None else kernels.unpack_filters(found, weight, groups, lists.listed, bit, first, 12, True)
         for weight, bit, first in zip(wanted, (1, 2), (0, 9), strict=True)
     )

@@ -1,17 +1,16 @@
-"""Single kernels in the interpreter: grouping, channel lists, gathering, filters' layouts, the choice of a neuron."""
+"""Single kernels by their launchers: grouping, channel lists, gathering, filters' layouts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
-from .support import GATES, LAYOUTS, MODULES, SIZE, dtypes, hard_gate, interpreted, tl, triton
+from .support import GATES, KERNELS, LAYOUTS, SIZE, dtypes, emulated, hard_gate
 
-pytestmark = interpreted
-filters, lists, route = MODULES["filters"], MODULES["lists"], MODULES["route"]
-choose_neuron = route.choose_neuron
+pytestmark = emulated
 
 NEURONS = {
     "any": ([3, 0, 3, 1, 0], 4),
@@ -28,7 +27,7 @@ NEURONS = {
 def test_group_samples(neuron, neurons, in_any_order):
     """Slots number the chosen neurons in order, and each lists its samples in order; strays belong to none."""
     in_any_order()
-    found = lists.group_samples(torch.tensor(neuron), neurons)
+    found = KERNELS.group_samples(torch.tensor(neuron), neurons)
     chosen = sorted({n for n in neuron if 0 <= n < neurons})
     count = min(len(neuron), neurons)
     assert found.neuron_of.tolist() == chosen + [-1] * (count - len(chosen))
@@ -54,8 +53,8 @@ def test_list_channels(gate, channels):
     """Each sample's lists, one order whose prefix and suffix they are, and the K blocks they fill; NaN is in both."""
     gate = GATES[gate](4, channels)
     gate[3, 0] = torch.nan
-    groups = lists.group_samples(torch.tensor([1, 0, 1, 5]), 3)
-    found = lists.list_channels(gate, groups, False, 32)
+    groups = KERNELS.group_samples(torch.tensor([1, 0, 1, 5]), 3)
+    found = KERNELS.list_channels(gate, groups, False, 32)
     for b in range(4):
         first, both, second = lists_of([gate[b]])
         assert found.order[b].tolist() == first + both + second
@@ -70,8 +69,8 @@ def test_list_channels_of_a_union(channels):
     """What any sample of a slot reads: the gates of others, and of samples out of range, do not matter."""
     gate, neuron = hard_gate(6, channels), [2, 0, 2, 7, 2, 0]
     gate[2], gate[3] = gate[0], torch.nan
-    groups = lists.group_samples(torch.tensor(neuron), 4)
-    found = lists.list_channels(gate, groups, True, 32)
+    groups = KERNELS.group_samples(torch.tensor(neuron), 4)
+    found = KERNELS.list_channels(gate, groups, True, 32)
     for slot, n in enumerate((0, 2)):
         first, both, second = lists_of([gate[b] for b, m in enumerate(neuron) if m == n])
         assert found.order[slot].tolist() == first + both + second
@@ -91,10 +90,10 @@ def test_pack_features(layout, dtype):
     block, channels = tile_channels(dtype), 70
     x, gate = LAYOUTS[layout](torch.randn(3, channels, *SIZE).to(dtype)), GATES["mixed"](3, channels).to(dtype)
     neuron = torch.tensor([1, 0, 2])
-    groups = lists.group_samples(neuron, 2)
-    found = lists.list_channels(gate, groups, False, block)
-    width = route.panel_width(channels, dtype, True)
-    panel = route.pack_features(x, gate, neuron, 2, None, found, width)
+    groups = KERNELS.group_samples(neuron, 2)
+    found = KERNELS.list_channels(gate, groups, False, block)
+    width = panel_width(channels, dtype, True)
+    panel = KERNELS.pack_features(x, gate, neuron, 2, None, found, width)
     rows = x.permute(0, 2, 3, 4, 1)
     for b in range(3):
         _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()
@@ -114,8 +113,8 @@ def test_pack_features(layout, dtype):
 def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     """Chosen neurons' filters by slot and tap; on the way back others, and channels in no list, are zero."""
     spatial, temporal = torch.randn(4, outputs, channels, 1, 3, 3), torch.randn(4, outputs, channels, 3, 1, 1)
-    groups = lists.group_samples(torch.tensor([3, 1, 3, 8]), 4)
-    packed = filters.pack_filters([spatial, temporal], groups.neuron_of, dtype, by_channel)
+    groups = KERNELS.group_samples(torch.tensor([3, 1, 3, 8]), 4)
+    packed = KERNELS.pack_filters([spatial, temporal], groups.neuron_of, dtype, by_channel)
     assert packed.dtype == dtype
     found = packed.view(4, 12, *packed.shape[1:])
     taps = torch.cat([spatial.flatten(3), temporal.flatten(3)], 3)[[1, 3]].to(dtype)
@@ -125,64 +124,10 @@ def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     listed[0, 0], listed[1, 1] = 1, 2
     for like, bit, first in ((spatial, 1, 0), (temporal, 2, 9)):
         for own in (None, listed):
-            back = filters.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
+            back = KERNELS.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
             wanted = like.to(dtype).float()
             wanted[[0, 2]] = 0
             if own is not None:
                 for slot, n in enumerate((1, 3)):
                     wanted[n, :, (own[slot] & bit) == 0] = 0
             assert torch.equal(back, wanted)
-
-
-@triton.jit
-def choice_kernel(
-    sums, scoring, parts, size, neurons, divisor, scores, chosen, NEURONS: tl.constexpr, BC: tl.constexpr
-):
-    """A program a sample."""
-    b = tl.program_id(0)
-    tl.store(chosen + b, choose_neuron(sums, scoring, b, parts, size, neurons, divisor, scores, NEURONS, BC, True))
-
-
-def choose(sums: torch.Tensor, scoring: torch.Tensor, divisor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neurons ``(B,)`` and scores ``(B, N)`` of ``sums (B, parts, size)`` and ``scoring (N, size)``."""
-    (batch, parts, size), neurons = sums.shape, scoring.shape[0]
-    scores, chosen = torch.empty(batch, neurons), torch.empty(batch, dtype=torch.int32)
-    lanes = 1 << (neurons - 1).bit_length()
-    choice_kernel[(batch,)](sums, scoring, parts, size, neurons, divisor, scores, chosen, NEURONS=lanes, BC=16)
-    return chosen.long(), scores
-
-
-@pytest.mark.parametrize("neurons", [1, 2, 10, 17])
-@pytest.mark.parametrize("size, parts", [(1, 1), (33, 3), (90, 1)])
-def test_choose_neuron(neurons, size, parts):
-    """The scores of all parts over the divisor, and the first of the largest of them."""
-    sums, scoring = torch.randn(4, parts, size), torch.randn(neurons, size)
-    chosen, scores = choose(sums, scoring, 7.0)
-    wanted = sums.double().sum(1) @ scoring.double().t() / 7
-    torch.testing.assert_close(scores, wanted.float(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(chosen, scores.argmax(1))
-
-
-nan, inf = float("nan"), float("inf")
-SCORES = {
-    "ties": [2.0, 5.0, 5.0, -1.0, 5.0],
-    "negative": [-7.0, -3.0, -3.0, -9.0, -4.0],
-    "nan": [1.0, nan, 9.0, nan, 2.0],
-    "nan-first": [nan, 1.0, inf, nan, 2.0],
-    "all-nan": [nan] * 5,
-    "inf": [1.0, -inf, inf, inf, 2.0],
-    "all-minus-inf": [-inf] * 5,
-    "nan-and-minus-inf": [-inf, -inf, -inf, -inf, nan],
-    "zeros": [-0.0, 0.0, 0.0, -0.0, 0.0],
-    "large": [-3e38, 3e38, -3e38, 3e38, 1.0],
-}
-
-
-@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-@pytest.mark.parametrize("neurons", [1, 3, 5])
-def test_choose_neuron_as_torch_does(scores, neurons):
-    """Ties, NaN, infinities and negatives: torch's argmax, never a lane beyond the neurons, which are padded to 8."""
-    scores = torch.tensor(scores)[:neurons]
-    chosen, found = choose(torch.ones(1, 1, 1), scores[:, None])
-    assert torch.equal(found[0].nan_to_num(nan=77), scores.nan_to_num(nan=77))
-    assert int(chosen) == int(scores.argmax())

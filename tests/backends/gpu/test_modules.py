@@ -1,4 +1,4 @@
-"""Whole modules on the Triton backend, in the interpreter: training and frozen, against the literal reference."""
+"""Whole modules on a GPU backend: training and frozen, against the literal reference."""
 
 from __future__ import annotations
 
@@ -11,35 +11,17 @@ import pytest
 import torch
 
 from benchmarks.margins import separate_draws, separate_features
-from dsts_kernels import Draws, FusedDSTS, functional, reference
+from dsts_kernels import Draws, reference
 from dsts_kernels.backends import BACKENDS
-from dsts_kernels.ops import frozen, gated_conv, mixing, mixing_conv3d, semhash, tap_sums
+from dsts_kernels.backends.gpu import features
+from dsts_kernels.ops import frozen, gated_conv, mixing, semhash
 from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
-from .support import KERNELS, SIZE, TILES, TRITON, gated_inputs, interpreted, launch, spy_on
+from .support import BACKEND, HALF, SIZE, TILES, emulated, everything, gated_inputs, pair
 
-pytestmark = interpreted
-
-
-@torch.no_grad()
-def pair(channels: int, dtype: torch.dtype = torch.float32, **options) -> tuple[reference.DSTS, FusedDSTS]:
-    """A reference in float64 and a module with the same rounded weights; gates, scores and statistics are lively."""
-    options = dict(num_neurons=3, num_layers=2, score_reduction="mean") | options
-    ref = reference.DSTS(channels, dtype=torch.float64, **options)
-    fused = FusedDSTS(channels, dtype=dtype, backend="triton", **options)
-    for layer in ref.layers:
-        layer.gate.normal_()
-        layer.scoring.mul_(8 if options["score_reduction"] == "mean" else 8 / (layer.scoring.shape[1] * 60))
-        if layer.norm is not None:
-            layer.norm.running_mean.normal_(std=0.2)
-            layer.norm.running_var.uniform_(0.1, 0.4)
-            layer.norm.weight.uniform_(0.5, 1.5)
-            layer.norm.bias.normal_(std=0.3)
-    fused.load_state_dict(ref.state_dict())
-    ref.load_state_dict(fused.state_dict())
-    return ref, fused
+pytestmark = emulated
 
 
 @contextlib.contextmanager
@@ -106,7 +88,7 @@ FROZEN = {
     "many-neurons": dict(num_neurons=17),
     "one-layer": dict(num_layers=1),
 }
-HALF = ("wide-3x3-scoring", "mixing-1x3x3", "no-skip")
+IN_HALF = ("default", "wide-3x3-scoring", "mixing-1x3x3", "no-skip")
 
 
 def check_frozen(ref: reference.DSTS, fast: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +113,7 @@ def check_frozen(ref: reference.DSTS, fast: torch.nn.Module, x: torch.Tensor) ->
     "options, dtype",
     [
         *(pytest.param(options, torch.float32, id=f"{name}-float32") for name, options in FROZEN.items()),
-        *(pytest.param(FROZEN[name], torch.float16, id=f"{name}-float16") for name in ("default", *HALF)),
+        *(pytest.param(FROZEN[name], half, id=f"{name}-{str(half)[6:]}") for half in HALF for name in IN_HALF),
     ],
 )
 def test_frozen(options, dtype):
@@ -191,7 +173,7 @@ def test_repacked_and_back(mixing_kernel):
         assert_close(fast(x), y, factor=2)
         layer.repack("tiled")
         assert all(a is b or torch.equal(a, b) for a, b in zip(before, (layer.filters, layer.mixing), strict=True))
-    fast.backend = "triton"
+    fast.backend = BACKEND.name
     assert torch.equal(fast(x), y)
 
 
@@ -202,55 +184,12 @@ def test_packed_for_another_backend(backend):
         pytest.skip(BACKENDS[backend].missing())
     _, fused = pair(20, num_layers=1)
     x, fast = torch.randn(2, 20, *SIZE), fused.eval().freeze(backend=backend)
-    y, fast.backend = fast(x), "triton"
-    with pytest.raises(RuntimeError, match=r"backend: got a module packed .*, wanted one frozen for 'triton'"):
+    y, fast.backend = fast(x), BACKEND.name
+    with pytest.raises(RuntimeError, match=f"backend: got a module packed .*, wanted one frozen for '{BACKEND.name}'"):
         fast(x)
     tiled = fused.freeze()
     tiled.backend = backend
     assert_close(tiled(x), y, factor=2)
-
-
-OPS = {
-    "tap_sums": lambda x, gate, neuron: tap_sums(x, 9, backend="triton"),
-    "semhash_gate": lambda x, gate, neuron: functional.semhash_gate(
-        gate, torch.zeros(2, 8), torch.tensor([True, False]), neuron=neuron, backend="triton"
-    ),
-    "gated_conv3d": lambda x, gate, neuron: functional.gated_conv3d(
-        x, gate, neuron, torch.ones(2, 4, 8, 1, 3, 3), torch.ones(2, 4, 8, 3, 1, 1), backend="triton"
-    ),
-    "mixing_conv3d": lambda x, gate, neuron: mixing_conv3d(x, neuron, torch.ones(2, 8, 8, 1, 3, 3), backend="triton"),
-}
-LAUNCHED = {
-    "tap_sums": ["tap_sums_kernel"],
-    "semhash_gate": ["semhash_kernel", "semhash_backward_kernel"],
-    "gated_conv3d": ["conv_kernel", "data_gradient_kernel"],
-    "mixing_conv3d": ["conv_kernel"],
-}
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_compiled(name, monkeypatch):
-    """One graph with the kernels in it, forward and backward: the launchers really run, with the same bits."""
-    torch._dynamo.reset()
-    x, gate = torch.randn(2, 8, *SIZE, requires_grad=True), torch.rand(2, 8).round().requires_grad_()
-    neuron, results = torch.tensor([1, 0]), []
-    for function in (OPS[name], torch.compile(OPS[name], fullgraph=True, backend="eager")):
-        spies = [spy_on(monkeypatch, kernel) for kernel in LAUNCHED[name]]
-        y = function(x, gate, neuron)
-        found = torch.autograd.grad(y.square().sum(), (x, gate), allow_unused=True)
-        assert all(spy.launches for spy in spies)
-        results.append([y, *(g for g in found if g is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_frozen_compiles(monkeypatch):
-    """A frozen module is one graph, of two launches a layer and one for the first layer's sums."""
-    torch._dynamo.reset()
-    _, fused = pair(8)
-    fast, x = fused.eval().freeze(), torch.randn(2, 8, *SIZE)
-    y, spies = fast(x), [spy_on(monkeypatch, name) for name in KERNELS]
-    assert torch.equal(torch.compile(fast, fullgraph=True, backend="eager")(x), y)
-    assert sum(len(spy.launches) for spy in spies) == 2 * 2 + 1
 
 
 def test_opcheck():
@@ -270,33 +209,7 @@ def test_opcheck():
         (frozen.frozen_layer_op, (x, None, x, *layer.weights(), *layer.options(x, 0))),
     ):
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(op.overload, (*arguments, "triton"), test_utils=tests)
-
-
-def everything(x: torch.Tensor, inputs: list[torch.Tensor], fast: torch.nn.Module) -> list[torch.Tensor]:
-    """What every kernel that counts within a sample makes of ``x``."""
-    operands, grad = [x, *inputs[1:]], torch.ones(len(x), 12, *SIZE, dtype=x.dtype)
-    found = [*TRITON.gated_conv3d_backward(grad, *operands, [True] * 4)]
-    found += TRITON.gated_conv3d_backward(grad, *operands, [True, False, False, False])[:1]
-    found += TRITON.gated_conv3d_backward(grad, *operands, [False, True, False, False])[1:2]
-    return [*found, TRITON.gated_conv3d(*operands), TRITON.tap_sums(x, 1), TRITON.tap_sums(x, 9), fast(x)]
-
-
-def test_counting_in_64_bits(monkeypatch):
-    """Kernels compiled for samples of more than 2^31 elements do the same."""
-    inputs = gated_inputs(2, 12, 12)
-    _, fused = pair(12)
-    fast = fused.eval().freeze()
-    wanted = everything(inputs[0], inputs, fast)
-    monkeypatch.setattr(launch, "wide", lambda *features: True)
-    spies = [spy_on(monkeypatch, "weight_gradient_kernel", WIDE=True)]
-    spies += [spy_on(monkeypatch, name) for name in ("conv_kernel", "data_gradient_kernel", "pack_kernel")]
-    spies += [spy_on(monkeypatch, name) for name in ("tap_sums_kernel", "route_and_pack_kernel")]
-    for mine, theirs in zip(everything(inputs[0], inputs, fast), wanted, strict=True):
-        assert torch.equal(mine, theirs)
-    for spy in spies:
-        assert spy.launches
-        assert all(constants["WIDE"] or "WIDE" in spy.constants for _, constants in spy.launches)
+        torch.library.opcheck(op.overload, (*arguments, BACKEND.name), test_utils=tests)
 
 
 FAR = {
@@ -317,6 +230,6 @@ def test_a_sample_beyond_2_31_elements(strides):
     fast = fused.eval().freeze()
     far = torch.frombuffer(room, dtype=torch.float16).as_strided((1, 12, *SIZE), (1, *strides), first)
     far.copy_(inputs[0])
-    assert launch.wide(far) and not launch.wide(inputs[0])
+    assert features.wide(far) and not features.wide(inputs[0])
     for mine, theirs in zip(everything(far, inputs, fast), everything(inputs[0], inputs, fast), strict=True):
         assert torch.equal(mine, theirs)

@@ -9,18 +9,21 @@ from torch import Tensor
 
 from ..base import FrozenOptions, FrozenWeights
 from ..packing import tile_channels
-from . import launch
-from .conv import Epilogue, conv, conv_problem
-from .route import route_and_pack
-from .tap_sums import partial_tap_sums
+from . import features
+from .kernels import Epilogue, Kernels
 
 
 def frozen_layer(
-    x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    kernels: Kernels,
+    x: Tensor,
+    sums: Tensor | None,
+    skip: Tensor | None,
+    w: FrozenWeights,
+    options: FrozenOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b = x.shape[0]
     neurons, outputs = w.bias.shape
-    y = launch.empty_features(x, outputs) if skip is None else torch.empty_like(skip)
+    y = features.empty_features(x, outputs) if skip is None else torch.empty_like(skip)
     next_sums = x.new_empty((b, outputs, options.next_taps), dtype=torch.float32)
     neuron = torch.empty(b, dtype=torch.int64, device=x.device)
     scores = x.new_empty((b, neurons), dtype=torch.float32)
@@ -30,29 +33,35 @@ def frozen_layer(
         skip = torch.empty_like(y).copy_(skip)
     block_k, folds = tile_channels(x.dtype), w.mixing is None
     last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
-    with launch.on_device(x):
-        parts = partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
-        problem = conv_problem(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
+    with features.on_device(x):
+        parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
+        problem = kernels.conv_problem(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
         flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
-        panel, plan = route_and_pack(x, parts, w, options.score_divisor, neuron, scores, flags)
+        panel, plan = kernels.route_and_pack(x, parts, w, options.score_divisor, neuron, scores, flags)
         filters = w.filters.view(-1, block_k)
         if folds:
-            conv(panel, filters, "packed", plan, y, problem, epilogue=last._replace(flags=flags))
+            kernels.conv(panel, filters, "packed", plan, y, problem, epilogue=last._replace(flags=flags))
         else:
-            z = launch.empty_features(x, outputs)
-            conv(panel, filters, "packed", plan, z, problem, epilogue=Epilogue(flags=flags))
-            mix_frozen(z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
+            z = features.empty_features(x, outputs)
+            kernels.conv(panel, filters, "packed", plan, z, problem, epilogue=Epilogue(flags=flags))
+            mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
     return y, next_sums, neuron, scores
 
 
 def mix_frozen(
-    z: Tensor, neuron: Tensor, y: Tensor, mixing: Tensor, kernel: tuple[int, int, int], last: Epilogue
+    kernels: Kernels,
+    z: Tensor,
+    neuron: Tensor,
+    y: Tensor,
+    mixing: Tensor,
+    kernel: tuple[int, int, int],
+    last: Epilogue,
 ) -> None:
     """A mixing kernel that does not fold: a second convolution, with the epilogue of the layer."""
-    outputs = z.shape[1]
-    problem = conv_problem(z, outputs, outputs, math.prod(kernel), 0 if last.sums is None else last.sums.shape[2])
-    conv(
-        launch.rows_of(z),
+    outputs, sum_taps = z.shape[1], 0 if last.sums is None else last.sums.shape[2]
+    problem = kernels.conv_problem(z, outputs, outputs, math.prod(kernel), sum_taps)
+    kernels.conv(
+        features.rows_of(z),
         mixing.view(-1, outputs, outputs),
         "rows",
         neuron,

@@ -1,0 +1,28 @@
+"""This backend's launchers, each from beside its kernel, as :class:`dsts_kernels.backends.gpu.Kernels` wants them."""
+
+from __future__ import annotations
+
+from .conv import conv, conv_problem
+from .data_gradient import data_gradient
+from .filters import pack_filters, unpack_filters
+from .lists import group_samples, list_channels
+from .route import pack_features, route_and_pack
+from .semhash import semhash_gate, semhash_gate_backward
+from .tap_sums import partial_tap_sums
+from .weight_gradient import filter_gradient
+
+__all__ = [
+    "conv",
+    "conv_problem",
+    "data_gradient",
+    "filter_gradient",
+    "group_samples",
+    "list_channels",
+    "pack_features",
+    "pack_filters",
+    "partial_tap_sums",
+    "route_and_pack",
+    "semhash_gate",
+    "semhash_gate_backward",
+    "unpack_filters",
+]
