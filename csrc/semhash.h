@@ -5,7 +5,9 @@
 // inline function with external linkage the linker keeps one copy, possibly one built for AVX-512.
 #pragma once
 
-#include <math.h>
+#ifndef __CUDACC_RTC__
+#  include <math.h>
+#endif
 
 #ifdef __CUDACC__
 #  define DSTS_HOST_DEVICE static __host__ __device__ __forceinline__

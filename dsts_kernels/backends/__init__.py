@@ -13,12 +13,13 @@ import torch
 
 from .base import OPS, Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .eager import EagerBackend
 from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), EagerBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), CudaBackend(), EagerBackend())}
 
 # Public functions by the op that does their work.
 COMPOSED = {"relevance_scores": "tap_sums", "saturating_sigmoid": "semhash_gate"}

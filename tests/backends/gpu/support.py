@@ -29,15 +29,19 @@ def triton_backend() -> GpuBackend:
 
 
 def cuda_backend() -> GpuBackend:
-    """TO BE FILLED IN: the CUDA backend, on kernels that are emulated on the CPU."""
-    pytest.skip("runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
+    """The CUDA backend's kernels, emulated: see ``tests/emulator``."""
+    from .emulation import EmulatedBackend
+
+    return EmulatedBackend()
 
 
 BACKEND = triton_backend() if TRITON else cuda_backend()
 KERNELS = BACKEND.kernels
 
-# The interpreter gets bfloat16 products wrong.
-HALF = (torch.float16,) if TRITON else (torch.float16, torch.bfloat16)
+CPU = torch.device("cpu")
+# The interpreter gets bfloat16 products wrong; the CUDA backend has none before sm_80.
+BFLOAT16 = not TRITON and BACKEND.why_not("gated_conv3d", CPU, torch.bfloat16) is None
+HALF = (torch.float16, torch.bfloat16) if BFLOAT16 else (torch.float16,)
 DTYPES = (torch.float32, *HALF)
 emulated = pytest.mark.usefixtures("emulation")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

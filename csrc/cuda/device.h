@@ -1,0 +1,96 @@
+// What kernels share: element types, positions and taps, arrivals at a counter, sums over a block. Device code only, and
+// without the standard library, so that NVRTC compiles it too.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/params.h"
+
+#ifndef DSTS_DYNAMIC_SHARED  // tests run kernels on the CPU, where this is another kind of memory
+#  define DSTS_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+namespace dsts::cuda {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half from_float(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+__host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ int quotient(const Divide& d, int n) {
+  return static_cast<int>((__umulhi(static_cast<unsigned>(n), d.magic) + static_cast<unsigned>(n)) >> d.shift);
+}
+
+// Neighbours that are read and written at once.
+template <class T, int V>
+struct __align__(V * sizeof(T)) Pack {
+  T v[V];
+};
+
+struct Place {
+  int t, h, w;
+};
+
+__device__ __forceinline__ Place place_of(const Extent& e, int position) {
+  const int row = quotient(e.by_w, position), t = quotient(e.by_h, row);
+  return {t, row - t * e.h, position - row * e.w};
+}
+
+__device__ __forceinline__ int64 offset_of(const Strides& s, const Place& p) {
+  return p.t * s.t + p.h * s.h + p.w * s.w;
+}
+
+__device__ __forceinline__ bool inside(const Extent& e, int t, int h, int w) {
+  return t >= 0 && t < e.t && h >= 0 && h < e.h && w >= 0 && w < e.w;
+}
+
+// How far a tap of a zero-padded kernel reaches; sign -1 turns it round.
+__device__ __forceinline__ Place reach(int tap, int kt, int kh, int kw, int sign) {
+  const int row = tap / kw, t = row / kh;
+  return {sign * (t - kt / 2), sign * (row - t * kh - kh / 2), sign * (tap - row * kw - kw / 2)};
+}
+
+// Whether tap `tap` of a 1x3x3 scoring kernel meets row h and column w.
+__device__ __forceinline__ bool tap_meets(int tap, int h, int w, const Extent& e) {
+  const int i = tap / 3, j = tap - 3 * i;
+  return !(i == 0 && h == e.h - 1) && !(i == 2 && h == 0) && !(j == 0 && w == e.w - 1) && !(j == 2 && w == 0);
+}
+
+// Counts this block in, after everything that any of its threads wrote; true for all threads of the block that makes
+// `all` of them, which then may read what the others wrote. `flag` is a shared int.
+__device__ __forceinline__ bool last_to_arrive(int* counter, int all, int* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *flag = atomicAdd(counter, 1) == all - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *flag != 0;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+  for (int lane = 16; lane; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
+
+}  // namespace dsts::cuda

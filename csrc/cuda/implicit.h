@@ -1,0 +1,155 @@
+// Operands of an implicit convolution: rows are positions of a panel shifted by the taps of a kernel, columns are
+// filters. The reduction goes over K blocks, for each over the taps of the operator that reads it: first those of the
+// first operator, then those of the second (3x1x1). Shared by the convolution and its data gradient.
+#pragma once
+
+#include "cuda/product.h"
+
+namespace dsts::cuda {
+
+constexpr int kTaps = 12;  // most that both operators have
+
+struct Taps {
+  int kt, kh, kw, first, second, sign;  // of the first operator; how many each has
+};
+
+// Reach of tap `tap` counted over both operators.
+__device__ __forceinline__ Place reach_of(const Taps& k, int tap) {
+  return tap < k.first ? reach(tap, k.kt, k.kh, k.kw, k.sign) : Place{k.sign * (tap - k.first - 1), 0, 0};
+}
+
+// Where tiles of one launch read: what does not change from tile to tile.
+template <class T>
+struct Implicit {
+  const T *panel, *filters;
+  const Extent* extent;
+  Taps taps;
+  int width, pitch;   // columns of the panel that each operator may read, and how far its rows are apart
+  int outputs, rows;  // columns of the result; channels of filters by tap
+  int filter_pitch;   // how far rows of filters are apart
+  int64 matrix;       // elements from tap to tap, or from K block to K block
+  bool packed;        // filters are K blocks behind one another, not by tap
+  const int64* shifts;       // shared: elements of the panel that each tap reaches
+
+  // Fills the table of shifts; all threads, a barrier must follow.
+  __device__ void fill(int64* table) const {
+    if (threadIdx.x < kTaps) {
+      const Place by = reach_of(taps, threadIdx.x);
+      table[threadIdx.x] = ((static_cast<int64>(by.t) * extent->h + by.h) * extent->w + by.w) * pitch;
+    }
+  }
+};
+
+// One sample's reduction; it lies in shared memory, where it takes no registers from the loop.
+struct Reduction {
+  int blocks_1, columns_2;  // K blocks of the first operator; where the second one's columns of the panel start
+  int base;                 // first matrix of the filters, or first K block of packed ones
+  int count_1, start_2;     // with a channel list: what the first operator reads of it, where the second one's starts
+  const int* order;         // that list, or null
+};
+
+template <class Engine, bool FILTERS_BY_K, bool LISTED_COLUMNS>
+class ImplicitOperands {
+  using T = typename Engine::T;
+  using A = Copies<typename Engine::A, T, Engine::kThreads>;
+  using B = Copies<typename Engine::B, T, Engine::kThreads>;
+  static constexpr int kDepth = Engine::A::kDepth;
+  static constexpr int kBlock = kBlockBytes / static_cast<int>(sizeof(T)), kSteps = kBlock / kDepth;
+
+ public:
+  static constexpr int kStepsOfBlock = kSteps;
+
+  // Rows: positions p0 and on of sample b. Columns: o0 and on, or what `list` names there.
+  __device__ __forceinline__ ImplicitOperands(const Implicit<T>& in, const Reduction& sum, int b, int p0, int o0,
+                                              const int* list)
+      : in_(in), sum_(sum) {
+    const int64 first = static_cast<int64>(b) * in.extent->positions + p0 + A::row();
+    panel_ = in.panel + first * in.pitch + A::column();
+#pragma unroll
+    for (int i = 0; i < A::kCount; ++i) {
+      const int position = p0 + A::row() + i * A::kRowsApart;
+      if (i % 2 == 0) met_[i / 2] = 0;
+      if (position >= in.extent->positions) continue;
+      const Place at = place_of(*in.extent, position);
+      for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
+        const Place by = reach_of(in.taps, tap);
+        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w)) met_[i / 2] |= 1u << (i % 2 * 16 + tap);
+      }
+    }
+    own_[0] = o0 + (FILTERS_BY_K ? B::row() : B::column());
+    if constexpr (LISTED_COLUMNS) {
+#pragma unroll
+      for (int i = 0; i < B::kCount; ++i) {
+        const int o = o0 + B::row() + i * B::kRowsApart;
+        own_[i] = o < in.outputs ? list[o] : -1;
+      }
+    }
+  }
+
+  // Starts at K block and tap number `at` of all.
+  __device__ __forceinline__ void start(int at) {
+    index_ = at, part_ = 0;
+    first_ = at < sum_.blocks_1 * in_.taps.first;
+    if (!first_) at -= sum_.blocks_1 * in_.taps.first;
+    const int taps = first_ ? in_.taps.first : in_.taps.second;
+    block_ = taps ? at / taps : 0;
+    tap_ = at - block_ * taps;
+    move();
+  }
+
+  __device__ __forceinline__ void next() {
+    if (++part_ == kSteps) {
+      part_ = 0, ++index_;
+      if (++tap_ == (first_ ? in_.taps.first : in_.taps.second)) {
+        tap_ = 0;
+        if (++block_ == sum_.blocks_1 && first_) block_ = 0, first_ = false;
+      }
+    }
+    move();
+  }
+
+  __device__ __forceinline__ Source<T> a(int i) const {
+    const bool met = met_[i / 2] >> (i % 2 * 16 + bit_) & 1;
+    return {panel_ + shift_ + static_cast<int64>(i * A::kRowsApart) * in_.pitch,
+            met && k_ + A::column() < in_.width};
+  }
+
+  __device__ __forceinline__ Source<T> b(int i) const {
+    if constexpr (FILTERS_BY_K) {
+      const int o = LISTED_COLUMNS ? own_[i] : own_[0] + i * B::kRowsApart;
+      const bool inside = o >= 0 && o < in_.outputs && (in_.packed || k_ + B::column() < in_.rows);
+      return {filters_ + static_cast<int64>(inside ? o : 0) * in_.filter_pitch + B::column(), inside};
+    } else {
+      const int k = k_ + B::row() + i * B::kRowsApart;
+      int channel = k;
+      bool listed = k < in_.rows;
+      if (sum_.order) {
+        listed = k < (first_ ? sum_.count_1 : in_.rows - sum_.start_2);
+        channel = listed ? sum_.order[(first_ ? 0 : sum_.start_2) + k] : 0;
+      }
+      const bool inside = listed && own_[0] < in_.outputs;
+      return {filters_ + (inside ? static_cast<int64>(channel) * in_.filter_pitch + own_[0] : 0), inside};
+    }
+  }
+
+ private:
+  // What the present step's sources share.
+  __device__ __forceinline__ void move() {
+    bit_ = first_ ? tap_ : in_.taps.first + tap_;
+    k_ = block_ * kBlock + part_ * kDepth;
+    shift_ = in_.shifts[bit_] + (first_ ? 0 : sum_.columns_2) + k_;
+    const int number = sum_.base + (in_.packed ? index_ : bit_);
+    filters_ = in_.filters + number * in_.matrix + (!FILTERS_BY_K ? 0 : in_.packed ? part_ * kDepth : k_);
+  }
+
+  const Implicit<T>& in_;
+  const Reduction& sum_;
+  const T *panel_, *filters_;
+  unsigned met_[A::kCount / 2];  // by vector 16 bits: which taps of its position lie inside
+  int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns, or the first of them
+  int64 shift_;
+  int index_, block_, tap_, part_, bit_, k_;
+  bool first_;
+};
+
+}  // namespace dsts::cuda

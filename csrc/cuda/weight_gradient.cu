@@ -1,0 +1,128 @@
+// Filter gradients, grouped by neuron: a block has one tile of one tap of one slot, over all the slot's samples in order.
+//
+// The reduction runs over positions. Rows of the result come from `left`, shifted by the tap, columns from `right`. For
+// the gated convolution `left` is its panel, gathered by the lists of the slot, so that only listed channels are computed,
+// and `right` the gradient; for a mixing kernel `left` is the gradient, shifted the other way.
+#include "cuda/implicit.h"
+#include "cuda/launch.h"
+
+namespace dsts::cuda {
+
+// Both operands lie by column: rows are positions of the samples of a slot.
+template <class Engine>
+class PositionOperands {
+  using T = typename Engine::T;
+  using A = Copies<typename Engine::A, T, Engine::kThreads>;
+  using B = Copies<typename Engine::B, T, Engine::kThreads>;
+  static constexpr int kDepth = Engine::A::kDepth;
+
+ public:
+  __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by, const int* members,
+                                              int left0, int left_end, int right0)
+      : p_(p), by_(by), member_(members), left0_(left0 + A::column()), right0_(right0 + B::column()) {
+    left_inside_ = left0_ < left_end, right_inside_ = right0_ < p.columns;
+    shift_ = (static_cast<int64>(by.t) * p.extent.h + by.h) * p.extent.w + by.w;
+  }
+
+  __device__ __forceinline__ void next() {
+    p0_ += kDepth;
+    if (p0_ >= p_.extent.positions) p0_ = 0, ++member_;
+  }
+
+  __device__ __forceinline__ Source<T> a(int i) const {
+    const int position = p0_ + A::row() + i * A::kRowsApart;
+    bool met = left_inside_ && position < p_.extent.positions;
+    if (met) {
+      const Place at = place_of(p_.extent, position);
+      met = inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
+    }
+    const int64 row = static_cast<int64>(*member_) * p_.extent.positions + position + shift_;
+    return {static_cast<const T*>(p_.left) + (met ? row * p_.left_pitch + left0_ : 0), met};
+  }
+
+  __device__ __forceinline__ Source<T> b(int i) const {
+    const int position = p0_ + B::row() + i * B::kRowsApart;
+    const bool met = right_inside_ && position < p_.extent.positions;
+    const int64 row = static_cast<int64>(*member_) * p_.extent.positions + position;
+    return {static_cast<const T*>(p_.right) + (met ? row * p_.right_pitch + right0_ : 0), met};
+  }
+
+ private:
+  const WeightGradientParams& p_;
+  Place by_;
+  const int* member_;
+  int64 shift_;
+  int left0_, right0_, p0_ = 0;
+  bool left_inside_, right_inside_;
+};
+
+template <class E>
+__device__ void weight_gradient_body(const WeightGradientParams& p) {
+  using Tiles = Engine<E, false, false>;
+  using T = typename Tiles::T;
+  constexpr int kThreads = Tiles::kThreads, kBlock = kBlockBytes / static_cast<int>(sizeof(T));
+  DSTS_DYNAMIC_SHARED(memory);
+  float* chunk = reinterpret_cast<float*>(memory);
+  const int slot = blockIdx.z, tap = blockIdx.y, n = p.neuron_of[slot];
+  if (n < 0) return;
+  const int across = ceil_div(p.columns, kTile), j0 = blockIdx.x / across * kTile, o0 = blockIdx.x % across * kTile;
+  const bool in_first = tap < p.taps_1;
+  const Taps taps = {p.kt, p.kh, p.kw, p.taps_1, p.taps_2, p.sign};
+  int count = p.rows, list_start = 0, column = j0;
+  if (p.plans) {
+    const int* plan = p.plans + slot * kPlan;
+    list_start = in_first ? 0 : plan[4];
+    count = in_first ? plan[3] : p.rows - list_start;
+    column += in_first ? 0 : plan[1] * kBlock;
+  }
+  if (j0 >= count) return;
+
+  Tiles engine;
+  engine.clear();
+  PositionOperands<Tiles> operands(p, reach_of(taps, tap), p.members + p.groups[slot * 2], column, column + count - j0,
+                                   o0);
+  accumulate(engine, operands, p.groups[slot * 2 + 1] * ceil_div(p.extent.positions, Tiles::A::kDepth), memory);
+
+  const int64 matrix = static_cast<int64>(p.by_neuron ? n : slot) * (p.taps_1 + p.taps_2) + tap;
+  for (int half = 0; half < 2; ++half) {
+    __syncthreads();
+    engine.store(chunk, half);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * kChunkColumns; i += kThreads) {
+      const int r = i / kChunkColumns, c = i % kChunkColumns, j = j0 + r, o = o0 + half * kChunkColumns + c;
+      if (j >= count || o >= p.columns) continue;
+      const int row = p.order ? p.order[static_cast<int64>(slot) * p.rows + list_start + j] : j;
+      const int64 at = (matrix * p.rows + row) * p.columns + o;
+      const float v = chunk[r * kChunkPitch + c];
+      if (p.out_float)
+        static_cast<float*>(p.out)[at] = v;
+      else
+        static_cast<T*>(p.out)[at] = from_float<T>(v);
+    }
+  }
+}
+
+template <class E>
+__global__ void __launch_bounds__(Multiplier<E>::kThreads, Multiplier<E>::kResident)
+    weight_gradient_kernel(const __grid_constant__ WeightGradientParams p) {
+  if constexpr (Multiplier<E>::kSupported) weight_gradient_body<E>(p);
+}
+
+#define INSTANTIATE(E) \
+  template __global__ void weight_gradient_kernel<E>(const __grid_constant__ WeightGradientParams);
+DSTS_ENGINES(INSTANTIATE)
+#undef INSTANTIATE
+
+#ifndef __CUDACC_RTC__
+void weight_gradient(const WeightGradientParams& p, int dtype, bool tf32, int capability, void* stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kTile) * ceil_div(p.columns, kTile)),
+                  static_cast<unsigned>(p.taps_1 + p.taps_2), static_cast<unsigned>(p.slots));
+  for_engine(dtype, tf32, [&](auto tag) {
+    using E = typename decltype(tag)::Type;
+    launch(weight_gradient_kernel<E>, grid, Multiplier<E>::kThreads,
+           product_bytes<E, false, false>(stages_of(capability)), stream, p);
+  });
+}
+#endif
+
+}  // namespace dsts::cuda

@@ -1,0 +1,242 @@
+"""The emulator that runs the CUDA kernels on the CPU: what it computes, and that it reports what is wrong."""
+
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.emulator import build as emulator
+
+SOURCES = [emulator.HERE / "selftest.cu", emulator.HERE / "selftest_module.cpp"]
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64", reason="the emulator is for x86-64 Linux"
+    ),
+]
+
+
+def line(mark: str) -> int:
+    """Of a statement in selftest.cu."""
+    lines = SOURCES[0].read_text().splitlines()
+    return next(i for i, text in enumerate(lines, 1) if text.endswith(f"// here: {mark}"))
+
+
+def built(flavour: str, arch: int = 800) -> Path:
+    try:
+        emulator.run([*emulator.compiler(), "--version"])
+    except (OSError, RuntimeError):
+        pytest.skip("no C++ compiler")
+    return emulator.build(flavour, arch, SOURCES)
+
+
+@pytest.fixture(scope="module", params=[700, 800])
+def arch(request):
+    return request.param
+
+
+@pytest.fixture
+def m(arch):
+    module = emulator.load(built("plain", arch))
+    yield module
+    module.emulator.reset()
+
+
+def run(flavour: str, script: str) -> tuple[int, str]:
+    """Runs a script in its own process, where x is 1024 floats, out as many zeros and p() an array's address."""
+    opening = f"""
+        import sys
+        import numpy as np
+        from tests.emulator import build
+        m = build.load(build.Path({str(built(flavour))!r}))
+        x = np.arange(1024, dtype=np.float32)
+        out = np.zeros_like(x)
+        def p(a): return a.ctypes.data
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(opening) + textwrap.dedent(script)],
+        cwd=emulator.ROOT,
+        env={**os.environ, **emulator.environment(flavour)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def aligned(a: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy at a multiple of 32 bytes."""
+    a = a.contiguous()
+    room = torch.empty(a.numel() + 32, dtype=a.dtype)
+    first = -room.data_ptr() % 32 // a.element_size()
+    return room[first : first + a.numel()].view(a.shape).copy_(a)
+
+
+def test_arch(m, arch):
+    assert m.emulator.arch() == arch
+
+
+@pytest.mark.parametrize("threads", [64, 256, 1024])
+def test_block_sum(m, threads):
+    x = torch.randn(20, threads)
+    for seed in range(3):
+        m.emulator.seed(seed)
+        out = torch.zeros(20)
+        assert m.block_sum(x.data_ptr(), out.data_ptr(), 20, threads, 0, 0) == 0
+        torch.testing.assert_close(out, x.sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_skipped_barrier_changes_the_result(m):
+    x, out = torch.ones(20, 256), torch.zeros(20)
+    m.block_sum(x.data_ptr(), out.data_ptr(), 20, 256, 0, 0)
+    site = next(s for s in m.emulator.barriers() if s[1] == line("step"))
+    assert site[0].endswith("selftest.cu")
+    m.emulator.skip_barrier("selftest.cu", site[1])
+    m.block_sum(x.data_ptr(), out.data_ptr(), 20, 256, 0, 0)
+    assert not torch.equal(out, torch.full((20,), 256.0))
+    m.emulator.reset()
+    m.block_sum(x.data_ptr(), out.data_ptr(), 20, 256, 0, 0)
+    assert torch.equal(out, torch.full((20,), 256.0))
+
+
+def test_warp_sum_and_ballot(m):
+    x = torch.randn(40, 32)
+    out, ballots = torch.zeros(40), torch.zeros(40, dtype=torch.int32)
+    assert m.warp_sum(x.data_ptr(), out.data_ptr(), ballots.data_ptr(), 40) == 0
+    torch.testing.assert_close(out, x.sum(1), rtol=1e-5, atol=1e-5)
+    expected = ((x > 0).long() << torch.arange(32)).sum(1)
+    assert torch.equal(ballots.long() & 0xFFFFFFFF, expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_last_block(m, workers):
+    m.emulator.workers(workers)
+    x = torch.randint(0, 9, (50, 64)).float()
+    partial, out, counter = torch.zeros_like(x), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    for _ in range(3):
+        assert m.last_block_sum(x.data_ptr(), partial.data_ptr(), counter.data_ptr(), out.data_ptr(), 50) == 0
+        assert out.item() == x.sum().item()
+        assert counter.item() == 0
+
+
+def test_double_buffer(m):
+    x = torch.randn(3, 5, 256)
+    out = torch.zeros_like(x)
+    assert m.double_buffer(x.data_ptr(), out.data_ptr(), 5, 1) == 0
+    assert torch.equal(out, 2 * x)
+
+
+@pytest.mark.parametrize("kind,dtype", list(enumerate([torch.float16, torch.bfloat16, torch.float32])))
+def test_product(m, arch, kind, dtype):
+    a, b, d = torch.randn(16, 48).to(dtype), torch.randn(48, 16).to(dtype), aligned(torch.zeros(16, 16))
+    if kind > 0 and arch < 800:
+        assert m.product(a.data_ptr(), b.data_ptr(), d.data_ptr(), kind, 48, 0, 0, 0, 1) == -1
+        return
+    expected = a.float() @ b.float() / 2
+    for layout in range(8):
+        a_by_column, b_by_column, d_by_column = layout & 1, layout >> 1 & 1, layout >> 2
+        given_a, given_b = aligned(a.T if a_by_column else a), aligned(b.T if b_by_column else b)
+        arguments = (kind, 48, a_by_column, b_by_column, d_by_column, 1)
+        assert m.product(given_a.data_ptr(), given_b.data_ptr(), d.data_ptr(), *arguments) == 0
+        got = d.T if d_by_column else d
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=3e-2 if kind == 2 else 1e-5)
+        if kind == 2:
+            assert not torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_conversions_round_as_torch_does(m):
+    edges = torch.tensor([0.0, -0.0, 65504, 65519.9, 65520, 6e-8, 2.9e-8, 1e-5, float("inf"), -float("inf"), 3.4e38])
+    ties = torch.arange(4096).float() / 2 + 2048
+    bits = torch.randint(-(2**31), 2**31 - 1, (20000,), dtype=torch.int32).view(torch.float32)
+    x = torch.cat([edges, ties, torch.randn(1000), bits])
+    halves, bfloats = torch.empty_like(x), torch.empty_like(x)
+    assert m.round_trip(x.data_ptr(), halves.data_ptr(), bfloats.data_ptr(), x.numel()) == 0
+    torch.testing.assert_close(halves, x.half().float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(bfloats, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_launch_limits(m, arch):
+    limit = (163 if arch >= 800 else 96) * 1024
+    assert m.bare(1, 1024, 48 * 1024, 0) == 0
+    assert m.bare(1, 1025, 0, 0) != 0
+    assert m.bare(0, 32, 0, 0) != 0
+    assert m.bare(1, 32, 48 * 1024 + 1, 0) != 0
+    assert m.bare(1, 32, limit, limit) == 0
+    assert m.bare(1, 32, 0, limit + 1) != 0
+
+
+def test_exited_threads_do_not_hold_others_up(m):
+    out = np.zeros(32, np.float32)
+    assert m.divergent(2, out.ctypes.data) == 0
+    assert out.sum() == 31
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        ("m.divergent(0, p(out))", "while other threads of the block wait at the one in"),
+        ("m.divergent(1, p(out))", "16 threads wait at __shfl_xor_sync"),
+        ("m.double_buffer(p(x), p(out), 1, 5)", "never waited for"),
+        ("m.misaligned_product(p(x) + 31 & -32, 8, 16)", "not 32-byte aligned"),
+        ("m.misaligned_product(p(x) + 31 & -32, 0, 20)", "leading dimension 20"),
+    ],
+)
+def test_aborts_with_a_message(call, message):
+    code, said = run("plain", call)
+    assert code < 0
+    assert message in said and "selftest.cu:" in said
+
+
+CORRECT = """
+    m.block_sum(p(x), p(out), 16, 64, 0, 0)
+    m.warp_sum(p(x), p(out), p(np.zeros(32, np.uint32)), 32)
+    counter, total = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    for _ in range(2):
+        m.last_block_sum(p(x), p(out), p(counter), p(total), 16)
+        assert total[0] == x.sum() and counter[0] == 0
+    x = np.ones(3 * 4 * 256, np.float32)
+    out = np.zeros_like(x)
+    m.double_buffer(p(x), p(out), 4, 1)
+    assert (out == 2 * x).all()
+    a = np.zeros(16 * 32 * 3, np.float32)
+    m.product(p(a) + 31 & -32, p(a) + 31 & -32, (p(a) + 31 & -32) + 2048, 2, 16, 0, 0, 0, 1)
+"""
+
+
+@pytest.mark.parametrize("flavour", ["address", "thread"])
+def test_sanitizers_accept_what_is_right(flavour):
+    extra = "m.emulator.fresh_threads(True)\nm.last_block_sum(p(x), p(out), p(counter), p(total), 3)\n"
+    code, said = run(flavour, "import torch\ntorch.randn(99, 99).sum()\n" + textwrap.dedent(CORRECT) + extra)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("mark", ["step", "filled", "emptied"])
+def test_missing_barrier_is_a_race(mark):
+    code, said = run("thread", f"m.emulator.skip_barrier('selftest.cu', {line(mark)})\n" + textwrap.dedent(CORRECT))
+    assert code == 66, said
+    kernel = "block_sum_kernel" if mark == "step" else "double_buffer_kernel"
+    assert "data race" in said and kernel in said and "selftest.cu:" in said
+
+
+@pytest.mark.parametrize("mark", ["before", "after"])
+def test_missing_fence_is_a_race(mark):
+    code, said = run("thread", f"m.emulator.skip_fence('selftest.cu', {line(mark)})\n" + textwrap.dedent(CORRECT))
+    assert code == 66, said
+    assert "data race" in said and "last_block_kernel" in said
+
+
+@pytest.mark.parametrize(
+    "arguments,mark", [("16, 64, 1, 0", "beyond"), ("16, 64, 0, 1", "beyond_input")], ids=["shared", "global"]
+)
+def test_access_out_of_bounds(arguments, mark):
+    # An array that ends where the kernel should stop.
+    code, said = run("address", f"m.block_sum(p(x), p(np.zeros(16, np.float32)), {arguments})")
+    assert code == 66, said
+    assert "heap-buffer-overflow" in said and f"selftest.cu:{line(mark)}" in said
