@@ -68,7 +68,6 @@ class ImplicitOperands {
 #pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
       const int position = p0 + A::row() + i * A::kRowsApart;
-      if (i % 2 == 0) met_[i / 2] = 0;
       if (position >= in.extent->positions) continue;
       const Place at = place_of(*in.extent, position);
       for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
@@ -145,7 +144,7 @@ class ImplicitOperands {
   const Implicit<T>& in_;
   const Reduction& sum_;
   const T *panel_, *filters_;
-  unsigned met_[A::kCount / 2];  // by vector 16 bits: which taps of its position lie inside
+  unsigned met_[A::kCount / 2] = {};  // by vector 16 bits: which taps of its position lie inside
   int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns, or the first of them
   int64 shift_;
   int index_, block_, tap_, part_, bit_, k_;

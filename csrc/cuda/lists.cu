@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kListThreads) group_kernel(const __grid_consta
   for (int n = 0; n < p.neurons; ++n) {
     if (n == mine) {
       p.slots[b] = slot;
-      p.groups[slot * 2] = all.n[0];
-      p.groups[slot * 2 + 1] = all.n[1];
+      if (all.n[2] == 0) p.groups[slot * 2] = all.n[0], p.groups[slot * 2 + 1] = all.n[1];
     }
     if (b == 0) p.slot_of[n] = used[n] ? slot : -1;
     if (b == 0 && used[n]) p.neuron_of[slot] = n;

@@ -1,0 +1,152 @@
+"""The CUDA kernels compiled for chips that are not here: registers, shared memory, instructions.
+
+sm_70 needs the packages that benchmarks/cuda_compilers.py names, the others an nvcc.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ahead_cuda, cubin, cuda_compilers
+from benchmarks.ahead_cuda import Resources
+from dsts_kernels.backends.cuda import kernels
+from tests.emulator import build as emulator
+
+pytestmark = pytest.mark.slow
+ARCHS = (70, 75, 80, 90, 100, 110, 120)  # the first of every generation
+BLOCK_BYTES = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # KiB that a block may have
+DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float": torch.float32}
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def arch(request: pytest.FixtureRequest) -> int:
+    reason = cuda_compilers.missing(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(arch: int) -> list[Resources]:
+    """All kernels that have a body on this chip."""
+    return [one for one in ahead_cuda.compile_all([arch]) if one.supported]
+
+
+def products(compiled: list[Resources], *elements: str) -> list[Resources]:
+    found = [one for one in compiled if one.name.base in ahead_cuda.PRODUCTS and one.element in elements]
+    assert len(found) == 4 * len(elements), found  # convolution with filters by K and by output, two gradients
+    return found
+
+
+def told(found: list[Resources]) -> list[str]:
+    return [f"{one.name} for sm_{one.arch}: {one}" for one in found]
+
+
+def test_registers_hold_everything(compiled):
+    """Nothing is spilled, and nothing lies on a stack."""
+    spilled = [one for one in compiled if one.stack or one.spill_stores or one.spill_loads]
+    assert not told(spilled)
+    assert not told([one for one in compiled if one.counts["LDL"] or one.counts["STL"]])
+
+
+def test_shared_memory_fits(compiled, arch):
+    limit = BLOCK_BYTES[arch] * 1024
+    assert not told([one for one in compiled if one.static_shared + one.dynamic_shared > limit or not one.resident])
+
+
+def test_as_many_blocks_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
+    chip = kernels.Chip(arch, ahead_cuda.CHIPS[arch].processors)
+    monkeypatch.setattr(kernels, "chip", lambda device: chip)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for one in (one for one in compiled if one.name.base == "conv"):
+            torch.set_float32_matmul_precision("high" if one.element == "tf32" else "highest")
+            assert one.resident >= kernels.resident(torch.empty(0, dtype=DTYPES[one.element])), told([one])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_run_in_tensor_cores(compiled, arch):
+    """But for exact float32."""
+    for one in products(compiled, "half", *(("bfloat16", "tf32") if arch >= 80 else ())):
+        assert one.tensor, told([one])
+        assert bool(one.counts["HMMA.884"]) == (arch < 75), told([one])
+        assert bool(one.counts["HMMA"]) == (arch >= 75), told([one])
+    assert not told([one for one in products(compiled, "float") if one.tensor])
+
+
+def test_asynchronous_copies(compiled, arch):
+    """All products from sm_80 on fetch their operands so, nothing before does."""
+    assert {bool(one.counts["LDGSTS"]) for one in compiled if one.name.base in ahead_cuda.PRODUCTS} == {arch >= 80}
+    assert arch >= 80 or not told([one for one in compiled if one.counts["LDGSTS"]])
+
+
+def test_what_simulators_lack(compiled, arch):
+    """Atomics return a value, and half types are only stored: arithmetic is in float32 or in tensor cores."""
+    if arch == 70:
+        lacking = ("RED", *cubin.HALF)
+        assert not told([one for one in compiled if any(one.counts[kind] for kind in lacking)])
+
+
+def nvdisasm() -> Path:
+    spec = importlib.util.find_spec("triton")
+    found = Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec and spec.origin else None
+    if found is None or not found.exists():
+        pytest.skip("triton's nvdisasm is not installed")
+    return found
+
+
+def disassembled(path: Path) -> dict[str, Counter[str]]:
+    """Instructions by kind of each kernel, by nvdisasm."""
+    done = subprocess.run([nvdisasm(), "-c", path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"nvdisasm: {done.stderr.strip()}")
+    found: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for line in done.stdout.splitlines():
+        section = re.match(r"\.text\.(\w+):", line)
+        if section:
+            counts = found.setdefault(section[1], Counter())
+        instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)", line)
+        if instruction:
+            counts[instruction[1].replace("REDG", "RED")] += 1
+    return found
+
+
+def test_opcodes_are_those_of_nvdisasm(arch):
+    for source in ("conv", "lists", "route"):
+        path = next(path for path in cuda_compilers.SOURCES if path.stem == source)
+        built = cuda_compilers.compile_source(path, arch)
+        by_nvdisasm, own = disassembled(built.cubin), cubin.kernels(built.cubin, arch)
+        assert {kernel.symbol for kernel in own} == set(by_nvdisasm)
+        for kernel in own:
+            for kind in set(cubin.KINDS.values()) - set(cubin.HALF):
+                assert kernel.counts[kind] == by_nvdisasm[kernel.symbol][kind], (kernel.symbol, kind)
+
+
+def test_shared_memory_is_what_the_launchers_ask_for(tmp_path):
+    """The C++ compiler holds the sizes that are worked out in Python."""
+    try:
+        emulator.run([*emulator.compiler(), "--version"])
+    except (OSError, RuntimeError):
+        pytest.skip("no C++ compiler")
+    types = {"half": "__half", "bfloat16": "__nv_bfloat16", "tf32": "Tf32", "float": "float"}
+    lines = [f'#include "cuda/{name}.cu"' for name in ahead_cuda.PRODUCTS] + ["namespace dsts::cuda {"]
+    for name, bytes_ in (("ConvShared", ahead_cuda.CONV_SHARED), ("GradientShared", ahead_cuda.GRADIENT_SHARED)):
+        lines.append(f"static_assert(sizeof({name}) == {bytes_});")
+    for element, type_ in types.items():
+        for a_by_k, b_by_k in ((True, True), (True, False), (False, False)):
+            for arch in (75, 80):
+                operands = f"{type_}, {str(a_by_k).lower()}, {str(b_by_k).lower()}"
+                bytes_ = ahead_cuda.product_bytes(element, a_by_k, b_by_k, arch)
+                lines.append(f"static_assert(product_bytes<{operands}>(stages_of({arch})) == {bytes_});")
+    source = tmp_path / "sizes.cu"
+    source.write_text("\n".join([*lines, "}", ""]))
+    emulator.run([*emulator.compiler(), *emulator.flags(source, "plain", 800, "sizes"), "-fsyntax-only", str(source)])
