@@ -1,8 +1,7 @@
 """Build of the native module: calls CMake, and records what came of it in ``dsts_kernels/_build.py``.
 
-The one build variable is ``DSTS_BUILD``: ``auto`` (default) builds what this machine can and installs
-without native kernels where it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the
-install fails.
+The one build variable is ``DSTS_BUILD``: ``auto`` (default) builds what this machine can, CPU and CUDA kernels, and
+installs without those it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the install fails.
 Everything else (sources, flags, instruction sets) is described in ``CMakeLists.txt``.
 """
 
@@ -60,22 +59,24 @@ def run(*command: str) -> None:
         raise RuntimeError(first_error(done.stdout))
 
 
-def build_module(cuda: bool) -> Path:
-    """Configure and build, incrementally; returns the module's path."""
+def build_module(cuda: str) -> tuple[Path, str]:
+    """Configure and build, incrementally; returns the module's path, and why it has no CUDA kernels if it has none."""
     # A CMake cache is bound to its source directory, Python and compiler: each combination has its own.
-    key = "|".join([str(ROOT), sys.executable, os.environ.get("CXX", ""), os.environ.get("CXXFLAGS", "")])
+    variables = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CUDACXX")]
+    key = "|".join([str(ROOT), sys.executable, *variables])
     directory = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
     cmake = tool("cmake", "CMAKE_BIN_DIR")
     defines = [
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DDSTS_WITH_CUDA={'ON' if cuda else 'OFF'}",
+        f"-DDSTS_WITH_CUDA={cuda}",
     ]
     for old in directory.glob("_C*"):
         old.unlink()
     run(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(directory), *defines)
     run(cmake, "--build", str(directory), "--target", "_C")
-    return next(path for path in directory.glob("_C*") if path.suffix in (".so", ".pyd"))
+    module = next(path for path in directory.glob("_C*") if path.suffix in (".so", ".pyd"))
+    return module, (directory / "no_cuda.txt").read_text()
 
 
 class BuildNative(build_ext):
@@ -86,18 +87,22 @@ class BuildNative(build_ext):
         for stale in package.glob("_C*"):
             if stale.suffix in (".so", ".pyd"):
                 stale.unlink()
-        build, reason = "cpu", ""
-        if choice == "none":
-            build, reason = "none", "DSTS_BUILD=none"
-        else:
+        build, reason = "none", "DSTS_BUILD=none"
+        # auto tries for both kinds of kernels, then for those of the CPU.
+        for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}.get(choice, ()):
             try:
-                shutil.copy2(build_module(cuda=choice == "cuda"), package)
+                module, no_cuda = build_module(cuda)
+                reason = "DSTS_BUILD=cpu" if choice == "cpu" else no_cuda or (reason if cuda == "OFF" else "")
+                build = "cpu" if reason else "cuda"
+                shutil.copy2(module, package)
+                break
             except (RuntimeError, OSError) as error:
                 if choice != "auto":
                     raise CompileError(f"DSTS_BUILD={choice}: {error}") from error
-                build, reason = "none", str(error)
-        if build == "none":
-            print(f"dsts_kernels: installing without native kernels: {reason}", file=sys.stderr, flush=True)
+                reason = str(error)
+        if build != "cuda":
+            lacking = "native" if build == "none" else "CUDA"
+            print(f"dsts_kernels: installing without {lacking} kernels: {reason}", file=sys.stderr, flush=True)
         record = '"""Written by setup.py: what the native build gave, and why."""\n\n'
         record += f"BUILD = {build!r}\nREASON = {reason!r}\n"
         (package / "_build.py").write_text(record, encoding="utf-8")

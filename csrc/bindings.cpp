@@ -1,4 +1,4 @@
-// dsts_kernels._C: the CPU kernels for Python. Tensors come as addresses, sizes and strides, so the module
+// dsts_kernels._C: the native kernels for Python, those for the CPU bound here. Tensors come as addresses, sizes and strides, so the module
 // knows nothing of torch. Arguments are checked here, before anything is written; what they point at is the
 // caller's responsibility. The interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
@@ -16,6 +16,10 @@
 namespace py = pybind11;
 using namespace py::literals;
 using namespace dsts::cpu;
+
+namespace dsts::cuda {
+void bind(py::module_& m);
+}
 
 namespace {
 
@@ -328,15 +332,21 @@ py::dict build_info() {
 #else
   const bool openmp = false;
 #endif
+#ifdef DSTS_HAVE_CUDA
+  const py::object cuda =
+      py::dict("version"_a = DSTS_CUDA_VERSION, "targets"_a = std::vector<int>{DSTS_CUDA_TARGETS});
+#else
+  const py::object cuda = py::none();
+#endif
   return py::dict("compiler"_a = DSTS_COMPILER, "version"_a = DSTS_COMPILER_VERSION, "isas"_a = isas,
-                  "openmp"_a = openmp, "cuda"_a = false, "flags"_a = DSTS_FLAGS);
+                  "openmp"_a = openmp, "cuda"_a = cuda, "flags"_a = DSTS_FLAGS);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "CPU kernels of dsts_kernels. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; address 0 is "
+      "Native kernels of dsts_kernels. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; address 0 is "
       "null.";
   const py::call_guard<py::gil_scoped_release> unlocked;
 
@@ -368,5 +378,10 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets in this build that this machine can run, the best last.");
   m.def("get_isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "name"_a, "Use one of supported_isas(), or 'auto' for the best.");
-  m.def("build_info", &build_info, "Compiler, its version and flags, instruction sets, OpenMP, CUDA.");
+  m.def("build_info", &build_info,
+        "Compiler, its version and flags, instruction sets, OpenMP; CUDA toolkit and targets, or None.");
+#ifdef DSTS_HAVE_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "CUDA kernels: see csrc/cuda/bindings.cpp.");
+  dsts::cuda::bind(cuda);
+#endif
 }

@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, backends
 from .backends.cpu import build_details
-from .roofline import CHIPS, SHAPES, STEPS, Case, report
+from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "half"),
@@ -85,6 +85,7 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shape", type=shape, action="append", help="tpn, swin or CxTxHxW; repeatable (both)")
     add("--chip", type=one_of(tuple(CHIPS)), action="append", help=f"{', '.join(CHIPS)}; repeatable (all)")
+    add("--backend", type=one_of(BACKENDS), help="triton or cuda, where both run (triton; before sm_80 cuda)")
     add("--step", type=one_of((*STEPS, "all")), default="all", help="frozen, training or all (all)")
     add("--dtype", type=one_of(tuple(DTYPES)), default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
     add("--batch", type=count, default=8, help="samples (8)")
@@ -105,7 +106,7 @@ def roofline(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
             parser.error(f"argument --shape: got {sizes} with --batch {given.batch}, wanted at most 2^31 elements")
         cases.append(case)
     chips = [CHIPS[name] for name in dict.fromkeys(given.chip or CHIPS)]
-    return report(cases, chips, tuple(STEPS) if given.step == "all" else (given.step,))
+    return report(cases, chips, tuple(STEPS) if given.step == "all" else (given.step,), given.backend)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -158,14 +158,24 @@ __device__ __forceinline__ void share(const ConvParams& p, const Schedule& sched
     if (schedule.has_part(q, start, end)) last = q, ++parts;
   if (!last_to_arrive(p.flags + last, parts, flag)) return;
   finish<typename Engine::T, kThreads>(p, tile, memory, flag, [&](float* to, int half) {
-    for (int i = threadIdx.x; i < kCells; i += kThreads) {
-      float v = 0;
+    constexpr int kAtOnce = 8;  // cells whose parts are on their way together
+    for (int i = threadIdx.x; i < kCells; i += kThreads * kAtOnce) {
+      float sum[kAtOnce] = {};
       for (int q = first; q <= last; ++q) {
         if (!schedule.has_part(q, start, end)) continue;
         const int64 slot = 2 * q + (schedule.starts[q] > start);
-        v += __ldcg(p.partial + slot * kTile * kTile + half * kCells + i);
+        const float* part = p.partial + slot * kTile * kTile + half * kCells + i;
+        float more[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) more[j] = __ldcg(part + j * kThreads);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) sum[j] += more[j];
       }
-      to[i / kChunkColumns * kChunkPitch + i % kChunkColumns] = v;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int cell = i + j * kThreads;
+        to[cell / kChunkColumns * kChunkPitch + cell % kChunkColumns] = sum[j];
+      }
     }
   });
 }

@@ -23,25 +23,35 @@ struct GradientShared {
 template <class T, int THREADS>
 __device__ __forceinline__ void finish_operator(const DataGradientParams& p, bool second, int b, int p0, int width,
                                                 int half, float* chunk, GradientShared& shared) {
-  constexpr int kCells = kTile * kChunkColumns;
+  constexpr int kCells = kTile * kChunkColumns, kAtOnce = 8;  // cells whose loads are on their way together
   const bool along_rows = p.x_strides.c != 1;
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
   T* dx = p.dx ? static_cast<T*>(p.dx) + b * p.x_strides.b : nullptr;
-  for (int i = threadIdx.x; i < kCells; i += THREADS) {
-    const int r = along_rows ? i % kTile : i / kChunkColumns, c = along_rows ? i / kTile : i % kChunkColumns;
-    const int position = p0 + r, column = half * kChunkColumns + c;
-    float* cell = chunk + r * kChunkPitch + c;
-    if (position >= p.extent.positions || column >= width) {
-      *cell = 0;
-      continue;
+  for (int first = threadIdx.x; first < kCells; first += THREADS * kAtOnce) {
+    float seen[kAtOnce], before[kAtOnce];
+    const auto place = [&](int j, int* column, float** cell) -> int64 {  // -1 outside
+      const int i = first + j * THREADS;
+      const int r = along_rows ? i % kTile : i / kChunkColumns, c = along_rows ? i / kTile : i % kChunkColumns;
+      const int position = p0 + r;
+      *column = half * kChunkColumns + c, *cell = chunk + r * kChunkPitch + c;
+      if (position >= p.extent.positions || *column >= width) return -1;
+      return shared.list[*column] * p.x_strides.c + offset_of(p.x_strides, place_of(p.extent, position));
+    };
+    int column;
+    float* cell;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64 at = place(j, &column, &cell);
+      seen[j] = at >= 0 && p.dgate ? to_float(x[at]) : 0;
+      before[j] = at >= 0 && second && dx && shared.gate[column] != 0 ? to_float(dx[at]) : 0;
     }
-    const int64 at = shared.list[column] * p.x_strides.c + offset_of(p.x_strides, place_of(p.extent, position));
-    const float v = *cell, gate = shared.gate[column];
-    if (p.dgate) *cell = v * to_float(x[at]);
-    if (dx && gate != (second ? 1.0f : 0.0f)) {
-      float sum = (second ? 1 - gate : gate) * v;
-      if (second && gate != 0) sum += to_float(dx[at]);
-      dx[at] = from_float<T>(sum);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64 at = place(j, &column, &cell);
+      const float v = *cell, gate = at >= 0 ? shared.gate[column] : 0;
+      if (p.dgate) *cell = at >= 0 ? v * seen[j] : 0;
+      if (at >= 0 && dx && gate != (second ? 1.0f : 0.0f))
+        dx[at] = from_float<T>((second ? 1 - gate : gate) * v + before[j]);
     }
   }
   if (!p.dgate) return;

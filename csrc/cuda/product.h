@@ -15,7 +15,14 @@
 #  define DSTS_SM80 0
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+#  define DSTS_SM70 1
+#else
+#  define DSTS_SM70 0
+#endif
+
 #include "cuda/device.h"
+#include "cuda/load_matrix.h"
 
 namespace dsts::cuda {
 
@@ -59,15 +66,16 @@ struct Multiplier<float> {
   static constexpr bool kSupported = true;
 };
 
-// Where an operand lies in shared memory. Rows are padded by 16 bytes, so that eight of them touch every bank once.
+// Where an operand lies in shared memory. Rows are padded by 16 bytes, so that eight of them touch every bank once; on
+// sm_70, whose fragments are read 8 bytes at a time, by 32 where rows are K.
 template <class T, bool BY_K>
 struct SharedTile {
   static constexpr int kVector = 16 / sizeof(T);
   static constexpr int kDepth = 64 / sizeof(T);
   static constexpr int kRows = BY_K ? kTile : kDepth;
   static constexpr int kColumns = BY_K ? kDepth : kTile;
-  static constexpr int kPitch = kColumns + kVector;
-  static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(T));
+  static constexpr int kPitch = kColumns + (BY_K || !DSTS_SM70 ? 1 : 2) * kVector;
+  static constexpr int kBytes = kRows * (kColumns + (BY_K ? 1 : 2) * kVector) * static_cast<int>(sizeof(T));
   static constexpr int kRowVectors = kColumns / kVector;  // 16-byte vectors of a row
   static __device__ __forceinline__ int at(int mn, int k) { return BY_K ? mn * kPitch + k : k * kPitch + mn; }
 };
@@ -111,13 +119,13 @@ class Wmma {
       nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, kK, Operand, typename LayoutOf<A_BY_K>::Type> left[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        nvcuda::wmma::load_matrix_sync(left[i], a + A::at(m0 + 16 * i, k), A::kPitch);
+        load_matrix(left[i], a + A::at(m0 + 16 * i, k), A::kPitch);
         round_to_tf32(left[i]);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, kK, Operand, typename LayoutOf<!B_BY_K>::Type> right;
-        nvcuda::wmma::load_matrix_sync(right, b + B::at(n0 + 16 * j, k), B::kPitch);
+        load_matrix(right, b + B::at(n0 + 16 * j, k), B::kPitch);
         round_to_tf32(right);
 #pragma unroll
         for (int i = 0; i < 4; ++i) nvcuda::wmma::mma_sync(sum_[i][j], left[i], right, sum_[i][j]);
@@ -228,7 +236,12 @@ struct Copies {
   static constexpr int kCount = Tile::kRows * Tile::kRowVectors / THREADS;
   static constexpr int kRowsApart = THREADS / Tile::kRowVectors;  // of a thread's vectors
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / Tile::kRowVectors; }
+  // Of a tile by K, eight neighbouring threads take rows r and r + 4, whose vectors meet in no bank.
+  static __device__ __forceinline__ int row() {
+    const int lane = threadIdx.x % 32;
+    if (Tile::kRowVectors == 4) return threadIdx.x / 32 * 8 + lane / 4 % 2 * 4 + lane / 8;
+    return threadIdx.x / Tile::kRowVectors;
+  }
   static __device__ __forceinline__ int column() { return threadIdx.x % Tile::kRowVectors * Tile::kVector; }
   static __device__ __forceinline__ T* place(T* tile, int i) {
     return tile + (row() + i * kRowsApart) * Tile::kPitch + column();

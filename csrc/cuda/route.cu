@@ -32,22 +32,26 @@ __device__ void gather_block(const GatherParams& p, const Lists& lists, const fl
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
   const bool along_channels = p.x_strides.c == 1;
   __syncthreads();  // before the tile is written again
-  for (int i = threadIdx.x; i < kGather * Q::kBlock; i += kGatherThreads) {
-    const int k = along_channels ? i % Q::kBlock : i / kGather, r = along_channels ? i / Q::kBlock : i % kGather;
-    const int position = p0 + r;
-    float v = 0;
-    T own = from_float<T>(0.0f);
-    if (!lists.known) {
-      own = from_float<T>(not_a_number());
-    } else if (k < listed && position < p.extent.positions) {
+  constexpr int kAtOnce = 8;  // elements of a thread on their way together
+  for (int first_i = threadIdx.x; first_i < kGather * Q::kBlock; first_i += kGatherThreads * kAtOnce) {
+    T own[kAtOnce];
+    float scale[kAtOnce];
+    int cell[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first_i + j * kGatherThreads;
+      const int k = along_channels ? i % Q::kBlock : i / kGather, r = along_channels ? i / Q::kBlock : i % kGather;
+      const int position = p0 + r;
+      cell[j] = r * Q::kPitch + k;
+      own[j] = from_float<T>(lists.known ? 0.0f : not_a_number());
+      scale[j] = 1;
+      if (!lists.known || k >= listed || position >= p.extent.positions) continue;
       const int c = lists.order[first + k];
-      own = x[c * p.x_strides.c + offset_of(p.x_strides, place_of(p.extent, position))];
-      if (gate) {
-        v = gate[c];
-        own = from_float<T>(to_float(own) * (complement ? 1 - v : v));
-      }
+      own[j] = x[c * p.x_strides.c + offset_of(p.x_strides, place_of(p.extent, position))];
+      if (gate) scale[j] = complement ? 1 - gate[c] : gate[c];
     }
-    tile[r * Q::kPitch + k] = own;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) tile[cell[j]] = gate ? from_float<T>(to_float(own[j]) * scale[j]) : own[j];
   }
   __syncthreads();
   constexpr int kRowVectors = kBlockBytes / 16;
@@ -75,7 +79,7 @@ __device__ void gather(const GatherParams& p, const Lists& lists, const float* g
 
 // Training: gated features by the list row of the sample, or of its slot.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads) pack_kernel(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kGatherThreads, 3) pack_kernel(const __grid_constant__ GatherParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const int along = ceil_div(p.extent.positions, kGather), b = blockIdx.x / along;
   const int row = p.slots ? max(p.slots[b], 0) : b;
@@ -109,11 +113,13 @@ __device__ int choose_neuron(const GatherParams& p, int b, float* values, float*
     }
   }
   __syncthreads();
+  for (int n = threadIdx.x; n < p.neurons; n += kGatherThreads) scores[n] /= p.divisor;
+  __syncthreads();
   int best = 0;
-  for (int n = 0; n < p.neurons; ++n) {
-    const float score = scores[n] / p.divisor, top = scores[best] / p.divisor;
+  for (int n = 1; n < p.neurons; ++n) {
+    const float top = scores[best];
     if (top != top) break;
-    if (score > top || score != score) best = n;
+    if (scores[n] > top || scores[n] != scores[n]) best = n;
   }
   return best;
 }
@@ -121,7 +127,7 @@ __device__ int choose_neuron(const GatherParams& p, int b, float* values, float*
 // A frozen layer's first launch: choose each sample's neuron, gather its channels, plan the convolution and zero its
 // counters. Every block works its sample's choice out for itself, alike; one writes it down.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads) route_and_pack_kernel(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kGatherThreads, 3) route_and_pack_kernel(const __grid_constant__ GatherParams p) {
   constexpr int kBlock = Panel<T>::kBlock;
   DSTS_DYNAMIC_SHARED(shared);
   T* tile = reinterpret_cast<T*>(shared);
@@ -148,7 +154,7 @@ __global__ void __launch_bounds__(kGatherThreads) route_and_pack_kernel(const __
       p.chosen[b] = chosen;
     }
     for (int n = threadIdx.x; n < p.neurons; n += kGatherThreads)
-      p.scores[static_cast<int64>(b) * p.neurons + n] = scores[n] / p.divisor;
+      p.scores[static_cast<int64>(b) * p.neurons + n] = scores[n];
     for (int i = b * kGatherThreads + threadIdx.x; i < p.flag_count; i += p.batch * kGatherThreads) p.flags[i] = 0;
   }
   gather<T>(p, lists, nullptr, b, blockIdx.x % along * kGather, tile);

@@ -29,7 +29,7 @@ NO_OPERATOR = (0,) * 12
 
 
 def build_record() -> tuple[str, str]:
-    """What the install built, and why nothing more: ``("cpu" or "none", reason)``."""
+    """What the install built, and why nothing more: ``("cuda", "cpu" or "none", reason)``."""
     try:
         record = importlib.import_module("dsts_kernels._build")
     except ImportError:
@@ -58,8 +58,15 @@ def build_details() -> dict[str, str]:
     facts = _C.build_info()
     return {
         "native build": f"{built}, {facts['compiler']} {facts['version']}, OpenMP {'yes' if facts['openmp'] else 'no'}",
+        "CUDA kernels": _cuda_details(facts["cuda"], reason),
         "instructions": f"{_C.get_isa()} in use, this machine supports {', '.join(_C.supported_isas())}",
     }
+
+
+def _cuda_details(facts: dict | None, reason: str) -> str:
+    if facts is None:
+        return f"none: {reason}"
+    return f"nvcc {facts['version']}, for compute capability {', '.join(f'{t / 10:.1f}' for t in facts['targets'])}"
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,7 +1,8 @@
 """GPUs as their vendor describes them, what we estimate about them, and what a launch takes on one.
 
-A launch takes as long as the slowest of four: products on the busiest multiprocessor, bytes of device memory, bytes
-that L2 delivers, and trips to memory that wait for one another; plus a tail in which none of these is at work.
+A launch takes as long as the slowest of six: products on the busiest multiprocessor, its shared memory, its
+instructions, bytes of device memory, bytes that L2 delivers, and trips to memory that wait for one another; plus a tail
+in which none of these is at work. Shared memory and instructions are known of the CUDA kernels only (:mod:`.loops`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from ..backends.triton.tuning import Tile
 
 
 class Chip(NamedTuple):
-    """Peaks as published; only Hopper's rate of L2 is an estimate."""
+    """Peaks as published; estimates are named where the chips are."""
 
     title: str
-    architecture: str  # whose tiles it runs
+    capability: int  # times ten
     half: float  # TFLOP/s, dense, on tensor cores; fields are named as kinds of products are
     tf32: float
     ieee: float  # TFLOP/s of float32 multiply-adds
@@ -24,24 +25,48 @@ class Chip(NamedTuple):
     shared: int  # KiB of shared memory a multiprocessor
     l2: float  # MB
     l2_bandwidth: float  # GB/s
+    matrix: int  # half multiply-adds a cycle of a multiprocessor
+    threads: int = 2048  # that a multiprocessor holds
+    width: int = 128  # bytes a cycle of its shared memory
+
+    @property
+    def architecture(self) -> str:
+        """Whose tiles it runs."""
+        return f"sm_{self.capability}"
+
+    @property
+    def clock(self) -> float:
+        """Cycles a microsecond, at which the peak holds."""
+        return self.half * 1e6 / (2 * self.matrix * self.processors)
 
 
 CHIPS = {
     # V100 data sheet (SXM2) and whitepaper; L2: 2048 bytes a clock (as the A100 whitepaper compares), boost 1.53 GHz.
-    # It has no tf32.
-    "v100": Chip("V100 SXM2", "sm_70", 125.0, 15.7, 15.7, 900.0, 80, 96, 6.0, 2048 * 1.53),
+    # 8 tensor cores of 64 multiply-adds. It has no tf32.
+    "v100": Chip("V100 SXM2", 70, 125.0, 15.7, 15.7, 900.0, 80, 96, 6.0, 2048 * 1.53, 512),
+    # T4 data sheet and Turing whitepaper: as many multiply-adds, half the threads and load units. Estimates: half the
+    # bytes a cycle of shared memory with them, L2 of 1024 bytes a clock at 1.59 GHz. 70 W may not hold that clock.
+    "t4": Chip("T4", 75, 65.0, 8.1, 8.1, 320.0, 40, 64, 4.0, 1024 * 1.59, 512, 1024, 64),
     # A100 data sheet (SXM4, 80 GB) and whitepaper; L2: 5120 bytes a clock, boost 1.41 GHz
-    "a100": Chip("A100 SXM4", "sm_80", 312.0, 156.0, 19.5, 2039.0, 108, 164, 40.0, 5120 * 1.41),
+    "a100": Chip("A100 SXM4", 80, 312.0, 156.0, 19.5, 2039.0, 108, 164, 40.0, 5120 * 1.41, 1024),
     # H100 data sheet (SXM5; half of its sparse figures) and whitepaper; L2: estimate, A100's width at 1.755 GHz
-    "h100": Chip("H100 SXM5", "sm_90", 989.4, 494.7, 66.9, 3350.0, 132, 228, 50.0, 5120 * 1.755),
+    "h100": Chip("H100 SXM5", 90, 989.4, 494.7, 66.9, 3350.0, 132, 228, 50.0, 5120 * 1.755, 2048),
     # H200 data sheet (SXM): the same processor with other memory, so the rest is the H100's
-    "h200": Chip("H200 SXM", "sm_90", 989.4, 494.7, 66.9, 4800.0, 132, 228, 50.0, 5120 * 1.755),
+    "h200": Chip("H200 SXM", 90, 989.4, 494.7, 66.9, 4800.0, 132, 228, 50.0, 5120 * 1.755, 2048),
 }
+BACKENDS = ("triton", "cuda")
+
+
+def backend_on(chip: Chip, wanted: str | None = None) -> str:
+    """Triton needs compute capability 8.0; before it there are the CUDA kernels only."""
+    return "cuda" if chip.capability < 80 else wanted or "triton"
+
 
 # Estimates from here on. Others measured 798 TFLOP/s in a large bf16 product on an H100 (0.81 of its peak), and 229
 # (bf16) to 273 (fp16) on an A100 (0.73 to 0.87; triton-lang/triton#743).
 SUSTAINED = 0.8  # of a peak rate of products
-COPIED = 0.9  # of the bandwidth of device memory, and of L2
+COPIED = 0.9  # of the bandwidth of device memory, of L2 and of shared memory, and of slots for instructions
+WARP_MATRIX = {90: 0.63}  # of the peak of tensor cores, which instructions of one warp reach (Hopper: others' tests)
 START_US = 1.5  # of an empty kernel
 GAP_US = 1.0  # between kernels of a stream, or of a CUDA graph
 HOST_US, HOST_TORCH_US = 15.0, 5.0  # of the host, to launch one of our kernels, or of torch's, without a graph
@@ -59,6 +84,9 @@ class Launch(NamedTuple):
     busiest: float = 0.0  # FLOP of the busiest multiprocessor: padding, whole K blocks and waves included
     waves: float = 0.0
     tile: Tile | None = None
+    shared: float = 0.0  # cycles of the busiest multiprocessor's shared memory, where known
+    issue: float = 0.0  # likewise, of its schedulers
+    reach: float = 1.0  # share of a peak rate that its instructions can reach
     chain: float = 0.0  # microseconds of dependent trips, while bandwidth is in use
     tail: float = START_US  # microseconds that overlap with nothing
     count: int = 1  # kernels of torch's that it stands for
@@ -77,7 +105,9 @@ def product_rate(kind: str, chip: Chip) -> float:
 
 def predict(launch: Launch, kind: str, chip: Chip) -> Prediction:
     parts = {
-        "compute": launch.busiest * chip.processors / product_rate(kind, chip),
+        "compute": launch.busiest * chip.processors / product_rate(kind, chip) / launch.reach,
+        "shared": launch.shared / (COPIED * chip.clock),
+        "issue": launch.issue / (COPIED * chip.clock),
         "DRAM": launch.dram / (COPIED * chip.bandwidth * 1e3),
         "L2": launch.l2 / (COPIED * chip.l2_bandwidth * 1e3),
         "latency": launch.chain,

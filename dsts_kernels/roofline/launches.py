@@ -8,112 +8,20 @@ and L2 once a tile; features and gradients lie channels-last.
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import itertools
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
-
 from ..backends.packing import tile_channels
 from ..backends.triton import tuning
 from ..backends.triton.boxes import best_box, cdiv, next_power
 from ..backends.triton.tuning import Tile
+from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
 from .chips import DRAM_US, L2_US, START_US, Chip, Launch
+from .common import LEAST, busiest, deal, stream
 
-SHAPES = {"tpn": (1024, (8, 16, 16)), "swin": (1024, (16, 7, 7))}
-
-# As in the launchers: K blocks that a program of a shared tile takes at least; positions and channels of a program that
-# gathers or sums; outputs of one that lays filters out, and elements of channels and taps.
-LEAST, POSITIONS, CHANNELS, FILTERS = tuning.LEAST_BLOCKS, tuning.GATHER_POSITIONS, 64, tuning.FILTER_TILE
-RESIDENT = 8  # programs a multiprocessor of a kernel without products (estimate)
-SPATIAL, TEMPORAL = 9, 3  # taps
-FLOAT = 4  # bytes
-
-
-class Case(NamedTuple):
-    """A module and its features. ``kind`` of products: ``half``, ``tf32`` or ``ieee``, as in :mod:`.tuning`."""
-
-    channels: int
-    size: tuple[int, int, int]
-    batch: int = 8
-    layers: int = 3
-    neurons: int = 10
-    dtype: torch.dtype = torch.bfloat16
-    kind: str = "half"
-    share: float = 0.5  # of a neuron's channels that are spatial
-
-    @property
-    def positions(self) -> int:
-        return self.size[0] * self.size[1] * self.size[2]
-
-    @property
-    def element(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def features(self) -> int:
-        """Bytes of ``(B, C, T, H, W)``."""
-        return self.batch * self.channels * self.positions * self.element
-
-    @property
-    def slots(self) -> int:
-        """Neurons the batch chose: sample ``b`` chose ``b % N``, so as many as can be, which reads the most filters."""
-        return min(self.batch, self.neurons)
-
-    @property
-    def split(self) -> tuple[int, int]:
-        """Channels that a hard gate lists: spatial, temporal."""
-        spatial = round(self.channels * self.share)
-        return spatial, self.channels - spatial
-
-    def is_hard(self, b: int) -> bool:
-        """Half of a training batch; a soft gate sends every channel through both operators."""
-        return b < self.batch // 2
-
-    def sample_lists(self) -> list[tuple[int, int]]:
-        return [self.split if self.is_hard(b) else (self.channels, self.channels) for b in range(self.batch)]
-
-    def slot_lists(self) -> list[tuple[int, int, int]]:
-        """Channels that any of a slot's samples lists, noise being independent, and how many samples it has."""
-        found = []
-        for slot in range(self.slots):
-            hard = [self.is_hard(b) for b in range(slot, self.batch, self.neurons)]
-            lists = [
-                round(self.channels - self.channels * (1 - count / self.channels) ** len(hard))
-                if all(hard)
-                else self.channels
-                for count in self.split
-            ]
-            found.append((lists[0], lists[1], len(hard)))
-        return found
-
-
-def literal_flop(case: Case) -> int:
-    """Of an evaluation as the formulas are written: scores by convolution, both operators on all channels, mixing."""
-    per_position = (case.neurons + SPATIAL + TEMPORAL + 1) * case.channels**2
-    return 2 * case.layers * case.batch * case.positions * per_position
-
-
-def folded_flop(case: Case) -> int:
-    """Of a frozen evaluation: each channel through the operator that lists it, everything else folded into it."""
-    taps = SPATIAL * case.split[0] + TEMPORAL * case.split[1]
-    return 2 * case.layers * case.batch * case.positions * taps * case.channels
-
-
-def stream(
-    kernel: str, chip: Chip, programs: int, dram: float, trips: float, *, l2: float | None = None, tail: float = 0.0
-) -> Launch:
-    """A kernel without products, whose programs wait ``trips`` microseconds for memory each."""
-    chain = cdiv(programs, RESIDENT * chip.processors) * trips
-    return Launch(kernel, programs, dram, dram if l2 is None else l2, chain=chain, tail=START_US + tail)
+# As in the launchers: positions and channels of a program that gathers or sums; outputs of one that lays filters out,
+# and elements of channels and taps; channels of one that works gates out, forward.
+POSITIONS, CHANNELS, FILTERS, SEMHASH = tuning.GATHER_POSITIONS, 64, tuning.FILTER_TILE, 1024
 
 
 def tile_for(kernel: str, case: Case, chip: Chip) -> Tile:
-    if chip.architecture == "sm_70":  # its kernels will be CUDA C++: a tile by assumption
-        return Tile(128, 128, 64 if kernel == "weight_gradient" else tile_channels(case.dtype), 8, 2, False)
     return tuning.choose_tile(kernel, chip.architecture, case.kind, case.size, case.channels, case.batch)
 
 
@@ -121,56 +29,6 @@ def box_rows(case: Case, rows: int) -> tuple[int, float]:
     """Boxes of ``rows`` positions a sample, and how many of a box's rows lie inside it: only those are read."""
     boxes = best_box(rows, *case.size).tiles(*case.size)
     return boxes, case.positions / boxes
-
-
-class Reduction(NamedTuple):
-    """One sample's convolution: K blocks, rows of its filters, columns of its panel."""
-
-    steps: int
-    rows: int
-    columns: int
-
-
-def reduction(case: Case, first: int, second: int) -> Reduction:
-    """Of a sample whose operators read so many channels."""
-    block = tile_channels(case.dtype)
-    blocks = cdiv(first, block), cdiv(second, block)
-    rows = SPATIAL * first + TEMPORAL * second
-    return Reduction(SPATIAL * blocks[0] + TEMPORAL * blocks[1], rows, block * sum(blocks))
-
-
-class Share(NamedTuple):
-    """How the persistent convolution deals its tiles out."""
-
-    longest: int  # K blocks of the busiest program
-    items: int  # tiles and parts of tiles that a program has at most
-    parts: int  # parts of tiles, which go through memory
-    pieces: int  # most parts of one tile
-
-
-def deal(steps: Sequence[int], per_sample: int, programs: int) -> Share:
-    """What :mod:`dsts_kernels.backends.triton.schedule` does, with ``steps`` K blocks in a tile of each sample."""
-    tiles = len(steps) * per_sample
-    waves = max(0, tiles // programs - 1)
-    dealt = [sum(steps[(q + i * programs) // per_sample] for i in range(waves)) for q in range(programs)]
-    left = (steps[tile // per_sample] for tile in range(waves * programs, tiles))
-    bounds = list(itertools.accumulate(left, initial=0))  # of shared tiles, in K blocks
-    shared = bounds[-1]
-    if waves:
-        mean = (sum(dealt) + shared) // programs + 1
-        weights = [max(mean - own, 0) for own in dealt]
-    else:
-        most = min(max(shared // LEAST, 1), programs)
-        weights = [1] * most + [0] * (programs - most)
-    stops = [shared * until // sum(weights) for until in itertools.accumulate(weights)]
-    longest, items, partial = 0, waves, Counter()
-    for own, start, stop in zip(dealt, [0, *stops[:-1]], stops, strict=True):
-        longest = max(longest, own + stop - start)
-        if start < stop:
-            first, last = bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop) - 1
-            items = max(items, waves + last - first + 1)
-            partial.update({tile for tile in (first, last) if start > bounds[tile] or stop < bounds[tile + 1]})
-    return Share(longest, items, sum(partial.values()), max(partial.values(), default=0))
 
 
 def conv_problem(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
@@ -228,15 +86,12 @@ def one_tile_each(launch: Launch, case: Case, chip: Chip, steps: list[int], bloc
     tile, active = launch.tile, [n for n in steps if n]
     fits = resident_programs(tile, case, chip, accumulators)
     resident = min(fits, max(1, cdiv(len(active), chip.processors)))
-    free = [0] * (chip.processors * resident)
-    for n in active:
-        heapq.heapreplace(free, free[0] + n)
-    waves = len(active) / len(free)
+    slots = chip.processors * resident
     return launch._replace(
         l2=launch.l2 + sum(active) * block * case.element,
-        busiest=2.0 * max(free) * resident * tile.m * tile.n * tile.k,
-        waves=waves,
-        tail=START_US + 3 * DRAM_US * cdiv(len(active), len(free)) / resident,
+        busiest=2.0 * busiest(active, slots) * resident * tile.m * tile.n * tile.k,
+        waves=len(active) / slots,
+        tail=START_US + 3 * DRAM_US * cdiv(len(active), slots) / resident,
     )
 
 
@@ -341,11 +196,6 @@ def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     return stream("unpack_filters", chip, filter_tiles(case, taps) * case.neurons, dram, L2_US + DRAM_US)
 
 
-def little(kernel: str, case: Case, chip: Chip, programs: int, rows: int, trips: int) -> Launch:
-    """A kernel on ``rows`` of ``C`` floats, which is hardly more than its launch."""
-    return stream(kernel, chip, programs, rows * case.channels * FLOAT, 0.0, tail=trips * DRAM_US)
-
-
-def library(what: str, dram: float, count: int = 1) -> Launch:
-    """Kernels of torch's around ours, by the bytes they read and write."""
-    return Launch(f"torch: {what}", 0, dram, dram, tail=count * (START_US + DRAM_US), count=count)
+def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:
+    """Copies of operands whose rows are no whole 16 bytes: none, kernels mask what is not there."""
+    return []

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, predict, product_rate
-from .launches import SHAPES, Case, literal_flop
+from .cases import SHAPES, Case, literal_flop
+from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, backend_on, predict, product_rate
 from .steps import STEPS
 
 HEAD = "PREDICTIONS, NOT MEASUREMENTS: roofline of every launch (FLOP, bytes, tiles, waves)"
 NOTES = f"""\
 programs  of a launch; waves: tiles over those that run at once; fill: useful FLOP over what fits in the time of the
-          busiest multiprocessor (padding of boxes and K blocks, whole waves or uneven shares); us: of one launch
-bound     the slowest of products ({SUSTAINED:.0%} of peak), DRAM, L2, and waiting for memory (latency)
+          busiest multiprocessor (padding of tiles and K blocks, whole waves or uneven shares); us: of one launch
+bound     the slowest of products ({SUSTAINED:.0%} of peak), shared memory and instruction issue (of the CUDA backend's
+          products, by their SASS), DRAM, L2, and waiting for memory (latency)
 graph     all launches with {GAP_US:g} us between them; launched: one by one, by a host that takes {HOST_US:g} us for
           each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py"""
-VOLTA = "V100: its kernels are not written yet (CUDA C++); predicted with 128x128 tiles and the same launches, in {}"
+OLD = (
+    "{}: kernels of the CUDA backend, which have not run on it; in {}. Products by instructions counted in SASS, which "
+    "schedule their operands\nideally: conflicts of registers and barriers are not modelled. "
+    "Counts: dsts_kernels/roofline/loops.py"
+)
 
 
 class Total(NamedTuple):
@@ -33,8 +39,8 @@ class Total(NamedTuple):
 
 
 def run_on(case: Case, chip: Chip) -> Case:
-    """The case as ``chip`` can run it: Volta has neither bfloat16 nor tf32."""
-    if chip.architecture != "sm_70":
+    """The case as ``chip`` can run it: before compute capability 8.0 there is neither bfloat16 nor tf32."""
+    if chip.capability >= 80:
         return case
     dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
     return case._replace(dtype=dtype, kind="ieee" if case.kind == "tf32" else case.kind)
@@ -79,7 +85,9 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
         f"{launch.flop / 1e9:.1f}" if launch.flop else "-",
         f"{launch.dram / 1e6:.1f}",
         f"{launch.l2 / 1e6:.0f}",
-        *(f"{parts[name]:.1f}" for name in ("compute", "DRAM", "L2", "latency")),
+        f"{parts['compute']:.1f}",
+        *(f"{parts[name]:.1f}" if parts[name] else "-" for name in ("shared", "issue")),
+        *(f"{parts[name]:.1f}" for name in ("DRAM", "L2", "latency")),
         f"{us:.1f}",
         f"{us * times / 1e3:.3f}",
         bound,
@@ -88,9 +96,20 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
 
 LAUNCH_HEAD = (
     *("kernel", "n", "programs", "tile", "waves", "fill", "GFLOP", "DRAM MB", "L2 MB"),
-    *("compute us", "DRAM us", "L2 us", "wait us", "us", "ms all", "bound"),
+    *("compute us", "shared us", "issue us", "DRAM us", "L2 us", "wait us", "us", "ms all", "bound"),
 )
-SUM_HEAD = ("sums, ms", "chip", "dtype", "kernels", "graph", "launched", "products alone", "of it", "bound by")
+SUM_HEAD = (
+    "sums, ms",
+    "chip",
+    "backend",
+    "dtype",
+    "kernels",
+    "graph",
+    "launched",
+    "products alone",
+    "of it",
+    "bound by",
+)
 
 
 def dtype_name(case: Case) -> str:
@@ -103,37 +122,38 @@ def label(case: Case) -> str:
     return f"{named} {sizes}" if named else sizes
 
 
-def sum_row(step: str, case: Case, chip: Chip, found: Total) -> list[str]:
+def sum_row(step: str, case: Case, chip: Chip, backend: str, found: Total) -> list[str]:
     shares = ", ".join(f"{bound} {share:.0%}" for bound, share in found.shares.items())
     times = [f"{ms:.3f}" for ms in found[:4]]
-    return [
-        f"{step} {label(case)}", chip.title, dtype_name(case), *times, f"{found.floor / found.graph:.0%}", shares
-    ]  # fmt: skip
+    name = f"{step} {label(case)}"
+    return [name, chip.title, backend, dtype_name(case), *times, f"{found.floor / found.graph:.0%}", shares]
 
 
-def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str]) -> str:
-    """Every launch of every step on every chip, equal launches in one row, and the sums of all."""
+def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], wanted: str | None = None) -> str:
+    """Every launch of every step on every chip, equal launches in one row, and the sums of all.
+
+    ``wanted`` is the backend of chips that can run more than one.
+    """
     blocks, sums = [HEAD + "\n" + NOTES], []
-    for step in steps:
-        for wanted in cases:
-            for chip in chips:
-                case = run_on(wanted, chip)
-                launches = STEPS[step](case, chip)
-                found = total(launches, case.kind, chip)
-                rows = [launch_row(one, times, case.kind, chip) for one, times in Counter(launches).items()]
-                title = (
-                    f"{step}  {label(case)} {dtype_name(case)} on {chip.title}: {case.layers} layers, {case.neurons} "
-                    f"neurons, {case.share:.0%} of channels spatial (predicted)"
-                )
-                ends = (
-                    f"sum: {found.kernels:.3f} ms of kernels, {found.graph:.3f} in a CUDA graph, {found.launched:.3f} "
-                    f"launched one by one; as written literally {literal_flop(case) / 1e12:.2f} TFLOP an evaluation, "
-                    f"here {sum(one.flop for one in launches) / 1e12:.2f}"
-                )
-                blocks.append("\n".join((title, table(LAUNCH_HEAD, rows), ends)))
-                sums.append(sum_row(step, case, chip, found))
+    for step, given, chip in itertools.product(steps, cases, chips):
+        case, backend = run_on(given, chip), backend_on(chip, wanted)
+        launches = STEPS[step](case, chip, backend)
+        found = total(launches, case.kind, chip)
+        rows = [launch_row(one, times, case.kind, chip) for one, times in Counter(launches).items()]
+        title = (
+            f"{step}  {label(case)} {dtype_name(case)} on {chip.title}, {backend}: {case.layers} layers, "
+            f"{case.neurons} neurons, {case.share:.0%} of channels spatial (predicted)"
+        )
+        ends = (
+            f"sum: {found.kernels:.3f} ms of kernels, {found.graph:.3f} in a CUDA graph, {found.launched:.3f} "
+            f"launched one by one; as written literally {literal_flop(case) / 1e12:.2f} TFLOP an evaluation, "
+            f"here {sum(one.flop for one in launches) / 1e12:.2f}"
+        )
+        blocks.append("\n".join((title, table(LAUNCH_HEAD, rows), ends)))
+        sums.append(sum_row(step, case, chip, backend, found))
     blocks.append("predicted\n" + table(SUM_HEAD, sums))
-    volta = [chip for chip in chips if chip.architecture == "sm_70"]
-    if volta:
-        blocks.append(VOLTA.format(" and ".join(sorted({dtype_name(run_on(case, volta[0])) for case in cases}))))
+    old = [chip for chip in chips if chip.capability < 80]
+    if old:
+        dtypes = sorted({dtype_name(run_on(case, old[0])) for case in cases})
+        blocks.append(OLD.format(", ".join(chip.title for chip in old), " and ".join(dtypes)))
     return "\n\n".join(blocks)

@@ -53,7 +53,7 @@ def flags(source: Path, flavour: str, arch: int, name: str) -> list[str]:
     include = [f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
     if source.suffix == ".cu":
         cuda = ["-x", "c++", "-include", str(HERE / "include" / "cuda_runtime.h")]  # as nvcc does
-        defines = ["-D__CUDACC__", f"-D__CUDA_ARCH__={arch}"]
+        defines = ["-D__CUDACC__", "-DDSTS_NO_PTX", f"-D__CUDA_ARCH__={arch}"]
         # g++ does not know "#pragma unroll".
         return [*cuda, *COMMON, "-Wno-unknown-pragmas", *OPTIMIZE[flavour], *SANITIZE[flavour], *defines, *include]
     if source == HERE / "runtime.cpp":

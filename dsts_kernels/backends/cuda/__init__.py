@@ -98,4 +98,3 @@ class CudaBackend(GpuBackend):
         if (reason := unsupported(major, minor) or unsupported_by_torch(major, minor)) is not None:
             return reason
         return unsupported_dtype(dtype, major)
-

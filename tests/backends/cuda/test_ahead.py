@@ -82,6 +82,12 @@ def test_products_run_in_tensor_cores(compiled, arch):
     assert not told([one for one in products(compiled, "float") if one.tensor])
 
 
+def test_operands_come_as_matrices(compiled, arch):
+    """Whole matrices at a time from shared memory, where the chip can."""
+    for one in products(compiled, "half"):
+        assert bool(one.counts["LDSM"]) == (arch >= 75), told([one])
+
+
 def test_asynchronous_copies(compiled, arch):
     """All products from sm_80 on fetch their operands so, nothing before does."""
     assert {bool(one.counts["LDGSTS"]) for one in compiled if one.name.base in ahead_cuda.PRODUCTS} == {arch >= 80}

@@ -1,0 +1,240 @@
+"""What each kernel of the CUDA backend does in one launch, as :mod:`.launches` says it of the Triton backend.
+
+Grids are those of backends/cuda/kernels.py and csrc/cuda: tiles of 128 positions, which follow one another without
+boxes, by 128 outputs; a persistent convolution; gradients of one tile a block. A test holds the launchers to it.
+Assumed as there, and that loops of epilogues and gathers wait for one load before they ask for the next, as their SASS
+does (sm_70).
+"""
+
+from __future__ import annotations
+
+from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE
+from ..backends.packing import tile_channels
+from ..backends.triton.boxes import cdiv
+from ..backends.triton.tuning import Tile
+from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
+from .chips import DRAM_US, L2_US, START_US, WARP_MATRIX, Chip, Launch
+from .common import busiest, deal, library, stream
+from .loops import step_of
+
+SEMHASH = 256  # channels of a program
+FILTERS, SUM_POSITIONS, SUM_CHANNELS = 64, 64, 64  # as in the launchers and kernels
+THREADS = 256  # of a block that gathers or sums
+CHUNK = 256  # channels whose scores are added up at a time
+BY_K = ("packed", "rows")  # forms of filters that lie by K
+
+
+def vector(case: Case) -> int:
+    """Elements of 16 bytes."""
+    return 16 // case.element
+
+
+def pitch(case: Case) -> int:
+    """Channels of a row with its padding."""
+    return cdiv(case.channels, vector(case)) * vector(case)
+
+
+def tile_of(case: Case, chip: Chip) -> Tile:
+    exact = case.kind == "ieee"
+    needed = 44 if chip.capability < 80 else 66  # KiB of a block, as in the launchers
+    resident = 2 if not exact and chip.shared >= 2 * needed else 1
+    stages = 2 if chip.capability < 80 else 3
+    return Tile(TILE, TILE, tile_channels(case.dtype), 8 if exact else 4, stages, False, resident)
+
+
+def tiles_of(case: Case) -> tuple[int, int]:
+    """Of a sample along positions, and of outputs."""
+    return cdiv(case.positions, TILE), cdiv(case.channels, TILE)
+
+
+def loaded(case: Case) -> float:
+    """Rows and columns of a tile that lie inside features and outputs, on average: the rest is not read."""
+    along, across = tiles_of(case)
+    return case.positions / along + case.channels / across
+
+
+def product(launch: Launch, case: Case, chip: Chip, kernel: str, steps: int, held: int) -> Launch:
+    """Completes a launch whose longest block has ``steps`` of 64 bytes, with ``held`` blocks a multiprocessor."""
+    dtype = "tf32" if case.kind == "tf32" else str(case.dtype).removeprefix("torch.")
+    cost = step_of(chip.capability, dtype, kernel, chip.width)
+    # What is asked for during one half of a step is stored after it; later chips ask two steps ahead.
+    trips = 2.0 if chip.capability < 80 else 0.5
+    return launch._replace(
+        busiest=2.0 * steps * held * TILE * TILE * (64 // case.element),
+        shared=steps * held * cost.shared,
+        issue=steps * held * cost.issue,
+        reach=1.0 if case.kind == "ieee" else WARP_MATRIX.get(chip.capability, 1.0),
+        chain=steps * trips * L2_US,
+    )
+
+
+def conv_problem(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
+    """Tile, tiles a sample and programs of a convolution over at most ``width`` columns by ``taps``."""
+    tile, (along, across) = tile_of(case, chip), tiles_of(case)
+    most = case.batch * along * across * cdiv(width, tile.k) * taps
+    programs = max(1, min(chip.processors * tile.per_sm, cdiv(most, LEAST), MOST_PROGRAMS))
+    return tile, along * across, programs
+
+
+def conv(
+    case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, more: float = 0.0
+) -> Launch:
+    """``more`` bytes are read or written by the epilogue besides the output."""
+    tile, per_sample, programs = conv_problem(case, chip, width, taps)
+    steps = [sample.steps for sample in samples]
+    share = deal(steps, per_sample, programs)
+    held = min(tile.per_sm, cdiv(programs, chip.processors))
+    rows = sum(steps) * tile.k if form == "packed" else sum(sample.rows for sample in samples)
+    panel = sum(sample.columns for sample in samples) * case.positions * case.element
+    scratch = share.parts * TILE * TILE * FLOAT
+    loads = sum(steps) * per_sample * loaded(case) * tile.k * case.element
+    # An epilogue goes over its cells two vectors a thread at a time; parts of a tile are added up one load at a time.
+    cells = TILE * TILE // (32 * tile.warps)
+    rounds = cells / (2 * (vector(case) if case.channels % vector(case) == 0 else 1))
+    adding = cells * share.pieces * L2_US if share.parts else 0.0
+    launch = Launch(
+        f"conv {form}",
+        programs,
+        panel + rows * case.channels * case.element + case.features + more + scratch,
+        loads + case.features + more + 2 * scratch,
+        flop=2.0 * sum(sample.rows for sample in samples) * case.positions * case.channels,
+        waves=case.batch * per_sample / programs,
+        tile=tile,
+        tail=START_US + share.items * (2 * DRAM_US + rounds * L2_US) / held + adding,
+    )
+    return product(launch, case, chip, "by_k" if form in BY_K else "by_output", 2 * share.longest, held)
+
+
+def plain_conv(case: Case, chip: Chip, form: str) -> Launch:
+    """Mixing (``rows``) or its data gradient (``columns``)."""
+    one = Reduction(cdiv(case.channels, tile_channels(case.dtype)), case.channels, case.channels)
+    return conv(case, chip, form, [one] * case.batch, case.channels, 1)
+
+
+def one_tile_each(launch: Launch, case: Case, chip: Chip, kernel: str, steps: list[int], waits: float) -> Launch:
+    """Completes a launch whose blocks have ``steps`` and go, in order, to multiprocessors as they get free.
+
+    ``launch.l2`` holds what epilogues touch, each of which waits ``waits`` microseconds.
+    """
+    tile, active = launch.tile, [n for n in steps if n]
+    held = min(tile.per_sm, max(1, cdiv(len(active), chip.processors)))
+    slots = chip.processors * held
+    rounds = cdiv(len(active), slots)
+    launch = product(launch, case, chip, kernel, busiest(active, slots), held)
+    return launch._replace(waves=len(active) / slots, tail=START_US + rounds * (2 * DRAM_US + waits) / held)
+
+
+def data_gradient(case: Case, chip: Chip) -> Launch:
+    """Both operators on every channel, one after the other, with the gates' gradient.
+
+    Either's epilogue reads ``x``; the first writes ``dx`` where the gate is not 0, the second adds where it is not 1.
+    """
+    tile, c = tile_of(case, chip), case.channels
+    (along, across), taps = tiles_of(case), SPATIAL + TEMPORAL
+    programs, soft = case.batch * along * across, 1 - sum(map(case.is_hard, range(case.batch))) / case.batch
+    ends = (3 + 2 * soft) * case.features + case.batch * along * c * FLOAT
+    steps = 2 * taps * cdiv(c, tile.k)
+    loads = programs * steps * loaded(case) * 64
+    launch = Launch(
+        "data_gradient",
+        programs,
+        ends + case.features + case.batch * taps * c**2 * case.element,
+        ends + loads,
+        flop=2.0 * case.batch * case.positions * taps * c**2,
+        tile=tile,
+    )
+    # An element a thread, one after the other: x from memory, then x and what is in dx from L2.
+    waits = TILE * TILE / (32 * tile.warps) * (DRAM_US + L2_US + soft * L2_US)
+    return one_tile_each(launch, case, chip, "data_gradient", [steps] * programs, waits)
+
+
+def weight_gradient(case: Case, chip: Chip, gated: bool) -> Launch:
+    """Of both operators, or of mixing: a block has a tile of one tap of one slot."""
+    tile, c, depth = tile_of(case, chip), case.channels, 64 // case.element
+    tile = tile._replace(k=depth)
+    steps, flop, read, written = [], 0.0, 0.0, 0.0
+    slots = chip.processors * tile.per_sm
+    for first, second, samples in case.slot_lists():
+        taps = [first] * SPATIAL + [second] * TEMPORAL if gated else [c]
+        each = samples * cdiv(case.positions, depth)
+        own = [each * (row < count) for count in taps for row in range(0, c, TILE) for _ in range(0, c, TILE)]
+        columns = reduction(case, first, second).columns if gated else c
+        operands = samples * case.positions * (columns + c) * case.element
+        # Every wave of a slot goes over all its positions: from memory where L2 does not keep them.
+        read += operands * (1 if operands < chip.l2 * 1e6 else cdiv(sum(map(bool, own)), slots))
+        written += sum(taps) * c * case.element
+        flop += 2.0 * samples * case.positions * sum(taps) * c
+        steps += own
+    loads = sum(steps) * 2 * c / cdiv(c, TILE) * 64
+    name = "weight_gradient" if gated else "weight_gradient mixing"
+    launch = Launch(name, len(steps), read + written, written + loads, flop=flop, tile=tile)
+    return one_tile_each(launch, case, chip, "weight_gradient", steps, DRAM_US)
+
+
+def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
+    """The launch, and how many partial sums of a channel it writes."""
+    aligned = case.channels % vector(case) == 0
+    channels, rows = (8 * vector(case), THREADS // 8) if aligned else (32, THREADS // 32)
+    parts = cdiv(4 * chip.processors, case.batch * cdiv(case.channels, SUM_CHANNELS))
+    parts = max(1, min(cdiv(case.positions, SUM_POSITIONS), parts))
+    dram = case.features + case.batch * parts * case.channels * FLOAT
+    trips = cdiv(cdiv(cdiv(case.positions, parts), rows), 4) * DRAM_US  # loops by four, as compiled
+    return stream("tap_sums", chip, case.batch * parts * cdiv(case.channels, channels), dram, trips), parts
+
+
+def gather(
+    kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
+) -> Launch:
+    """Gathers listed channels into a panel, through shared memory.
+
+    ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
+    """
+    along, block = cdiv(case.positions, GATHER), tile_channels(case.dtype)
+    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
+    columns = [reduction(case, *pair).columns for pair in lists]
+    panel = sum(columns) * case.positions * case.element
+    programs = along * shares * case.batch
+    # A thread reads element after element; what one list's block took from memory, the other's finds in L2.
+    trips = cdiv(max(columns) // block, shares) * (GATHER * block // THREADS) * (L2_US + DRAM_US) / 2
+    moved = panel + more
+    return stream(
+        kernel, chip, programs, case.features + moved, trips, l2=2 * case.features + moved + programs * l2, tail=tail
+    )
+
+
+def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
+    """Every block adds up its sample's ``parts`` and works its scores out before it gathers."""
+    c, n, block = case.channels, case.neurons, tile_channels(case.dtype)
+    programs = conv_problem(case, chip, c + block, SPATIAL)[2]
+    flags = programs + case.batch * tiles_of(case)[1]
+    read = (case.batch * parts + n) * c * FLOAT + case.slots * c * 4 + (n + 1) * 8
+    written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
+    tail = (cdiv(c, CHUNK) * (cdiv(parts, 4) + cdiv(n, THREADS // 32)) + 3) * L2_US  # a warp a neuron
+    lists, most = [case.split] * case.batch, cdiv(c, block)
+    return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
+
+
+def filter_tiles(case: Case, taps: int) -> int:
+    """Filters laid out by channel have rows of outputs, padded."""
+    return cdiv(pitch(case), FILTERS) * cdiv(case.channels * taps, FILTERS)
+
+
+def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
+    """Parameters of the chosen neurons, laid out for the kernels."""
+    dram = case.slots * case.channels * (case.channels + pitch(case)) * taps * case.element
+    return stream("pack_filters", chip, filter_tiles(case, taps) * case.slots, dram, L2_US + DRAM_US)
+
+
+def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
+    """The way back for gradients, whose rows are not padded: listed channels are read, and all neurons written."""
+    listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
+    dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
+    programs = cdiv(case.channels, FILTERS) * cdiv(case.channels * taps, FILTERS) * case.neurons
+    return stream("unpack_filters", chip, programs, dram, L2_US + DRAM_US)
+
+
+def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:
+    """Copies of operands, of so many elements, whose rows are no whole 16 bytes: zeros, then the rows."""
+    if case.channels % vector(case) == 0:
+        return []
+    return [library("rows padded", 3.0 * elements * case.element, 2) for elements in matrices]
