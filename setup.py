@@ -62,8 +62,7 @@ def run(*command: str) -> None:
 def build_module(cuda: str) -> tuple[Path, str]:
     """Configure and build, incrementally; returns the module's path, and why it has no CUDA kernels if it has none."""
     # A CMake cache is bound to its source directory, Python and compiler: each combination has its own.
-    variables = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CUDACXX")]
-    key = "|".join([str(ROOT), sys.executable, *variables])
+    key = "|".join([str(ROOT), sys.executable, *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "CUDACXX"))])
     directory = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
     cmake = tool("cmake", "CMAKE_BIN_DIR")
     defines = [

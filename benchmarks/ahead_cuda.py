@@ -80,7 +80,7 @@ def operand_bytes(element: str, by_k: bool) -> int:
     size = BYTES[element]
     depth, vector = 64 // size, 16 // size
     rows, columns = (TILE, depth) if by_k else (depth, TILE)
-    return rows * (columns + vector) * size
+    return rows * (columns + (1 if by_k else 2) * vector) * size
 
 
 def product_bytes(element: str, a_by_k: bool, b_by_k: bool, arch: int) -> int:

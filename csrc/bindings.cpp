@@ -1,6 +1,7 @@
-// dsts_kernels._C: the native kernels for Python, those for the CPU bound here. Tensors come as addresses, sizes and strides, so the module
-// knows nothing of torch. Arguments are checked here, before anything is written; what they point at is the
-// caller's responsibility. The interpreter lock is released while a kernel runs.
+// dsts_kernels._C: the native kernels for Python, those for the CPU bound here. Tensors come as addresses,
+// sizes and strides, so the module knows nothing of torch. Arguments are checked here, before anything is
+// written; what they point at is the caller's responsibility. The interpreter lock is released while a kernel
+// runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -346,7 +347,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Native kernels of dsts_kernels. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; address 0 is "
+      "Native kernels of dsts_kernels. dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16; address 0 "
+      "is "
       "null.";
   const py::call_guard<py::gil_scoped_release> unlocked;
 

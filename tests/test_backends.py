@@ -60,7 +60,7 @@ def test_a_named_backend_that_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run tap_sums on meta .*CPU tensors"):
         choose("tap_sums", torch.device("meta"), torch.float32, "cpu")
     with pytest.raises(
-        ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'triton', 'eager'"
+        ValueError, match="use_backend\\(name\\): got 'none-such', wanted one of 'cpu', 'triton', 'cuda', 'eager'"
     ):
         use_backend("none-such")
 
@@ -100,6 +100,8 @@ def test_triton_says_why_not(monkeypatch):
     monkeypatch.setattr(backend, "missing", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.why_not("tap_sums", CPU, torch.float32) == "it runs on CUDA tensors, not on cpu"
+    monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: "not built")
+    monkeypatch.setattr("dsts_kernels.backends.gpu.measured.capability", lambda device: (9, 0))
     monkeypatch.setattr("dsts_kernels.backends.triton.capability", lambda device: (7, 0))
     assert "compute capability 8.0, this GPU has 7.0" in backend.why_not("tap_sums", cuda, torch.float32)
     monkeypatch.setattr("dsts_kernels.backends.triton.capability", lambda device: (9, 0))
@@ -125,6 +127,99 @@ def test_triton_without_triton(monkeypatch):
     assert unusable.__wrapped__() is None
     code = "import sys, dsts_kernels; assert 'triton' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+IN_TORCH = ("sm_75", "sm_80", "sm_90", "sm_120")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """``a_gpu(9, 0, targets=...)``: as on a machine with such a GPU, and a native module built for ``targets``."""
+
+    def be(major, minor, targets=(75, 80, 90, 100, 110, 120), version="13.0", built_in_torch=IN_TORCH):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_in_torch))
+        monkeypatch.setattr("dsts_kernels.backends.triton.unusable", lambda: None)
+        monkeypatch.setattr("dsts_kernels.backends.cuda.native_targets", lambda: targets and (version, list(targets)))
+        for module in ("triton", "cuda", "gpu.measured"):
+            monkeypatch.setattr(f"dsts_kernels.backends.{module}.capability", lambda device: (major, minor))
+
+    return be
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("major, minor, runs", [(7, 5, "cuda"), (8, 6, "triton"), (9, 0, "triton"), (12, 1, "triton")])
+def test_which_gpu_backend_runs(a_gpu, monkeypatch, major, minor, runs):
+    """Triton from 8.0 on, CUDA C++ before and wherever triton is missing; Triton where no CUDA kernels were built."""
+    a_gpu(major, minor)
+    assert all(choose(op, CUDA, torch.float16).name == runs for op in OPS)
+    assert choose("tap_sums", CUDA, torch.float16, "cuda").name == "cuda"
+    assert choose("tap_sums", CUDA, torch.float64).name == "eager"
+    monkeypatch.setattr("dsts_kernels.backends.triton.unusable", lambda: "triton is not installed")
+    assert choose("gated_conv3d", CUDA, torch.float16).name == "cuda"
+    a_gpu(major, minor, targets=None)
+    assert choose("gated_conv3d", CUDA, torch.float16).name == ("triton" if major >= 8 else "eager")
+
+
+def test_the_faster_gpu_backend_runs(a_gpu, monkeypatch):
+    """What was measured faster on such a chip wins, op by op and kind by kind, where it can run."""
+    a_gpu(9, 0)
+    table = {"sm_90": {"tap_sums half": "cuda", "semhash_gate float": "cuda", "frozen_layer half": "none-such"}}
+    monkeypatch.setattr("dsts_kernels.backends.gpu.measured.faster", lambda name: table.get(name, {}))
+    assert choose("tap_sums", CUDA, torch.bfloat16).name == "cuda"
+    assert choose("tap_sums", CUDA, torch.float32).name == "triton"
+    assert choose("semhash_gate", CUDA, torch.float32).name == "cuda"
+    assert choose("frozen_layer", CUDA, torch.float16).name == "triton"
+    assert "runs on 'cuda'" in explain("tap_sums", CUDA, torch.float16)
+    a_gpu(9, 0, targets=None)
+    assert choose("tap_sums", CUDA, torch.bfloat16).name == "triton"
+    a_gpu(8, 0)
+    assert choose("tap_sums", CUDA, torch.bfloat16).name == "triton", "another chip's table"
+
+
+def test_measured_files_are_read(tmp_path, monkeypatch):
+    """The file of a chip; an empty table where there is none. Those that ship name ops and backends that exist."""
+    from dsts_kernels.backends.gpu import measured
+
+    for path in measured.FOLDER.glob("*.json"):
+        for name, backend in measured.faster.__wrapped__(path.stem).items():
+            op, kind = name.split()
+            assert op in OPS and kind in ("half", "float") and backend in ("cuda", "triton"), (path, name)
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    (tmp_path / "sm_86.json").write_text('{"device": "x", "faster": {"tap_sums half": "cuda"}}')
+    assert measured.faster.__wrapped__("sm_86") == {"tap_sums half": "cuda"}
+    assert measured.faster.__wrapped__("sm_89") == {}
+
+
+def test_a_v100_is_told_what_to_install(a_gpu):
+    """Toolkit and torch, by version, where either left compute capability 7.0; nothing once both serve it."""
+    why_not = BACKENDS["cuda"].why_not
+    a_gpu(7, 0)
+    text = explain("gated_conv3d", CUDA, torch.float16)
+    for part in ("built by nvcc 13.0 for 7.5, 8.0", "this GPU has 7.0", "CUDA 12 toolkit", "12.9", "+cu126"):
+        assert part in text
+    a_gpu(7, 0, targets=(70, 75, 80, 90), version="12.9")
+    reason = why_not("gated_conv3d", CUDA, torch.float16)
+    assert "was built for 7.5, 8.0, 9.0, 12.0, this GPU has 7.0" in reason and "+cu126" in reason
+    a_gpu(7, 0, targets=(70, 75, 80, 90), version="12.9", built_in_torch=("sm_50", "sm_70", "sm_90"))
+    assert why_not("gated_conv3d", CUDA, torch.float16) is None
+    assert choose("gated_conv3d", CUDA, torch.float16).name == "cuda"
+    assert "bfloat16 needs compute capability 8.0" in why_not("gated_conv3d", CUDA, torch.bfloat16)
+    a_gpu(6, 1)
+    assert "it needs compute capability 7.0" in why_not("tap_sums", CUDA, torch.float16)
+    a_gpu(13, 0)
+    assert "this GPU has 13.0" in why_not("tap_sums", CUDA, torch.float16)
+
+
+def test_without_cuda_kernels(monkeypatch):
+    """An install without nvcc says so, and how to have them."""
+    monkeypatch.setattr("dsts_kernels.backends.cuda.native_targets", lambda: None)
+    monkeypatch.setattr("dsts_kernels.backends.cuda.build_record", lambda: ("cpu", "nvcc was not found"))
+    reason = BACKENDS["cuda"].missing()
+    assert "without CUDA kernels" in reason and "nvcc was not found" in reason and "DSTS_BUILD=cuda" in reason
 
 
 def test_explain():

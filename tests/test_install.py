@@ -50,9 +50,8 @@ def build_wheel(tmp_path):
             str(out),
         ]
         clean = {k: v for k, v in os.environ.items() if k not in ("DSTS_BUILD", "CXX", "CXXFLAGS")}
-        done = subprocess.run(
-            command, env={**clean, "CUDACXX": NO_NVCC, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        given = {**clean, "CUDACXX": NO_NVCC, **env}
+        done = subprocess.run(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         wheels = list(out.glob("*.whl"))
         return done, wheels[0] if wheels else None
 
@@ -100,10 +99,7 @@ def test_auto_without_nvcc_builds_the_rest(build_wheel, nvcc):
     build, reason, native = contents(wheel)
     assert (build, native) == ("cpu", True)
     assert f"installing without CUDA kernels: {reason}" in done.stdout
-    if nvcc == NO_NVCC:
-        assert reason.startswith("nvcc was not found")
-    else:
-        assert nvcc in reason or "nvcc" in reason
+    assert ("nvcc was not found" if nvcc == NO_NVCC else "/bin/false --list-gpu-code failed") in reason
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-// The CUDA kernels for Python, as dsts_kernels._C.cuda. Tensors come as addresses, sizes and strides in elements; a call
-// launches on the given device and stream and returns. What addresses point at is the caller's responsibility.
+// The CUDA kernels for Python, as dsts_kernels._C.cuda. Tensors come as addresses, sizes and strides in
+// elements; a call launches on the given device and stream and returns. What addresses point at is the
+// caller's responsibility.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -69,7 +70,8 @@ void check_sizes(const char* kernel, N... sizes) {
 
 template <class... A>
 void check_given(const char* kernel, A... addresses) {
-  for (const Address address : {addresses...}) require(address != 0, kernel, "an address that must be given is null");
+  for (const Address address : {addresses...})
+    require(address != 0, kernel, "an address that must be given is null");
 }
 
 Extent extent(const char* kernel, const Sizes3& s) {
@@ -80,8 +82,8 @@ Extent extent(const char* kernel, const Sizes3& s) {
 
 Strides strides(const Strides5& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 
-void semhash_py(Address grad, Address logits, Address noise, Address neuron, Address hard, Address out, int batch,
-                int neurons, int channels, bool backward, int dtype, const Target& to) {
+void semhash_py(Address grad, Address logits, Address noise, Address neuron, Address hard, Address out,
+                int batch, int neurons, int channels, bool backward, int dtype, const Target& to) {
   check_dtype("semhash", dtype), check_sizes("semhash", batch, neurons, channels);
   check_given("semhash", logits, out);
   require(!backward || grad, "semhash", "grad is null");
@@ -91,13 +93,14 @@ void semhash_py(Address grad, Address logits, Address noise, Address neuron, Add
           backward, dtype, pointer<void>(to.stream));
 }
 
-void tap_sums_py(Address x, const Sizes3& size, const Strides5& x_strides, Address sums, int batch, int channels,
-                 int parts, int taps, bool vector, int dtype, const Target& to) {
-  check_dtype("tap_sums", dtype), check_sizes("tap_sums", batch, channels, parts), check_given("tap_sums", x, sums);
+void tap_sums_py(Address x, const Sizes3& size, const Strides5& x_strides, Address sums, int batch,
+                 int channels, int parts, int taps, bool vector, int dtype, const Target& to) {
+  check_dtype("tap_sums", dtype), check_sizes("tap_sums", batch, channels, parts),
+      check_given("tap_sums", x, sums);
   require(taps == 1 || taps == 9, "tap_sums", "taps is " + std::to_string(taps) + "; wanted 1 or 9");
   const OnDevice guard(to.device);
-  tap_sums({pointer<void>(x), pointer<float>(sums), extent("tap_sums", size), strides(x_strides), batch, channels,
-            parts, vector},
+  tap_sums({pointer<void>(x), pointer<float>(sums), extent("tap_sums", size), strides(x_strides), batch,
+            channels, parts, vector},
            taps, dtype, pointer<void>(to.stream));
 }
 
@@ -111,22 +114,22 @@ void group_samples_py(Address neuron, Address slots, Address neuron_of, Address 
                 pointer<void>(to.stream));
 }
 
-void list_channels_py(Address gate, Address slots, Address neuron_of, Address groups, Address members, Address order,
-                      Address plans, Address listed, int rows, int channels, int block, bool by_slot,
-                      const Target& to) {
+void list_channels_py(Address gate, Address slots, Address neuron_of, Address groups, Address members,
+                      Address order, Address plans, Address listed, int rows, int channels, int block,
+                      bool by_slot, const Target& to) {
   check_sizes("list_channels", rows, channels, block);
   check_given("list_channels", gate, slots, neuron_of, groups, members, order, plans);
   require(!by_slot || listed, "list_channels", "listed is null");
   const OnDevice guard(to.device);
   list_channels({pointer<float>(gate), pointer<int>(slots), pointer<int>(neuron_of), pointer<int>(groups),
-                 pointer<int>(members), pointer<int>(order), pointer<int>(plans), pointer<signed char>(listed), rows,
-                 channels, block, by_slot},
+                 pointer<int>(members), pointer<int>(order), pointer<int>(plans),
+                 pointer<signed char>(listed), rows, channels, block, by_slot},
                 pointer<void>(to.stream));
 }
 
 void pack_features_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                      int channels, int pitch, int shares, Address order, Address slots, Address plans, Address gate,
-                      Address neuron, int neurons, int dtype, const Target& to) {
+                      int channels, int pitch, int shares, Address order, Address slots, Address plans,
+                      Address gate, Address neuron, int neurons, int dtype, const Target& to) {
   check_dtype("pack_features", dtype), check_sizes("pack_features", batch, channels, pitch, shares, neurons);
   check_given("pack_features", x, panel, order, plans, gate, neuron);
   GatherParams p{};
@@ -139,16 +142,18 @@ void pack_features_py(Address x, const Sizes3& size, const Strides5& x_strides, 
 }
 
 void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                       int channels, int pitch, int shares, Address sums, Address scoring, Address channels_of,
-                       Address starts, Address plan, Address chosen, Address scores, Address flags, float divisor,
-                       int neurons, int parts, int taps, int flag_count, int dtype, const Target& to) {
+                       int channels, int pitch, int shares, Address sums, Address scoring,
+                       Address channels_of, Address starts, Address plan, Address chosen, Address scores,
+                       Address flags, float divisor, int neurons, int parts, int taps, int flag_count,
+                       int dtype, const Target& to) {
   check_dtype("route_and_pack", dtype);
   check_sizes("route_and_pack", batch, channels, pitch, shares, neurons, parts, taps, flag_count);
   check_given("route_and_pack", x, panel, sums, scoring, channels_of, starts, plan, chosen, scores, flags);
   GatherParams p{};
   p.x = pointer<void>(x), p.extent = extent("route_and_pack", size), p.x_strides = strides(x_strides);
   p.panel = pointer<void>(panel), p.batch = batch, p.channels = channels, p.pitch = pitch, p.shares = shares;
-  p.sums = pointer<float>(sums), p.scoring = pointer<float>(scoring), p.channels_of = pointer<int>(channels_of);
+  p.sums = pointer<float>(sums), p.scoring = pointer<float>(scoring),
+  p.channels_of = pointer<int>(channels_of);
   p.starts = pointer<int64>(starts), p.plan = pointer<int>(plan), p.chosen = pointer<int64>(chosen);
   p.scores = pointer<float>(scores), p.flags = pointer<int>(flags), p.divisor = divisor, p.neurons = neurons;
   p.parts = parts, p.taps = taps, p.flag_count = flag_count;
@@ -156,28 +161,41 @@ void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides,
   route_and_pack(p, dtype, pointer<void>(to.stream));
 }
 
-FilterParams filter_params(const char* kernel, Address from, Address into, Address index, Address listed, int outputs,
-                           int channels, int taps, int first_tap, int all_taps, bool by_channel, int pitch, int bit) {
+FilterParams filter_params(const char* kernel, Address from, Address into, Address index, Address listed,
+                           int outputs, int channels, int taps, int first_tap, int all_taps, bool by_channel,
+                           int pitch, int bit) {
   check_sizes(kernel, outputs, channels, taps, all_taps, pitch);
   check_given(kernel, from, into, index);
-  return {pointer<void>(from), pointer<void>(into), pointer<int>(index), pointer<signed char>(listed), outputs,
-          channels, taps, first_tap, all_taps, by_channel, pitch, bit};
+  return {pointer<void>(from),
+          pointer<void>(into),
+          pointer<int>(index),
+          pointer<signed char>(listed),
+          outputs,
+          channels,
+          taps,
+          first_tap,
+          all_taps,
+          by_channel,
+          pitch,
+          bit};
 }
 
 void pack_filters_py(Address from, Address into, Address neuron_of, int outputs, int channels, int taps,
-                     int first_tap, int all_taps, bool by_channel, int pitch, int slots, int from_dtype, int dtype,
-                     const Target& to) {
-  check_dtype("pack_filters", from_dtype), check_dtype("pack_filters", dtype), check_sizes("pack_filters", slots);
-  require(from_dtype == dtype || from_dtype == kFloat32, "pack_filters", "from_dtype is neither dtype nor float32");
-  const FilterParams p = filter_params("pack_filters", from, into, neuron_of, 0, outputs, channels, taps, first_tap,
-                                       all_taps, by_channel, pitch, 0);
+                     int first_tap, int all_taps, bool by_channel, int pitch, int slots, int from_dtype,
+                     int dtype, const Target& to) {
+  check_dtype("pack_filters", from_dtype), check_dtype("pack_filters", dtype),
+      check_sizes("pack_filters", slots);
+  require(from_dtype == dtype || from_dtype == kFloat32, "pack_filters",
+          "from_dtype is neither dtype nor float32");
+  const FilterParams p = filter_params("pack_filters", from, into, neuron_of, 0, outputs, channels, taps,
+                                       first_tap, all_taps, by_channel, pitch, 0);
   const OnDevice guard(to.device);
   pack_filters(p, slots, from_dtype, dtype, pointer<void>(to.stream));
 }
 
 void unpack_filters_py(Address from, Address into, Address slot_of, Address listed, int bit, int outputs,
-                       int channels, int taps, int first_tap, int all_taps, bool by_channel, int pitch, int neurons,
-                       int dtype, const Target& to) {
+                       int channels, int taps, int first_tap, int all_taps, bool by_channel, int pitch,
+                       int neurons, int dtype, const Target& to) {
   check_dtype("unpack_filters", dtype), check_sizes("unpack_filters", neurons);
   const FilterParams p = filter_params("unpack_filters", from, into, slot_of, listed, outputs, channels, taps,
                                        first_tap, all_taps, by_channel, pitch, bit);
@@ -185,14 +203,16 @@ void unpack_filters_py(Address from, Address into, Address slot_of, Address list
   unpack_filters(p, neurons, dtype, pointer<void>(to.stream));
 }
 
-// Addresses of a convolution: panel, filters, order, plan, index, bias, skip, out, part_sums, sums, partial, flags.
+// Addresses of a convolution: panel, filters, order, plan, index, bias, skip, out, part_sums, sums, partial,
+// flags.
 using ConvAddresses = std::array<Address, 12>;
 
-void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_strides, int batch, int width, int pitch,
-             int rows, int slots, int outputs, int filter_pitch, const Sizes3& kernel, bool second, int sign,
-             const std::string& form, bool index_wide, bool relu, int sum_taps, int programs, int waves,
-             bool vector_out, int dtype, bool tf32, const Target& to) {
-  check_dtype("conv", dtype), check_sizes("conv", batch, width, pitch, outputs, filter_pitch, programs, waves + 1);
+void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_strides, int batch, int width,
+             int pitch, int rows, int slots, int outputs, int filter_pitch, const Sizes3& kernel, bool second,
+             int sign, const std::string& form, bool index_wide, bool relu, int sum_taps, int programs,
+             int waves, bool vector_out, int dtype, bool tf32, const Target& to) {
+  check_dtype("conv", dtype),
+      check_sizes("conv", batch, width, pitch, outputs, filter_pitch, programs, waves + 1);
   check_given("conv", a[0], a[1], a[7], a[10], a[11], a[3] ? a[3] : a[4]);
   require(form == "packed" || form == "rows" || form == "listed" || form == "columns", "conv",
           "form is '" + form + "'; wanted 'packed', 'rows', 'listed' or 'columns'");
@@ -219,7 +239,8 @@ void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_str
 
 void data_gradient_py(Address grad, Address filters, Address order, Address plans, Address gate, Address x,
                       Address dx, Address dgate, const Sizes3& size, const Strides5& x_strides, int batch,
-                      int channels, int outputs, int pitch, bool listed, int dtype, bool tf32, const Target& to) {
+                      int channels, int outputs, int pitch, bool listed, int dtype, bool tf32,
+                      const Target& to) {
   check_dtype("data_gradient", dtype), check_sizes("data_gradient", batch, channels, outputs, pitch);
   check_given("data_gradient", grad, filters, order, plans, gate, x, dx ? dx : dgate);
   const OnDevice guard(to.device);
@@ -229,19 +250,37 @@ void data_gradient_py(Address grad, Address filters, Address order, Address plan
                 dtype, tf32, to.capability, pointer<void>(to.stream));
 }
 
-void weight_gradient_py(Address left, Address right, Address order, Address plans, Address neuron_of, Address groups,
-                        Address members, Address out, const Sizes3& size, int left_pitch, int right_pitch, int rows,
-                        int columns, int slots, const Sizes3& kernel, bool second, int sign, bool by_neuron,
-                        bool out_float, int dtype, bool tf32, const Target& to) {
+void weight_gradient_py(Address left, Address right, Address order, Address plans, Address neuron_of,
+                        Address groups, Address members, Address out, const Sizes3& size, int left_pitch,
+                        int right_pitch, int rows, int columns, int slots, const Sizes3& kernel, bool second,
+                        int sign, bool by_neuron, bool out_float, int dtype, bool tf32, const Target& to) {
   check_dtype("weight_gradient", dtype);
   check_sizes("weight_gradient", left_pitch, right_pitch, rows, columns, slots);
   check_given("weight_gradient", left, right, neuron_of, groups, members, out);
   const int taps = kernel[0] * kernel[1] * kernel[2];
   const OnDevice guard(to.device);
-  weight_gradient({pointer<void>(left), pointer<void>(right), pointer<int>(order), pointer<int>(plans),
-                   pointer<int>(neuron_of), pointer<int>(groups), pointer<int>(members), pointer<void>(out),
-                   extent("weight_gradient", size), left_pitch, right_pitch, rows, columns, slots, kernel[0],
-                   kernel[1], kernel[2], taps, second ? 3 : 0, sign, by_neuron, out_float},
+  weight_gradient({pointer<void>(left),
+                   pointer<void>(right),
+                   pointer<int>(order),
+                   pointer<int>(plans),
+                   pointer<int>(neuron_of),
+                   pointer<int>(groups),
+                   pointer<int>(members),
+                   pointer<void>(out),
+                   extent("weight_gradient", size),
+                   left_pitch,
+                   right_pitch,
+                   rows,
+                   columns,
+                   slots,
+                   kernel[0],
+                   kernel[1],
+                   kernel[2],
+                   taps,
+                   second ? 3 : 0,
+                   sign,
+                   by_neuron,
+                   out_float},
                   dtype, tf32, to.capability, pointer<void>(to.stream));
 }
 
@@ -250,7 +289,8 @@ void weight_gradient_py(Address left, Address right, Address order, Address plan
 void bind(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<Target>(m, "Target", "Where a call goes.")
-      .def(py::init([](int device, int capability, Address stream) { return Target{device, capability, stream}; }),
+      .def(py::init(
+               [](int device, int capability, Address stream) { return Target{device, capability, stream}; }),
            "device"_a, "capability"_a, "stream"_a);
   m.attr("TILE") = kTile, m.attr("GATHER") = kGather, m.attr("LEAST") = kLeast;
   m.def("semhash", &semhash_py, unlocked);

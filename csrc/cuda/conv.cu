@@ -1,26 +1,27 @@
 // Grouped implicit convolution: every sample of a panel with its own filters, in one launch.
 //
-// A tile is 128 positions by 128 outputs; its reduction runs over K blocks and taps (implicit.h) in one pipelined loop
-// (product.h). schedule.h deals the tiles out and shares what is left; a tile that several programs compute is added up
-// from memory by the last of them, in order. The epilogue adds bias, ReLU and skip, and takes the tap sums that the
-// next layer routes by.
+// A tile is 128 positions by 128 outputs; its reduction runs over K blocks and taps (implicit.h) in one
+// pipelined loop (product.h). schedule.h deals the tiles out and shares what is left; a tile that several
+// programs compute is added up from memory by the last of them, in order. The epilogue adds bias, ReLU and
+// skip, and takes the tap sums that the next layer routes by.
 //
 // Filters come in four forms, each read as it lies:
 //   packed   (blocks, O, K block): K blocks of one neuron behind one another, made by freezing
 //   rows     (slots * taps, O, C): a mixing kernel as it is stored
 //   listed   (slots * taps, C, O): rows picked by a channel list, for gated training
 //   columns  the same with the rows in order: a mixing kernel's data gradient
-// The first two lie by K, the others by output. Rows of panels and filters are padded to 16 bytes, with zeros along K.
+// The first two lie by K, the others by output. Rows of panels and filters are padded to 16 bytes, with zeros
+// along K.
 #include "cuda/implicit.h"
 #include "cuda/launch.h"
 #include "cuda/schedule.h"
 
 namespace dsts::cuda {
 
-// A tile, or a program's part of one: iterations `from` to `to` of `length`, which count from `start` among the shared
-// ones. It lies in shared memory, so that it takes no registers from the loop.
+// A tile, or a program's part of one: iterations `from` to `to` of `length`, which count from `start` among
+// the shared ones. It lies in shared memory, so that it takes no registers from the loop.
 struct Tile {
-  int item, begin, stop;  // how many the program had; what is left of its range of shared iterations
+  int item, begin, stop;        // how many the program had; what is left of its range of shared iterations
   int b, index, tiles, p0, o0;  // sample, which of its `tiles` along positions, first position and output
   int from, to, length, start;
   int bias_row;
@@ -35,9 +36,11 @@ struct ConvShared {
   int flag;
 };
 
-// Bias, ReLU, skip and the store of one half of a tile's columns; leaves what was stored in the chunk, zero outside.
+// Bias, ReLU, skip and the store of one half of a tile's columns; leaves what was stored in the chunk, zero
+// outside.
 template <class T, int V, int THREADS>
-__device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& tile, int column0, float* chunk) {
+__device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& tile, int column0,
+                                             float* chunk) {
   constexpr int kUnits = kTile * kChunkColumns / V;
   const bool along_rows = V == 1 && p.out_strides.c != 1;
   T* out = static_cast<T*>(p.out) + tile.b * p.out_strides.b;
@@ -71,8 +74,8 @@ __device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& ti
 }
 
 // Tap sums of a chunk, into the tile's place in memory: two groups of rows a column, added up in order.
-__device__ __forceinline__ void sum_taps(const ConvParams& p, const Tile& tile, int column0, const float* chunk,
-                                         float* room) {
+__device__ __forceinline__ void sum_taps(const ConvParams& p, const Tile& tile, int column0,
+                                         const float* chunk, float* room) {
   const int c = threadIdx.x % kChunkColumns, group = threadIdx.x / kChunkColumns, taps = p.sum_taps;
   if (group < 2) {
     float sum[9] = {};
@@ -92,7 +95,8 @@ __device__ __forceinline__ void sum_taps(const ConvParams& p, const Tile& tile, 
   }
   __syncthreads();
   if (group == 0 && column0 + c < p.outputs) {
-    float* to = p.part_sums + ((static_cast<int64>(tile.b) * tile.tiles + tile.index) * p.outputs + column0 + c) * taps;
+    float* to = p.part_sums +
+                ((static_cast<int64>(tile.b) * tile.tiles + tile.index) * p.outputs + column0 + c) * taps;
     for (int tap = 0; tap < taps; ++tap) to[tap] = room[c * 9 + tap] + room[(kChunkColumns + c) * 9 + tap];
   }
 }
@@ -103,7 +107,8 @@ __device__ __forceinline__ void add_tiles(const ConvParams& p, const Tile& tile,
   const int tiles = tile.tiles, columns = ceil_div(p.outputs, kTile);
   if (!last_to_arrive(p.flags + p.programs + tile.b * columns + tile.o0 / kTile, tiles, flag)) return;
   const int width = min(kTile, p.outputs - tile.o0) * p.sum_taps;
-  const int64 size = static_cast<int64>(p.outputs) * p.sum_taps, first = static_cast<int64>(tile.o0) * p.sum_taps;
+  const int64 size = static_cast<int64>(p.outputs) * p.sum_taps,
+              first = static_cast<int64>(tile.o0) * p.sum_taps;
   for (int i = threadIdx.x; i < width; i += THREADS) {
     float whole = 0;
     for (int t = 0; t < tiles; ++t)
@@ -114,8 +119,8 @@ __device__ __forceinline__ void add_tiles(const ConvParams& p, const Tile& tile,
 
 // Ends a tile whose halves `fill` puts into the chunk.
 template <class T, int THREADS, class Fill>
-__device__ __forceinline__ void finish(const ConvParams& p, const Tile& tile, unsigned char* memory, int* flag,
-                                       const Fill& fill) {
+__device__ __forceinline__ void finish(const ConvParams& p, const Tile& tile, unsigned char* memory,
+                                       int* flag, const Fill& fill) {
   float* chunk = reinterpret_cast<float*>(memory);
   for (int half = 0; half < 2; ++half) {
     const int column0 = tile.o0 + half * kChunkColumns;
@@ -191,7 +196,8 @@ __device__ __forceinline__ int look_up(const ConvParams& p, int b, Tile* tile) {
     tile->sum.blocks_1 = plan[1], tile->sum.count_1 = plan[3], tile->sum.start_2 = plan[4];
     tile->sum.order = p.order ? p.order + static_cast<int64>(plan[5]) * p.rows : nullptr;
   } else {
-    const int64 index = p.index_wide ? static_cast<const int64*>(p.index)[b] : static_cast<const int*>(p.index)[b];
+    const int64 index =
+        p.index_wide ? static_cast<const int64*>(p.index)[b] : static_cast<const int*>(p.index)[b];
     tile->known = index >= 0 && index < p.slots;
     tile->bias_row = base = tile->known ? static_cast<int>(index) : 0;
     tile->sum.blocks_1 = ceil_div(p.width, BLOCK);
@@ -202,8 +208,8 @@ __device__ __forceinline__ int look_up(const ConvParams& p, int b, Tile* tile) {
   return tile->sum.blocks_1 * p.taps_1 + blocks_2 * p.taps_2;
 }
 
-// This program's next tile: one of every wave, then those its range of shared iterations reaches into. False after the
-// last.
+// This program's next tile: one of every wave, then those its range of shared iterations reaches into. False
+// after the last.
 template <int BLOCK>
 __device__ __forceinline__ bool choose(const ConvParams& p, const Schedule& schedule, Tile* tile) {
   const int item = tile->item++, columns = ceil_div(p.outputs, kTile);
@@ -214,7 +220,8 @@ __device__ __forceinline__ bool choose(const ConvParams& p, const Schedule& sche
     number = p.waves * p.programs + i, start = schedule.tile_start(i);
   }
   const int b = number / schedule.per_sample, in_sample = number - b * schedule.per_sample;
-  tile->b = b, tile->index = in_sample / columns, tile->tiles = schedule.per_sample / columns, tile->start = start;
+  tile->b = b, tile->index = in_sample / columns, tile->tiles = schedule.per_sample / columns,
+  tile->start = start;
   tile->p0 = tile->index * kTile, tile->o0 = (in_sample - tile->index * columns) * kTile;
   tile->length = look_up<BLOCK>(p, b, tile);
   if (item < p.waves) {
@@ -285,7 +292,7 @@ __global__ void __launch_bounds__(Multiplier<E>::kThreads, Multiplier<E>::kResid
   if constexpr (Multiplier<E>::kSupported) conv_body<E, BY_K>(p);
 }
 
-#define INSTANTIATE(E)                                                              \
+#define INSTANTIATE(E)                                                               \
   template __global__ void conv_kernel<E, true>(const __grid_constant__ ConvParams); \
   template __global__ void conv_kernel<E, false>(const __grid_constant__ ConvParams);
 DSTS_ENGINES(INSTANTIATE)
@@ -296,10 +303,11 @@ void conv(const ConvParams& p, bool by_output, int dtype, bool tf32, int capabil
   for_engine(dtype, tf32, [&](auto tag) {
     using E = typename decltype(tag)::Type;
     const int stages = stages_of(capability), threads = Multiplier<E>::kThreads;
-    const size_t operands = by_output ? product_bytes<E, true, false>(stages) : product_bytes<E, true, true>(stages);
+    const size_t operands =
+        by_output ? product_bytes<E, true, false>(stages) : product_bytes<E, true, true>(stages);
     const size_t shared = operands + sizeof(ConvShared) + sizeof(int) * Schedule::ints(p.programs, threads);
-    launch(by_output ? conv_kernel<E, false> : conv_kernel<E, true>, dim3(static_cast<unsigned>(p.programs)), threads,
-           shared, stream, p);
+    launch(by_output ? conv_kernel<E, false> : conv_kernel<E, true>, dim3(static_cast<unsigned>(p.programs)),
+           threads, shared, stream, p);
   });
 }
 #endif

@@ -1,10 +1,11 @@
-// Data gradient of the gated convolution, both operators in one kernel, with the gates' gradient as its epilogue.
+// Data gradient of the gated convolution, both operators in one kernel, with the gates' gradient as its
+// epilogue.
 //
-// dx = gate*dxs + (1 - gate)*dxt and dgate = <x, dxs - dxt>, where dxs and dxt are the operators' own data gradients. A
-// block has one tile of positions and channels and goes over it once for each operator, so one set of accumulators
-// serves both: what the first leaves in dx, the second adds to. Where gates train, both are needed of every channel;
-// where they are frozen (`listed`) a tile's columns come in the order of the sample's lists, and most tiles need one
-// operator only.
+// dx = gate*dxs + (1 - gate)*dxt and dgate = <x, dxs - dxt>, where dxs and dxt are the operators' own data
+// gradients. A block has one tile of positions and channels and goes over it once for each operator, so one
+// set of accumulators serves both: what the first leaves in dx, the second adds to. Where gates train, both
+// are needed of every channel; where they are frozen (`listed`) a tile's columns come in the order of the
+// sample's lists, and most tiles need one operator only.
 #include "cuda/implicit.h"
 #include "cuda/launch.h"
 
@@ -13,16 +14,16 @@ namespace dsts::cuda {
 struct GradientShared {
   int64 shifts[kTaps];
   Reduction sum;
-  int list[kTile];        // channels of the tile's columns
-  float gate[kTile];      // NaN where the sample's neuron is out of range
-  float found[kTile];     // <x, dxs> so far
+  int list[kTile];     // channels of the tile's columns
+  float gate[kTile];   // NaN where the sample's neuron is out of range
+  float found[kTile];  // <x, dxs> so far
   float part[2][kChunkColumns];
 };
 
 // One operator's half of a tile, in the chunk: adds to dx, and to the gates' gradient.
 template <class T, int THREADS>
-__device__ __forceinline__ void finish_operator(const DataGradientParams& p, bool second, int b, int p0, int width,
-                                                int half, float* chunk, GradientShared& shared) {
+__device__ __forceinline__ void finish_operator(const DataGradientParams& p, bool second, int b, int p0,
+                                                int width, int half, float* chunk, GradientShared& shared) {
   constexpr int kCells = kTile * kChunkColumns, kAtOnce = 8;  // cells whose loads are on their way together
   const bool along_rows = p.x_strides.c != 1;
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
@@ -31,7 +32,8 @@ __device__ __forceinline__ void finish_operator(const DataGradientParams& p, boo
     float seen[kAtOnce], before[kAtOnce];
     const auto place = [&](int j, int* column, float** cell) -> int64 {  // -1 outside
       const int i = first + j * THREADS;
-      const int r = along_rows ? i % kTile : i / kChunkColumns, c = along_rows ? i / kTile : i % kChunkColumns;
+      const int r = along_rows ? i % kTile : i / kChunkColumns,
+                c = along_rows ? i / kTile : i % kChunkColumns;
       const int position = p0 + r;
       *column = half * kChunkColumns + c, *cell = chunk + r * kChunkPitch + c;
       if (position >= p.extent.positions || *column >= width) return -1;
@@ -134,7 +136,8 @@ __global__ void __launch_bounds__(Multiplier<E>::kThreads, Multiplier<E>::kResid
   if constexpr (Multiplier<E>::kSupported) data_gradient_body<E>(p);
 }
 
-#define INSTANTIATE(E) template __global__ void data_gradient_kernel<E>(const __grid_constant__ DataGradientParams);
+#define INSTANTIATE(E) \
+  template __global__ void data_gradient_kernel<E>(const __grid_constant__ DataGradientParams);
 DSTS_ENGINES(INSTANTIATE)
 #undef INSTANTIATE
 
@@ -144,8 +147,8 @@ void data_gradient(const DataGradientParams& p, int dtype, bool tf32, int capabi
   for_engine(dtype, tf32, [&](auto tag) {
     using E = typename decltype(tag)::Type;
     const size_t shared = product_bytes<E, true, true>(stages_of(capability)) + sizeof(GradientShared);
-    launch(data_gradient_kernel<E>, dim3(static_cast<unsigned>(p.batch * tiles)), Multiplier<E>::kThreads, shared,
-           stream, p);
+    launch(data_gradient_kernel<E>, dim3(static_cast<unsigned>(p.batch * tiles)), Multiplier<E>::kThreads,
+           shared, stream, p);
   });
 }
 #endif

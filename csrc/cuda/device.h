@@ -1,5 +1,5 @@
-// What kernels share: element types, positions and taps, arrivals at a counter, sums over a block. Device code only, and
-// without the standard library, so that NVRTC compiles it too.
+// What kernels share: element types, positions and taps, arrivals at a counter, sums over a block. Device
+// code only, and without the standard library, so that NVRTC compiles it too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,7 +37,8 @@ __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffff
 __host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ int quotient(const Divide& d, int n) {
-  return static_cast<int>((__umulhi(static_cast<unsigned>(n), d.magic) + static_cast<unsigned>(n)) >> d.shift);
+  return static_cast<int>((__umulhi(static_cast<unsigned>(n), d.magic) + static_cast<unsigned>(n)) >>
+                          d.shift);
 }
 
 // Neighbours that are read and written at once.
@@ -75,8 +76,8 @@ __device__ __forceinline__ bool tap_meets(int tap, int h, int w, const Extent& e
   return !(i == 0 && h == e.h - 1) && !(i == 2 && h == 0) && !(j == 0 && w == e.w - 1) && !(j == 2 && w == 0);
 }
 
-// Counts this block in, after everything that any of its threads wrote; true for all threads of the block that makes
-// `all` of them, which then may read what the others wrote. `flag` is a shared int.
+// Counts this block in, after everything that any of its threads wrote; true for all threads of the block
+// that makes `all` of them, which then may read what the others wrote. `flag` is a shared int.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int all, int* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,6 +1,7 @@
-// Filters between the layout that parameters have, (N, O, C, taps), and those that kernels read, by slot and tap: of the
-// neurons that the batch chose. On the way back, gradients of all others, and of channels that no list holds, are
-// written as zeros in the same pass. A block turns a tile round in shared memory, so both ways are whole lines.
+// Filters between the layout that parameters have, (N, O, C, taps), and those that kernels read, by slot and
+// tap: of the neurons that the batch chose. On the way back, gradients of all others, and of channels that no
+// list holds, are written as zeros in the same pass. A block turns a tile round in shared memory, so both
+// ways are whole lines.
 #include "cuda/device.h"
 #include "cuda/launch.h"
 
@@ -33,7 +34,8 @@ __device__ __forceinline__ void cell_of(const FilterParams& p, bool by_tap, int 
 }
 
 template <class From, class To>
-__global__ void __launch_bounds__(kFilterThreads) pack_filters_kernel(const __grid_constant__ FilterParams p) {
+__global__ void __launch_bounds__(kFilterThreads)
+    pack_filters_kernel(const __grid_constant__ FilterParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   To* tile = reinterpret_cast<To*>(shared);
   const int slot = blockIdx.y, n = p.index[slot];
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kFilterThreads) pack_filters_kernel(const __gr
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFilterThreads) unpack_filters_kernel(const __grid_constant__ FilterParams p) {
+__global__ void __launch_bounds__(kFilterThreads)
+    unpack_filters_kernel(const __grid_constant__ FilterParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   T* tile = reinterpret_cast<T*>(shared);
   const int n = blockIdx.y, slot = p.index[n];
@@ -69,8 +72,7 @@ __global__ void __launch_bounds__(kFilterThreads) unpack_filters_kernel(const __
     cell_of(p, true, i, &o, &f);
     if (o0 + o >= p.outputs || f0 + f >= size) continue;
     bool read = slot >= 0;
-    if (read && p.listed)
-      read = p.listed[static_cast<int64>(slot) * p.channels + (f0 + f) / p.taps] & p.bit;
+    if (read && p.listed) read = p.listed[static_cast<int64>(slot) * p.channels + (f0 + f) / p.taps] & p.bit;
     tile[o * kFilterPitch + f] =
         read ? static_cast<const T*>(p.from)[place_by_tap(p, slot, o0 + o, f0 + f)] : from_float<T>(0.0f);
   }
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kFilterThreads) unpack_filters_kernel(const __
   }
 }
 
-#define INSTANTIATE(T)                                                    \
+#define INSTANTIATE(T)                                                                      \
   template __global__ void pack_filters_kernel<T, T>(const __grid_constant__ FilterParams); \
   template __global__ void unpack_filters_kernel<T>(const __grid_constant__ FilterParams);
 DSTS_ELEMENTS(INSTANTIATE)
@@ -95,7 +97,8 @@ template __global__ void pack_filters_kernel<float, __nv_bfloat16>(const __grid_
 namespace {
 
 dim3 filter_grid(const FilterParams& p, int rows) {
-  const int across = ceil_div(padded_outputs(p), kFilterTile), along = ceil_div(padded_elements(p), kFilterTile);
+  const int across = ceil_div(padded_outputs(p), kFilterTile),
+            along = ceil_div(padded_elements(p), kFilterTile);
   return dim3(static_cast<unsigned>(across * along), static_cast<unsigned>(rows));
 }
 
@@ -107,8 +110,8 @@ constexpr size_t kFilterShared = sizeof(T) * kFilterTile * kFilterPitch;
 void pack_filters(const FilterParams& p, int slots, int from_dtype, int to_dtype, void* stream) {
   for_element(to_dtype, [&](auto element) {
     using T = decltype(element);
-    launch(from_dtype == to_dtype ? pack_filters_kernel<T, T> : pack_filters_kernel<float, T>, filter_grid(p, slots),
-           kFilterThreads, kFilterShared<T>, stream, p);
+    launch(from_dtype == to_dtype ? pack_filters_kernel<T, T> : pack_filters_kernel<float, T>,
+           filter_grid(p, slots), kFilterThreads, kFilterShared<T>, stream, p);
   });
 }
 

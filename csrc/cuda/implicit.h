@@ -1,6 +1,7 @@
-// Operands of an implicit convolution: rows are positions of a panel shifted by the taps of a kernel, columns are
-// filters. The reduction goes over K blocks, for each over the taps of the operator that reads it: first those of the
-// first operator, then those of the second (3x1x1). Shared by the convolution and its data gradient.
+// Operands of an implicit convolution: rows are positions of a panel shifted by the taps of a kernel, columns
+// are filters. The reduction goes over K blocks, for each over the taps of the operator that reads it: first
+// those of the first operator, then those of the second (3x1x1). Shared by the convolution and its data
+// gradient.
 #pragma once
 
 #include "cuda/product.h"
@@ -24,12 +25,12 @@ struct Implicit {
   const T *panel, *filters;
   const Extent* extent;
   Taps taps;
-  int width, pitch;   // columns of the panel that each operator may read, and how far its rows are apart
-  int outputs, rows;  // columns of the result; channels of filters by tap
-  int filter_pitch;   // how far rows of filters are apart
-  int64 matrix;       // elements from tap to tap, or from K block to K block
-  bool packed;        // filters are K blocks behind one another, not by tap
-  const int64* shifts;       // shared: elements of the panel that each tap reaches
+  int width, pitch;     // columns of the panel that each operator may read, and how far its rows are apart
+  int outputs, rows;    // columns of the result; channels of filters by tap
+  int filter_pitch;     // how far rows of filters are apart
+  int64 matrix;         // elements from tap to tap, or from K block to K block
+  bool packed;          // filters are K blocks behind one another, not by tap
+  const int64* shifts;  // shared: elements of the panel that each tap reaches
 
   // Fills the table of shifts; all threads, a barrier must follow.
   __device__ void fill(int64* table) const {
@@ -42,10 +43,12 @@ struct Implicit {
 
 // One sample's reduction; it lies in shared memory, where it takes no registers from the loop.
 struct Reduction {
-  int blocks_1, columns_2;  // K blocks of the first operator; where the second one's columns of the panel start
-  int base;                 // first matrix of the filters, or first K block of packed ones
-  int count_1, start_2;     // with a channel list: what the first operator reads of it, where the second one's starts
-  const int* order;         // that list, or null
+  int blocks_1,
+      columns_2;  // K blocks of the first operator; where the second one's columns of the panel start
+  int base;       // first matrix of the filters, or first K block of packed ones
+  int count_1,
+      start_2;  // with a channel list: what the first operator reads of it, where the second one's starts
+  const int* order;  // that list, or null
 };
 
 template <class Engine, bool FILTERS_BY_K, bool LISTED_COLUMNS>
@@ -60,8 +63,8 @@ class ImplicitOperands {
   static constexpr int kStepsOfBlock = kSteps;
 
   // Rows: positions p0 and on of sample b. Columns: o0 and on, or what `list` names there.
-  __device__ __forceinline__ ImplicitOperands(const Implicit<T>& in, const Reduction& sum, int b, int p0, int o0,
-                                              const int* list)
+  __device__ __forceinline__ ImplicitOperands(const Implicit<T>& in, const Reduction& sum, int b, int p0,
+                                              int o0, const int* list)
       : in_(in), sum_(sum) {
     const int64 first = static_cast<int64>(b) * in.extent->positions + p0 + A::row();
     panel_ = in.panel + first * in.pitch + A::column();
@@ -72,7 +75,8 @@ class ImplicitOperands {
       const Place at = place_of(*in.extent, position);
       for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
         const Place by = reach_of(in.taps, tap);
-        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w)) met_[i / 2] |= 1u << (i % 2 * 16 + tap);
+        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w))
+          met_[i / 2] |= 1u << (i % 2 * 16 + tap);
       }
     }
     own_[0] = o0 + (FILTERS_BY_K ? B::row() : B::column());
@@ -144,7 +148,7 @@ class ImplicitOperands {
   const Implicit<T>& in_;
   const Reduction& sum_;
   const T *panel_, *filters_;
-  unsigned met_[A::kCount / 2] = {};  // by vector 16 bits: which taps of its position lie inside
+  unsigned met_[A::kCount / 2] = {};         // by vector 16 bits: which taps of its position lie inside
   int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns, or the first of them
   int64 shift_;
   int index_, block_, tap_, part_, bit_, k_;

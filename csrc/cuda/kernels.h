@@ -1,4 +1,5 @@
-// Launchers of the CUDA kernels, one for each. `dtype` is that of the features; nothing is allocated, nothing waits.
+// Launchers of the CUDA kernels, one for each. `dtype` is that of the features; nothing is allocated, nothing
+// waits.
 #pragma once
 
 #include "cuda/params.h"

@@ -1,5 +1,5 @@
-// How launchers launch: a kernel of one struct, on the caller's stream, the error raised if there is one. `DSTS_ELEMENTS`
-// and `DSTS_ENGINES` name the instances of templates once.
+// How launchers launch: a kernel of one struct, on the caller's stream, the error raised if there is one.
+// `DSTS_ELEMENTS` and `DSTS_ENGINES` name the instances of templates once.
 #pragma once
 
 #define DSTS_ELEMENTS(INSTANCE) \

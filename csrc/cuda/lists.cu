@@ -1,5 +1,5 @@
-// Who chose which neuron, and which channels each gate lists: integers only, worked out on the device. A slot's list is
-// what any of its samples reads.
+// Who chose which neuron, and which channels each gate lists: integers only, worked out on the device. A
+// slot's list is what any of its samples reads.
 #include "cuda/device.h"
 #include "cuda/launch.h"
 
@@ -8,7 +8,8 @@ namespace dsts::cuda {
 constexpr int kListThreads = 256;
 constexpr int kListWarps = kListThreads / 32;
 
-// Sums of three counts over a block, and of those before this thread's warp; `room` is 3 * kListWarps shared ints.
+// Sums of three counts over a block, and of those before this thread's warp; `room` is 3 * kListWarps shared
+// ints.
 struct Counts {
   int n[3];
 };
@@ -29,8 +30,8 @@ __device__ __forceinline__ void block_counts(const Counts& of_warp, int* room, C
   }
 }
 
-// A block a sample: the slot of its neuron, and its place among the samples sorted by neuron. Strays, whose neuron is out
-// of range, get slot -1.
+// A block a sample: the slot of its neuron, and its place among the samples sorted by neuron. Strays, whose
+// neuron is out of range, get slot -1.
 __global__ void __launch_bounds__(kListThreads) group_kernel(const __grid_constant__ GroupParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   int* room = reinterpret_cast<int*>(shared);  // [3 * kListWarps]
@@ -132,7 +133,9 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
       at[i] += all.n[i];
     }
     if (p.by_slot && kind < 3)
-      p.listed[static_cast<int64>(row) * p.channels + c] = static_cast<signed char>(kind == 0 ? 1 : kind == 2 ? 2 : 3);
+      p.listed[static_cast<int64>(row) * p.channels + c] = static_cast<signed char>(kind == 0   ? 1
+                                                                                    : kind == 2 ? 2
+                                                                                                : 3);
   }
 }
 
@@ -143,7 +146,8 @@ void group_samples(const GroupParams& p, void* stream) {
 }
 
 void list_channels(const ListParams& p, void* stream) {
-  launch(list_kernel, dim3(static_cast<unsigned>(p.rows)), kListThreads, sizeof(int) * 3 * kListWarps, stream, p);
+  launch(list_kernel, dim3(static_cast<unsigned>(p.rows)), kListThreads, sizeof(int) * 3 * kListWarps, stream,
+         p);
 }
 #endif
 

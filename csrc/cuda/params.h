@@ -1,11 +1,12 @@
-// What each CUDA kernel is given: one struct by value, of addresses, sizes and strides. Read by the kernels, by their
-// launchers and by benchmarks/bare, so it knows neither torch nor the standard library. Sizes are in elements; rows of
-// panels and of filters by tap are padded to whole 16 bytes, so a `pitch` apart, with zeros where they are summed over.
+// What each CUDA kernel is given: one struct by value, of addresses, sizes and strides. Read by the kernels,
+// by their launchers and by benchmarks/bare, so it knows neither torch nor the standard library. Sizes are in
+// elements; rows of panels and of filters by tap are padded to whole 16 bytes, so a `pitch` apart, with zeros
+// where they are summed over.
 //
-// A *list row* is one order of a sample's (or slot's) channels: those that only the first operator reads, those that
-// both read, those that only the second reads. A *plan* is six ints a row: first K block or slot of its filters, K blocks of
-// either operator, channels of the first, where the second one's list starts, row of its list and bias. A *slot*
-// numbers the neurons that a batch chose.
+// A *list row* is one order of a sample's (or slot's) channels: those that only the first operator reads,
+// those that both read, those that only the second reads. A *plan* is six ints a row: first K block or slot
+// of its filters, K blocks of either operator, channels of the first, where the second one's list starts, row
+// of its list and bias. A *slot* numbers the neurons that a batch chose.
 #pragma once
 
 namespace dsts::cuda {
@@ -14,10 +15,10 @@ using int64 = long long;
 
 constexpr int kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3;  // dtype codes, those of the CPU kernels
 constexpr int kPlan = 6;
-constexpr int kTile = 128;       // positions and outputs of a tile of a product
+constexpr int kTile = 128;        // positions and outputs of a tile of a product
 constexpr int kBlockBytes = 128;  // of a K block: 64 channels of a half type, 32 of float32
-constexpr int kGather = 64;      // positions of a block that gathers
-constexpr int kLeast = 8;        // K blocks: what a program of a shared tile takes at least
+constexpr int kGather = 64;       // positions of a block that gathers
+constexpr int kLeast = 8;         // K blocks: what a program of a shared tile takes at least
 
 // n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994).
 struct Divide {
@@ -52,7 +53,7 @@ struct TapSumsParams {
 };
 
 struct GroupParams {
-  const int64* neuron;                             // (B,)
+  const int64* neuron;                                  // (B,)
   int *slots, *neuron_of, *slot_of, *groups, *members;  // (B,), (S,), (N,), (S, 2), (B,)
   int batch, neurons, slot_count;
 };
@@ -60,8 +61,8 @@ struct GroupParams {
 struct ListParams {
   const float* gate;  // (B, C)
   const int *slots, *neuron_of, *groups, *members;
-  int *order, *plans;     // (rows, C), (rows, 6)
-  signed char* listed;    // (rows, C), by slot only
+  int *order, *plans;   // (rows, C), (rows, 6)
+  signed char* listed;  // (rows, C), by slot only
   int rows, channels, block, by_slot;
 };
 
@@ -90,8 +91,8 @@ struct GatherParams {
 struct FilterParams {
   const void* from;
   void* to;
-  const int* index;            // pack: neuron_of (S,); unpack: slot_of (N,)
-  const signed char* listed;   // unpack: (S, C), or null
+  const int* index;           // pack: neuron_of (S,); unpack: slot_of (N,)
+  const signed char* listed;  // unpack: (S, C), or null
   int outputs, channels, taps, first_tap, all_taps, by_channel, pitch, bit;  // pitch: of rows by tap
 };
 

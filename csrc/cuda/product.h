@@ -1,10 +1,11 @@
-// A tile of a matrix product, 128 by 128 floats in the registers of one block: how its operands come through shared
-// memory, and who multiplies them.
+// A tile of a matrix product, 128 by 128 floats in the registers of one block: how its operands come through
+// shared memory, and who multiplies them.
 //
-// Engines: `Wmma` in tensor cores (half and bfloat16, 4 warps of 64 by 64, m16n16k16; TF32 as m16n16k8), `Simt` in full
-// float32 (256 threads of 8 by 8). A step brings 64 bytes of K of both operands, each as a shared tile that lies either
-// by K ([128][K], K contiguous) or by column ([K][128]). Up to sm_75 the next step waits in registers while this one is
-// multiplied (two tiles take turns); from sm_80 on cp.async keeps three on their way.
+// Engines: `Wmma` in tensor cores (half and bfloat16, 4 warps of 64 by 64, m16n16k16; TF32 as m16n16k8),
+// `Simt` in full float32 (256 threads of 8 by 8). A step brings 64 bytes of K of both operands, each as a
+// shared tile that lies either by K ([128][K], K contiguous) or by column ([K][128]). Up to sm_75 the next
+// step waits in registers while this one is multiplied (two tiles take turns); from sm_80 on cp.async keeps
+// three on their way.
 #pragma once
 
 #include <mma.h>
@@ -32,8 +33,8 @@ constexpr int kStages = stages_of(DSTS_SM80 ? 80 : 70);
 
 struct Tf32 {};  // float32 multiplied as TF32
 
-// Who multiplies elements E: `Element` in memory, `Operand` and `kK` of a tensor core's instruction, threads of a block,
-// blocks that a multiprocessor holds.
+// Who multiplies elements E: `Element` in memory, `Operand` and `kK` of a tensor core's instruction, threads
+// of a block, blocks that a multiprocessor holds.
 template <class E>
 struct Multiplier;
 template <>
@@ -66,8 +67,8 @@ struct Multiplier<float> {
   static constexpr bool kSupported = true;
 };
 
-// Where an operand lies in shared memory. Rows are padded by 16 bytes, so that eight of them touch every bank once; on
-// sm_70, whose fragments are read 8 bytes at a time, by 32 where rows are K.
+// Where an operand lies in shared memory. Rows are padded by 16 bytes, so that eight of them touch every bank
+// once; on sm_70, whose fragments are read 8 bytes at a time, by 32 where rows are K.
 template <class T, bool BY_K>
 struct SharedTile {
   static constexpr int kVector = 16 / sizeof(T);
@@ -80,7 +81,8 @@ struct SharedTile {
   static __device__ __forceinline__ int at(int mn, int k) { return BY_K ? mn * kPitch + k : k * kPitch + mn; }
 };
 
-// Half of a finished tile's columns as floats, and room behind for sums of columns: epilogues take a tile in two.
+// Half of a finished tile's columns as floats, and room behind for sums of columns: epilogues take a tile in
+// two.
 constexpr int kChunkColumns = kTile / 2;
 constexpr int kChunkPitch = kChunkColumns + 4;
 constexpr int kChunkBytes = kTile * kChunkPitch * static_cast<int>(sizeof(float));
@@ -116,7 +118,8 @@ class Wmma {
     const int m0 = threadIdx.x / 64 * 64, n0 = threadIdx.x / 32 % 2 * 64;
 #pragma unroll
     for (int k = part * (A::kDepth / 2); k < (part + 1) * (A::kDepth / 2); k += kK) {
-      nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, kK, Operand, typename LayoutOf<A_BY_K>::Type> left[4];
+      nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, kK, Operand, typename LayoutOf<A_BY_K>::Type>
+          left[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         load_matrix(left[i], a + A::at(m0 + 16 * i, k), A::kPitch);
@@ -124,7 +127,8 @@ class Wmma {
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, kK, Operand, typename LayoutOf<!B_BY_K>::Type> right;
+        nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, kK, Operand, typename LayoutOf<!B_BY_K>::Type>
+            right;
         load_matrix(right, b + B::at(n0 + 16 * j, k), B::kPitch);
         round_to_tf32(right);
 #pragma unroll
@@ -152,7 +156,8 @@ class Wmma {
   static __device__ __forceinline__ void round_to_tf32([[maybe_unused]] Fragment& fragment) {
 #if DSTS_SM80
     if constexpr (sizeof(T) == 4)
-      for (int i = 0; i < fragment.num_elements; ++i) fragment.x[i] = nvcuda::wmma::__float_to_tf32(fragment.x[i]);
+      for (int i = 0; i < fragment.num_elements; ++i)
+        fragment.x[i] = nvcuda::wmma::__float_to_tf32(fragment.x[i]);
 #endif
   }
 
@@ -196,7 +201,8 @@ class Simt {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) chunk[(m0 + i) * kChunkPitch + n0 + 16 * j] = half ? sum_[i][4 + j] : sum_[i][j];
+      for (int j = 0; j < 4; ++j)
+        chunk[(m0 + i) * kChunkPitch + n0 + 16 * j] = half ? sum_[i][4 + j] : sum_[i][j];
   }
 
  private:
@@ -248,10 +254,11 @@ struct Copies {
   }
 };
 
-// Adds `steps` steps of a product to what `engine` holds. `operands` gives the sources of the present step, by vector, and
-// moves on with next(). Starts and ends with all threads done with the shared memory.
+// Adds `steps` steps of a product to what `engine` holds. `operands` gives the sources of the present step,
+// by vector, and moves on with next(). Starts and ends with all threads done with the shared memory.
 template <class Engine, class Operands>
-__device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, int steps, unsigned char* shared) {
+__device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, int steps,
+                                           unsigned char* shared) {
   using T = typename Engine::T;
   using A = Copies<typename Engine::A, T, Engine::kThreads>;
   using B = Copies<typename Engine::B, T, Engine::kThreads>;
@@ -267,13 +274,13 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
     __pipeline_memcpy_async(to, from.at, 16, from.inside ? 0 : 16);
   };
   const auto fetch = [&](int stage) {
-#pragma unroll
+#  pragma unroll
     for (int i = 0; i < A::kCount; ++i) copy(A::place(tile_a(stage), i), operands.a(i));
-#pragma unroll
+#  pragma unroll
     for (int i = 0; i < B::kCount; ++i) copy(B::place(tile_b(stage), i), operands.b(i));
     operands.next();
   };
-#pragma unroll
+#  pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) fetch(s);
     __pipeline_commit();
@@ -284,7 +291,7 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
     __syncthreads();
     if (s + kStages - 1 < steps) fetch(then);
     __pipeline_commit();
-#pragma unroll 1
+#  pragma unroll 1
     for (int part = 0; part < 2; ++part) engine.multiply(tile_a(now), tile_b(now), part);
     now = now + 1 == kStages ? 0 : now + 1;
     then = then + 1 == kStages ? 0 : then + 1;
@@ -302,19 +309,19 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
     T *const now_a = tile_a(s & 1), *const now_b = tile_b(s & 1), *const to_a = tile_a((s + 1) & 1),
              *const to_b = tile_b((s + 1) & 1);
     if (more)
-#pragma unroll
+#  pragma unroll
       for (int i = 0; i < A::kCount; ++i) held_a[i] = copy(operands.a(i));
     if (s >= 0) engine.multiply(now_a, now_b, 0);
     if (more) {
-#pragma unroll
+#  pragma unroll
       for (int i = 0; i < A::kCount; ++i) *reinterpret_cast<uint4*>(A::place(to_a, i)) = held_a[i];
-#pragma unroll
+#  pragma unroll
       for (int i = 0; i < B::kCount; ++i) held_b[i] = copy(operands.b(i));
       operands.next();
     }
     if (s >= 0) engine.multiply(now_a, now_b, 1);
     if (more)
-#pragma unroll
+#  pragma unroll
       for (int i = 0; i < B::kCount; ++i) *reinterpret_cast<uint4*>(B::place(to_b, i)) = held_b[i];
     __syncthreads();
   }

@@ -1,7 +1,8 @@
-// Features gathered by channel lists into panels, and for a frozen layer the choice of the neuron whose lists they are.
+// Features gathered by channel lists into panels, and for a frozen layer the choice of the neuron whose lists
+// they are.
 //
-// A block takes 64 positions of a sample and some K blocks of either list, through shared memory: it reads along
-// whichever side of the features lies at stride 1, and writes whole rows of the panel.
+// A block takes 64 positions of a sample and some K blocks of either list, through shared memory: it reads
+// along whichever side of the features lies at stride 1, and writes whole rows of the panel.
 #include "cuda/device.h"
 #include "cuda/launch.h"
 
@@ -13,8 +14,8 @@ constexpr int kChunk = 256;  // of channels and taps, while scores are added up
 
 template <class T>
 struct Panel {
-  static constexpr int kBlock = kBlockBytes / sizeof(T);    // channels of a K block
-  static constexpr int kPitch = kBlock + 16 / sizeof(T);    // of a row in shared memory
+  static constexpr int kBlock = kBlockBytes / sizeof(T);  // channels of a K block
+  static constexpr int kPitch = kBlock + 16 / sizeof(T);  // of a row in shared memory
   static constexpr int kBytes = kGather * kPitch * sizeof(T);
 };
 
@@ -26,12 +27,12 @@ struct Lists {
 
 // One K block: columns `first` and on of the order, `listed` of them, scaled by the gate or its complement.
 template <class T>
-__device__ void gather_block(const GatherParams& p, const Lists& lists, const float* gate, bool complement, int b,
-                             int p0, int first, int listed, int column, T* tile) {
+__device__ void gather_block(const GatherParams& p, const Lists& lists, const float* gate, bool complement,
+                             int b, int p0, int first, int listed, int column, T* tile) {
   using Q = Panel<T>;
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
   const bool along_channels = p.x_strides.c == 1;
-  __syncthreads();  // before the tile is written again
+  __syncthreads();            // before the tile is written again
   constexpr int kAtOnce = 8;  // elements of a thread on their way together
   for (int first_i = threadIdx.x; first_i < kGather * Q::kBlock; first_i += kGatherThreads * kAtOnce) {
     T own[kAtOnce];
@@ -40,7 +41,8 @@ __device__ void gather_block(const GatherParams& p, const Lists& lists, const fl
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = first_i + j * kGatherThreads;
-      const int k = along_channels ? i % Q::kBlock : i / kGather, r = along_channels ? i / Q::kBlock : i % kGather;
+      const int k = along_channels ? i % Q::kBlock : i / kGather,
+                r = along_channels ? i / Q::kBlock : i % kGather;
       const int position = p0 + r;
       cell[j] = r * Q::kPitch + k;
       own[j] = from_float<T>(lists.known ? 0.0f : not_a_number());
@@ -51,7 +53,8 @@ __device__ void gather_block(const GatherParams& p, const Lists& lists, const fl
       if (gate) scale[j] = complement ? 1 - gate[c] : gate[c];
     }
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) tile[cell[j]] = gate ? from_float<T>(to_float(own[j]) * scale[j]) : own[j];
+    for (int j = 0; j < kAtOnce; ++j)
+      tile[cell[j]] = gate ? from_float<T>(to_float(own[j]) * scale[j]) : own[j];
   }
   __syncthreads();
   constexpr int kRowVectors = kBlockBytes / 16;
@@ -79,20 +82,24 @@ __device__ void gather(const GatherParams& p, const Lists& lists, const float* g
 
 // Training: gated features by the list row of the sample, or of its slot.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, 3) pack_kernel(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kGatherThreads, 2) pack_kernel(const __grid_constant__ GatherParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const int along = ceil_div(p.extent.positions, kGather), b = blockIdx.x / along;
   const int row = p.slots ? max(p.slots[b], 0) : b;
   const int* plan = p.plans + row * kPlan;
   const int64 chosen = p.neuron[b];
-  const Lists lists = {p.order + static_cast<int64>(row) * p.channels, plan[1], plan[2], plan[3], plan[4],
+  const Lists lists = {p.order + static_cast<int64>(row) * p.channels,
+                       plan[1],
+                       plan[2],
+                       plan[3],
+                       plan[4],
                        chosen >= 0 && chosen < p.neurons};
   gather<T>(p, lists, p.gate + static_cast<int64>(b) * p.channels, b, blockIdx.x % along * kGather,
             reinterpret_cast<T*>(shared));
 }
 
-// argmax of the relevance scores of sample b, as torch breaks ties and orders NaN. `values` is kChunk shared floats,
-// `scores` one a neuron.
+// argmax of the relevance scores of sample b, as torch breaks ties and orders NaN. `values` is kChunk shared
+// floats, `scores` one a neuron.
 __device__ int choose_neuron(const GatherParams& p, int b, float* values, float* scores) {
   const int size = p.channels * p.taps, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int n = threadIdx.x; n < p.neurons; n += kGatherThreads) scores[n] = 0;
@@ -124,20 +131,25 @@ __device__ int choose_neuron(const GatherParams& p, int b, float* values, float*
   return best;
 }
 
-// A frozen layer's first launch: choose each sample's neuron, gather its channels, plan the convolution and zero its
-// counters. Every block works its sample's choice out for itself, alike; one writes it down.
+// A frozen layer's first launch: choose each sample's neuron, gather its channels, plan the convolution and
+// zero its counters. Every block works its sample's choice out for itself, alike; one writes it down.
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, 3) route_and_pack_kernel(const __grid_constant__ GatherParams p) {
+__global__ void __launch_bounds__(kGatherThreads, 2)
+    route_and_pack_kernel(const __grid_constant__ GatherParams p) {
   constexpr int kBlock = Panel<T>::kBlock;
   DSTS_DYNAMIC_SHARED(shared);
   T* tile = reinterpret_cast<T*>(shared);
   float* values = reinterpret_cast<float*>(shared + Panel<T>::kBytes);  // [kChunk]
-  float* scores = values + kChunk;                                       // [neurons]
+  float* scores = values + kChunk;                                      // [neurons]
   const int along = ceil_div(p.extent.positions, kGather), b = blockIdx.x / along;
   const int chosen = choose_neuron(p, b, values, scores);
   const int split = static_cast<int>(p.starts[chosen + 1] - p.starts[chosen]);
-  const Lists lists = {p.channels_of + static_cast<int64>(chosen) * p.channels, ceil_div(split, kBlock),
-                       ceil_div(p.channels - split, kBlock), split, split, true};
+  const Lists lists = {p.channels_of + static_cast<int64>(chosen) * p.channels,
+                       ceil_div(split, kBlock),
+                       ceil_div(p.channels - split, kBlock),
+                       split,
+                       split,
+                       true};
   if (blockIdx.x % along == 0 && blockIdx.y == 0) {
     if (threadIdx.x == 0) {
       int first = 0;
@@ -155,13 +167,14 @@ __global__ void __launch_bounds__(kGatherThreads, 3) route_and_pack_kernel(const
     }
     for (int n = threadIdx.x; n < p.neurons; n += kGatherThreads)
       p.scores[static_cast<int64>(b) * p.neurons + n] = scores[n];
-    for (int i = b * kGatherThreads + threadIdx.x; i < p.flag_count; i += p.batch * kGatherThreads) p.flags[i] = 0;
+    for (int i = b * kGatherThreads + threadIdx.x; i < p.flag_count; i += p.batch * kGatherThreads)
+      p.flags[i] = 0;
   }
   gather<T>(p, lists, nullptr, b, blockIdx.x % along * kGather, tile);
 }
 
-#define INSTANTIATE(T)                                                 \
-  template __global__ void pack_kernel<T>(const __grid_constant__ GatherParams);         \
+#define INSTANTIATE(T)                                                           \
+  template __global__ void pack_kernel<T>(const __grid_constant__ GatherParams); \
   template __global__ void route_and_pack_kernel<T>(const __grid_constant__ GatherParams);
 DSTS_ELEMENTS(INSTANTIATE)
 #undef INSTANTIATE
@@ -170,7 +183,8 @@ DSTS_ELEMENTS(INSTANTIATE)
 namespace {
 
 dim3 gather_grid(const GatherParams& p) {
-  return dim3(static_cast<unsigned>(p.batch * ceil_div(p.extent.positions, kGather)), static_cast<unsigned>(p.shares));
+  return dim3(static_cast<unsigned>(p.batch * ceil_div(p.extent.positions, kGather)),
+              static_cast<unsigned>(p.shares));
 }
 
 }  // namespace

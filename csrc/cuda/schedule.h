@@ -1,9 +1,10 @@
 // Who computes what: tiles dealt in whole waves, and the iterations of the rest shared out evenly (stream-K).
 //
-// Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `programs` persistent
-// blocks takes one tile of every wave; what the waves leave over, fewer than two tiles a program, is cut into one
-// contiguous range of iterations a program, the shorter the longer its waves were. Every block works it out alike, so
-// nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
+// Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `programs`
+// persistent blocks takes one tile of every wave; what the waves leave over, fewer than two tiles a program,
+// is cut into one contiguous range of iterations a program, the shorter the longer its waves were. Every
+// block works it out alike, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights
+// are ours.)
 #pragma once
 
 #include "cuda/device.h"
@@ -44,7 +45,8 @@ struct Schedule {
     ends = memory, starts = ends + 2 * programs;
     int* room = starts + programs + 1;
     shared_tiles = tiles - waves * programs;
-    for (int i = threadIdx.x; i < shared_tiles; i += THREADS) ends[i] = length((waves * programs + i) / per_sample);
+    for (int i = threadIdx.x; i < shared_tiles; i += THREADS)
+      ends[i] = length((waves * programs + i) / per_sample);
     scan<THREADS>(ends, shared_tiles, room);
     const int shared = ends[shared_tiles - 1];
     int* weights = starts + 1;
@@ -68,7 +70,8 @@ struct Schedule {
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kMost; ++i)
-        if (threadIdx.x + i * THREADS < static_cast<unsigned>(programs)) weights[threadIdx.x + i * THREADS] = mine[i];
+        if (threadIdx.x + i * THREADS < static_cast<unsigned>(programs))
+          weights[threadIdx.x + i * THREADS] = mine[i];
     }
     scan<THREADS>(weights, programs, room);
     const int64 total = weights[programs - 1];

@@ -1,10 +1,9 @@
-// Improved SemHash gates: logits of each sample's neuron plus noise, hard or soft by sample; and their gradient, which
-// adds a neuron's samples up in order. The maths is that of the CPU kernels, csrc/semhash.h. A neuron out of range shows
-// as NaN.
-#include "semhash.h"
-
+// Improved SemHash gates: logits of each sample's neuron plus noise, hard or soft by sample; and their
+// gradient, which adds a neuron's samples up in order. The maths is that of the CPU kernels, csrc/semhash.h.
+// A neuron out of range shows as NaN.
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "semhash.h"
 
 namespace dsts::cuda {
 
@@ -23,7 +22,8 @@ __device__ __forceinline__ float noisy_logit(const SemhashParams& p, int b, int 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSemhashThreads) semhash_forward_kernel(const __grid_constant__ SemhashParams p) {
+__global__ void __launch_bounds__(kSemhashThreads)
+    semhash_forward_kernel(const __grid_constant__ SemhashParams p) {
   const int blocks = ceil_div(p.channels, kSemhashThreads);
   const int b = blockIdx.x / blocks, c = blockIdx.x % blocks * kSemhashThreads + threadIdx.x;
   if (c >= p.channels) return;
@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kSemhashThreads) semhash_forward_kernel(const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSemhashThreads) semhash_backward_kernel(const __grid_constant__ SemhashParams p) {
+__global__ void __launch_bounds__(kSemhashThreads)
+    semhash_backward_kernel(const __grid_constant__ SemhashParams p) {
   const int blocks = ceil_div(p.channels, kSemhashThreads);
   const int n = blockIdx.x / blocks, c = blockIdx.x % blocks * kSemhashThreads + threadIdx.x;
   if (c >= p.channels) return;
@@ -43,13 +44,14 @@ __global__ void __launch_bounds__(kSemhashThreads) semhash_backward_kernel(const
   for (int b = first; b < last; ++b) {
     if (p.neuron && p.neuron[b] != n) continue;
     const float slope = semhash_slope(noisy_logit<T>(p, b, c));
-    if (slope != 0) total += slope * to_float(static_cast<const T*>(p.grad)[static_cast<int64>(b) * p.channels + c]);
+    if (slope != 0)
+      total += slope * to_float(static_cast<const T*>(p.grad)[static_cast<int64>(b) * p.channels + c]);
   }
   static_cast<T*>(p.out)[static_cast<int64>(n) * p.channels + c] = from_float<T>(total);
 }
 
-#define INSTANTIATE(T)                                                      \
-  template __global__ void semhash_forward_kernel<T>(const __grid_constant__ SemhashParams);  \
+#define INSTANTIATE(T)                                                                       \
+  template __global__ void semhash_forward_kernel<T>(const __grid_constant__ SemhashParams); \
   template __global__ void semhash_backward_kernel<T>(const __grid_constant__ SemhashParams);
 DSTS_ELEMENTS(INSTANTIATE)
 #undef INSTANTIATE
@@ -60,7 +62,8 @@ void semhash(const SemhashParams& p, bool backward, int dtype, void* stream) {
   const dim3 grid(static_cast<unsigned>(rows * ceil_div(p.channels, kSemhashThreads)));
   for_element(dtype, [&](auto element) {
     using T = decltype(element);
-    launch(backward ? semhash_backward_kernel<T> : semhash_forward_kernel<T>, grid, kSemhashThreads, 0, stream, p);
+    launch(backward ? semhash_backward_kernel<T> : semhash_forward_kernel<T>, grid, kSemhashThreads, 0,
+           stream, p);
   });
 }
 #endif

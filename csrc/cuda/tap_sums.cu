@@ -1,6 +1,7 @@
-// Tap sums: every channel summed over the positions that each tap of a scoring kernel meets, in float32. A block sums a
-// range of positions of some channels, so that a small batch still fills the chip; who reads the ranges' sums adds
-// them up, in order. Threads run along whichever side lies at stride 1, 16 bytes each where it is aligned.
+// Tap sums: every channel summed over the positions that each tap of a scoring kernel meets, in float32. A
+// block sums a range of positions of some channels, so that a small batch still fills the chip; who reads the
+// ranges' sums adds them up, in order. Threads run along whichever side lies at stride 1, 16 bytes each where
+// it is aligned.
 #include "cuda/device.h"
 #include "cuda/launch.h"
 
@@ -9,7 +10,8 @@ namespace dsts::cuda {
 constexpr int kSumThreads = 256;
 constexpr int kSumBytes = 16;  // of a vector
 
-// Threads along the side that lies at stride 1, which read 128 bytes together; the rest go along the other side.
+// Threads along the side that lies at stride 1, which read 128 bytes together; the rest go along the other
+// side.
 __host__ __device__ constexpr int inner_threads(int vector) { return vector == 1 ? 32 : 8; }
 
 // Sums of one channel by tap: one tap is the total. Nine are the total less what lies on an edge.
@@ -27,8 +29,8 @@ struct Taps {
   }
 };
 
-// BY_CHANNEL: a thread has V channels and walks positions; else a thread has one channel and walks V positions at a
-// time. Several positions at once are for one tap only.
+// BY_CHANNEL: a thread has V channels and walks positions; else a thread has one channel and walks V
+// positions at a time. Several positions at once are for one tap only.
 template <class T, int TAPS, int V, bool BY_CHANNEL>
 __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_constant__ TapSumsParams p) {
   constexpr int INNER = inner_threads(V), OUTER = kSumThreads / INNER;
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_cons
       const T* from = x + offset_of(p.x_strides, place);
       const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
 #pragma unroll
-      for (int i = 0; i < V; ++i) own[BY_CHANNEL ? i : 0].add(to_float(pack.v[i]), place.h, place.w, p.extent);
+      for (int i = 0; i < V; ++i)
+        own[BY_CHANNEL ? i : 0].add(to_float(pack.v[i]), place.h, place.w, p.extent);
     }
   }
 
@@ -67,8 +70,7 @@ __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_cons
     if (column >= p.channels) continue;
     float total = 0;
     if (BY_CHANNEL) {
-      for (int o = 0; o < OUTER; ++o)
-        total += cell[((o * INNER + own_c / V) * OWN + own_c % V) * TAPS + tap];
+      for (int o = 0; o < OUTER; ++o) total += cell[((o * INNER + own_c / V) * OWN + own_c % V) * TAPS + tap];
     } else {
       for (int o = 0; o < INNER; ++o) total += cell[(own_c * INNER + o) * TAPS + tap];
     }
@@ -76,13 +78,15 @@ __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_cons
   }
 }
 
-#define INSTANTIATE(T)                                                                           \
-  template __global__ void tap_sums_kernel<T, 1, 1, true>(const __grid_constant__ TapSumsParams);                  \
-  template __global__ void tap_sums_kernel<T, 9, 1, true>(const __grid_constant__ TapSumsParams);                  \
-  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), true>(const __grid_constant__ TapSumsParams);   \
-  template __global__ void tap_sums_kernel<T, 1, 1, false>(const __grid_constant__ TapSumsParams);                 \
-  template __global__ void tap_sums_kernel<T, 9, 1, false>(const __grid_constant__ TapSumsParams);                 \
-  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), false>(const __grid_constant__ TapSumsParams);
+#define INSTANTIATE(T)                                                                             \
+  template __global__ void tap_sums_kernel<T, 1, 1, true>(const __grid_constant__ TapSumsParams);  \
+  template __global__ void tap_sums_kernel<T, 9, 1, true>(const __grid_constant__ TapSumsParams);  \
+  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), true>(                     \
+      const __grid_constant__ TapSumsParams);                                                      \
+  template __global__ void tap_sums_kernel<T, 1, 1, false>(const __grid_constant__ TapSumsParams); \
+  template __global__ void tap_sums_kernel<T, 9, 1, false>(const __grid_constant__ TapSumsParams); \
+  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), false>(                    \
+      const __grid_constant__ TapSumsParams);
 DSTS_ELEMENTS(INSTANTIATE)
 #undef INSTANTIATE
 
@@ -97,8 +101,8 @@ void launch_sums(const TapSumsParams& p, void* stream) {
   const size_t shared = sizeof(float) * kSumThreads * TAPS * (by_channel ? V : 1);
   const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.parts),
                   static_cast<unsigned>(ceil_div(p.channels, channels)));
-  launch(by_channel ? tap_sums_kernel<T, TAPS, V, true> : tap_sums_kernel<T, TAPS, V, false>, grid, kSumThreads,
-         shared, stream, p);
+  launch(by_channel ? tap_sums_kernel<T, TAPS, V, true> : tap_sums_kernel<T, TAPS, V, false>, grid,
+         kSumThreads, shared, stream, p);
 }
 
 }  // namespace

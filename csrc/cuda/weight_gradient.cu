@@ -1,8 +1,10 @@
-// Filter gradients, grouped by neuron: a block has one tile of one tap of one slot, over all the slot's samples in order.
+// Filter gradients, grouped by neuron: a block has one tile of one tap of one slot, over all the slot's
+// samples in order.
 //
-// The reduction runs over positions. Rows of the result come from `left`, shifted by the tap, columns from `right`. For
-// the gated convolution `left` is its panel, gathered by the lists of the slot, so that only listed channels are computed,
-// and `right` the gradient; for a mixing kernel `left` is the gradient, shifted the other way.
+// The reduction runs over positions. Rows of the result come from `left`, shifted by the tap, columns from
+// `right`. For the gated convolution `left` is its panel, gathered by the lists of the slot, so that only
+// listed channels are computed, and `right` the gradient; for a mixing kernel `left` is the gradient, shifted
+// the other way.
 #include "cuda/implicit.h"
 #include "cuda/launch.h"
 
@@ -17,8 +19,8 @@ class PositionOperands {
   static constexpr int kDepth = Engine::A::kDepth;
 
  public:
-  __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by, const int* members,
-                                              int left0, int left_end, int right0)
+  __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by,
+                                              const int* members, int left0, int left_end, int right0)
       : p_(p), by_(by), member_(members), left0_(left0 + A::column()), right0_(right0 + B::column()) {
     left_inside_ = left0_ < left_end, right_inside_ = right0_ < p.columns;
     shift_ = (static_cast<int64>(by.t) * p.extent.h + by.h) * p.extent.w + by.w;
@@ -65,7 +67,8 @@ __device__ void weight_gradient_body(const WeightGradientParams& p) {
   float* chunk = reinterpret_cast<float*>(memory);
   const int slot = blockIdx.z, tap = blockIdx.y, n = p.neuron_of[slot];
   if (n < 0) return;
-  const int across = ceil_div(p.columns, kTile), j0 = blockIdx.x / across * kTile, o0 = blockIdx.x % across * kTile;
+  const int across = ceil_div(p.columns, kTile), j0 = blockIdx.x / across * kTile,
+            o0 = blockIdx.x % across * kTile;
   const bool in_first = tap < p.taps_1;
   const Taps taps = {p.kt, p.kh, p.kw, p.taps_1, p.taps_2, p.sign};
   int count = p.rows, list_start = 0, column = j0;
@@ -79,9 +82,10 @@ __device__ void weight_gradient_body(const WeightGradientParams& p) {
 
   Tiles engine;
   engine.clear();
-  PositionOperands<Tiles> operands(p, reach_of(taps, tap), p.members + p.groups[slot * 2], column, column + count - j0,
-                                   o0);
-  accumulate(engine, operands, p.groups[slot * 2 + 1] * ceil_div(p.extent.positions, Tiles::A::kDepth), memory);
+  PositionOperands<Tiles> operands(p, reach_of(taps, tap), p.members + p.groups[slot * 2], column,
+                                   column + count - j0, o0);
+  accumulate(engine, operands, p.groups[slot * 2 + 1] * ceil_div(p.extent.positions, Tiles::A::kDepth),
+             memory);
 
   const int64 matrix = static_cast<int64>(p.by_neuron ? n : slot) * (p.taps_1 + p.taps_2) + tap;
   for (int half = 0; half < 2; ++half) {

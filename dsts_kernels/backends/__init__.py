@@ -2,7 +2,8 @@
 
 Ops call :func:`choose` beneath the dispatcher, so a compiled graph sees one op whatever runs it. The order of
 preference is: the ``backend=`` argument, :func:`use_backend`, the environment variable ``DSTS_BACKEND``, the
-first backend in :data:`BACKENDS` that can run. A backend asked for by name that cannot run is an error.
+first backend in :data:`BACKENDS` that can run, or one that was measured faster on such a GPU (:mod:`.gpu.measured`). A
+backend asked for by name that cannot run is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from .base import OPS, Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .eager import EagerBackend
+from .gpu import GpuBackend
+from .gpu.measured import winner
 from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
@@ -77,6 +80,14 @@ def _requested(argument: str | None) -> tuple[str | None, str]:
     return os.environ.get("DSTS_BACKEND") or None, "DSTS_BACKEND"
 
 
+def _faster(first: Backend, op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """``first``, or the backend that was measured faster on such a chip, where that can run."""
+    if not isinstance(first, GpuBackend):
+        return first
+    other = BACKENDS.get(winner(op, device, dtype) or first.name)
+    return first if other is None or other.why_not(op, device, dtype) is not None else other
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str | None = None) -> Backend:
     """The backend that runs ``op`` on tensors of this device and dtype.
 
@@ -93,7 +104,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str | N
         return backend
     for backend in BACKENDS.values():
         if backend.why_not(op, device, dtype) is None:
-            return backend
+            return _faster(backend, op, device, dtype)
     raise RuntimeError(explain(op, device, dtype))
 
 

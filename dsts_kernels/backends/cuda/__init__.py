@@ -5,12 +5,11 @@ Where Triton cannot run (Volta and Turing, or no triton) it is what runs on a GP
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ..cpu import _C, build_record
 from ..gpu import GpuBackend, Kernels
+from ..gpu.measured import capability
 from . import kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +20,6 @@ def native_targets() -> tuple[str, list[int]] | None:
     """The toolkit that built the native kernels and their targets (``[75, 80, ...]``); ``None`` where none did."""
     facts = None if _C is None else _C.build_info()["cuda"]
     return (facts["version"], facts["targets"]) if facts else None
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def runs_on(targets: list[int], major: int, minor: int) -> bool:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import FrozenWeights
-from ..cpu import DTYPE_CODES, _C
+from ..cpu import _C, DTYPE_CODES
 from ..gpu import features
-from ..gpu.features import INT32, SPATIAL, empty_features
+from ..gpu.features import INT32, SPATIAL
 from ..gpu.kernels import PLAIN, Epilogue
 from ..gpu.lists import PLAN, Groups, Lists, panel_width
 from ..packing import tile_channels
@@ -371,7 +371,7 @@ def filter_gradient(
 
 
 __all__ = [
-    "conv", "conv_problem", "data_gradient", "empty_features", "filter_gradient", "group_samples", "list_channels",
+    "conv", "conv_problem", "data_gradient", "filter_gradient", "group_samples", "list_channels",
     "pack_features", "pack_filters", "partial_tap_sums", "route_and_pack", "semhash_gate", "semhash_gate_backward",
     "unpack_filters",
 ]  # fmt: skip

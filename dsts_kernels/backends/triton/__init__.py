@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from ..gpu import GpuBackend, Kernels
+from ..gpu.measured import capability
 
 # Modules of kernels with their launchers, all of which .kernels gathers.
 LAUNCHERS = ("conv", "data_gradient", "filters", "lists", "route", "semhash", "tap_sums", "weight_gradient")
@@ -41,11 +42,6 @@ def unusable() -> str | None:
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     wanted = ".".join(map(str, OLDEST))
     return f"triton {version} is installed, {wanted} or later is needed" if numbers < OLDEST else None
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 class TritonBackend(GpuBackend):

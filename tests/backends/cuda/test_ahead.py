@@ -84,7 +84,7 @@ def test_products_run_in_tensor_cores(compiled, arch):
 
 def test_operands_come_as_matrices(compiled, arch):
     """Whole matrices at a time from shared memory, where the chip can."""
-    for one in products(compiled, "half"):
+    for one in products(compiled, "half", *(["bfloat16"] if arch >= 80 else [])):
         assert bool(one.counts["LDSM"]) == (arch >= 75), told([one])
 
 

@@ -1,32 +1,37 @@
-"""The CUDA backend on CPU tensors: its launchers as they are, over kernels that ``tests/emulator`` compiled for the CPU.
+"""The CUDA backend on CPU tensors: its launchers as they are, over kernels that ``tests/emulator`` compiled.
 
-``DSTS_EMULATED=address-800`` and the like choose a sanitizer's build and the architecture; by default each is plain and
-sm_70. It stands in for the backend of its name, so ops and modules reach it by ``backend="cuda"``.
+It stands in for the backend of its name, so ops and modules reach it by ``backend="cuda"``. Every test runs as on sm_70
+and as on sm_80; ``DSTS_EMULATED=address-800`` and the like choose one of them and a sanitizer's build. Kernels are
+compiled when the first test runs, not when tests are collected.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 
+import pytest
 import torch
 
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.cuda import CudaBackend, kernels, unsupported_dtype
 from tests.emulator import build
 
-FLAVOUR, ARCH = os.environ.get("DSTS_EMULATED", "plain-700").split("-")
-PROCESSORS = 3
-EMULATED: ModuleType = build.load(build.build(FLAVOUR, int(ARCH)))
+FLAVOUR, *_ARCH = os.environ.get("DSTS_EMULATED", "plain").split("-")
+ARCHS = tuple(map(int, _ARCH)) or (700, 800)
+
+
+@functools.cache
+def compiled(arch: int) -> ModuleType:
+    """The native module with its kernels emulated."""
+    return build.load(build.build(FLAVOUR, arch))
 
 
 class EmulatedBackend(CudaBackend):
-    """Runs on CPU tensors."""
+    """Runs on CPU tensors, as on a chip of ``arch`` with so many multiprocessors."""
 
-    def __init__(self) -> None:
-        kernels.native = lambda: EMULATED
-        kernels.chip = lambda device: kernels.Chip(int(ARCH) // 10, PROCESSORS)
-        BACKENDS["cuda"] = self
+    arch, processors = ARCHS[0], 3
 
     def missing(self) -> str | None:
         return None
@@ -34,4 +39,11 @@ class EmulatedBackend(CudaBackend):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"kernels are emulated for CPU tensors, not for {device.type}"
-        return unsupported_dtype(dtype, int(ARCH) // 100)
+        return unsupported_dtype(dtype, self.arch // 100)
+
+    def emulate(self, arch: int, patch: pytest.MonkeyPatch) -> None:
+        """Until ``patch`` is undone this is the CUDA backend."""
+        patch.setattr(self, "arch", arch)
+        patch.setattr(kernels, "native", lambda: compiled(self.arch))
+        patch.setattr(kernels, "chip", lambda device: kernels.Chip(self.arch // 10, self.processors))
+        patch.setitem(BACKENDS, self.name, self)
