@@ -43,12 +43,11 @@ struct Implicit {
 
 // One sample's reduction; it lies in shared memory, where it takes no registers from the loop.
 struct Reduction {
-  int blocks_1,
-      columns_2;  // K blocks of the first operator; where the second one's columns of the panel start
-  int base;       // first matrix of the filters, or first K block of packed ones
-  int count_1,
-      start_2;  // with a channel list: what the first operator reads of it, where the second one's starts
-  const int* order;  // that list, or null
+  int blocks_1;          // K blocks of the first operator
+  int columns_2;         // where the second one's columns of the panel start
+  int base;              // first matrix of the filters, or first K block of packed ones
+  int count_1, start_2;  // of a channel list: what the first operator reads, where the second one's starts
+  const int* order;      // that list, or null
 };
 
 template <class Engine, bool FILTERS_BY_K, bool LISTED_COLUMNS>
@@ -120,7 +119,8 @@ class ImplicitOperands {
   __device__ __forceinline__ Source<T> b(int i) const {
     if constexpr (FILTERS_BY_K) {
       const int o = LISTED_COLUMNS ? own_[i] : own_[0] + i * B::kRowsApart;
-      const bool inside = o >= 0 && o < in_.outputs && (in_.packed || k_ + B::column() < in_.rows);
+      const bool column = LISTED_COLUMNS ? o >= 0 : o < in_.outputs;
+      const bool inside = column && (in_.packed || k_ + B::column() < in_.rows);
       return {filters_ + static_cast<int64>(inside ? o : 0) * in_.filter_pitch + B::column(), inside};
     } else {
       const int k = k_ + B::row() + i * B::kRowsApart;
@@ -149,7 +149,7 @@ class ImplicitOperands {
   const Reduction& sum_;
   const T *panel_, *filters_;
   unsigned met_[A::kCount / 2] = {};         // by vector 16 bits: which taps of its position lie inside
-  int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns, or the first of them
+  int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns (-1: none), or the first of them
   int64 shift_;
   int index_, block_, tap_, part_, bit_, k_;
   bool first_;
