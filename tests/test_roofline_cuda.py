@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import cuda_compilers, cuda_loops
 from dsts_kernels.backends.cuda import CudaBackend, kernels
 from dsts_kernels.roofline import CHIPS, SHAPES, STEPS, Case, Chip, frozen_step, total, training_step
 from dsts_kernels.roofline import cuda as model
-from dsts_kernels.roofline.loops import COUNTED, KERNELS, passes, step_of, volta_fragment
+from dsts_kernels.roofline.loops import COUNTED, KERNELS, passes, pitch_of, step_of, store_passes, volta_fragment
 from dsts_kernels.roofline.tables import run_on
 
 from .test_roofline import features_of, run_frozen, run_training_layer
@@ -180,11 +182,42 @@ def test_volta_fragments():
 
 
 def test_steps_by_hand():
-    """The convolution's step on a V100: fragments, stores (two passes for one), and what goes through L1."""
-    fragments, stores, through = 4 * 2 * 4 * (16 + 8), 2 * 16 * 8, 128
-    assert step_of(70, "float16", "by_k", 128) == (825.0, fragments + stores + through)
+    """The convolution's step on a V100: fragments, stores, and what goes through L1."""
+    fragments, stores, through = 4 * 2 * 4 * (16 + 8), 2 * 16 * 4, 128
+    assert step_of(70, "float16", "by_k", 128) == (833.0, fragments + stores + through)
     assert step_of(75, "float16", "by_k", 64).shared == 2 * (4 * 2 * 8 * 4 + stores + through)
     assert step_of(80, "float16", "by_k", 128).shared == 4 * 2 * 8 * 4 + stores
+
+
+def test_stores_meet_in_no_bank():
+    """Every tile is written at 128 bytes a pass, by K and by column, at every pitch; sm_70 reads it at 288."""
+    for capability, element in itertools.product(COUNTED, (2, 4)):
+        for by_k in (True, False):
+            assert store_passes(by_k, pitch_of(capability, by_k, element), element) == 64
+    assert [pitch_of(capability, False, 2) for capability in (70, 75, 80)] == [288, 272, 272]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", COUNTED)
+def test_counts_are_of_the_compiled_kernels(capability):
+    """What stands in COUNTED, and that its products and loads of fragments are those the model works with."""
+    reason = cuda_compilers.missing(capability)
+    if reason:
+        pytest.skip(reason)
+    found = cuda_loops.count(capability)
+    for dtype, row in found.items():
+        products = {"tf32": 128, "float32": 1024}.get(dtype, {70: 512, 75: 128}.get(capability, 64))
+        for one in row:
+            assert products == one.kinds["FFMA" if dtype == "float32" else "HMMA.884" if capability < 75 else "HMMA"]
+            vectors = 4 if dtype == "float32" else 8  # of a thread, of both operands
+            assert (one.kinds["STS"], one.kinds["LDGSTS"] // 2)[capability >= 80] == vectors
+            matrices = {70: 0, 75: 32}.get(capability, 16)
+            assert one.kinds["LDSM"] == (matrices if dtype in ("float16", "bfloat16") else 0)
+    # Another release of the compilers may move a few instructions; these are what the counts were taken with.
+    counted = {dtype: tuple(one.instructions for one in row) for dtype, row in found.items()}
+    assert counted.keys() == COUNTED[capability].keys()
+    for dtype, row in COUNTED[capability].items():
+        assert counted[dtype] == pytest.approx(row, rel=0.02), f"run python -m benchmarks.cuda_loops: {counted}"
 
 
 @pytest.mark.parametrize("capability", COUNTED)

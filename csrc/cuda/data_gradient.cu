@@ -24,12 +24,14 @@ struct GradientShared {
 template <class T, int THREADS>
 __device__ __forceinline__ void finish_operator(const DataGradientParams& p, bool second, int b, int p0,
                                                 int width, int half, float* chunk, GradientShared& shared) {
-  constexpr int kCells = kTile * kChunkColumns, kAtOnce = 8;  // cells whose loads are on their way together
+  constexpr int kCells = kTile * kChunkColumns, kAtOnce = 4;  // cells whose loads are on their way together
   const bool along_rows = p.x_strides.c != 1;
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
   T* dx = p.dx ? static_cast<T*>(p.dx) + b * p.x_strides.b : nullptr;
   for (int first = threadIdx.x; first < kCells; first += THREADS * kAtOnce) {
-    float seen[kAtOnce], before[kAtOnce];
+    // Loaded without a condition, and kept as they are until all are on their way; `x` stands in where there
+    // is none.
+    T seen[kAtOnce], before[kAtOnce];
     const auto place = [&](int j, int* column, float** cell) -> int64 {  // -1 outside
       const int i = first + j * THREADS;
       const int r = along_rows ? i % kTile : i / kChunkColumns,
@@ -41,19 +43,28 @@ __device__ __forceinline__ void finish_operator(const DataGradientParams& p, boo
     };
     int column;
     float* cell;
+    if (p.dgate) {
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int64 at = place(j, &column, &cell);
-      seen[j] = at >= 0 && p.dgate ? to_float(x[at]) : 0;
-      before[j] = at >= 0 && second && dx && shared.gate[column] != 0 ? to_float(dx[at]) : 0;
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64 at = place(j, &column, &cell);
+        seen[j] = x[at >= 0 ? at : 0];
+      }
+    }
+    if (second && dx) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64 at = place(j, &column, &cell);
+        before[j] = *(at >= 0 ? dx + at : x);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int64 at = place(j, &column, &cell);
       const float v = *cell, gate = at >= 0 ? shared.gate[column] : 0;
-      if (p.dgate) *cell = at >= 0 ? v * seen[j] : 0;
-      if (at >= 0 && dx && gate != (second ? 1.0f : 0.0f))
-        dx[at] = from_float<T>((second ? 1 - gate : gate) * v + before[j]);
+      if (p.dgate) *cell = at >= 0 ? v * to_float(seen[j]) : 0;
+      if (at < 0 || !dx || gate == (second ? 1.0f : 0.0f)) continue;
+      const float sum = (second ? 1 - gate : gate) * v;
+      dx[at] = from_float<T>(second && gate != 0 ? sum + to_float(before[j]) : sum);
     }
   }
   if (!p.dgate) return;

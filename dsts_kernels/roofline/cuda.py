@@ -2,8 +2,8 @@
 
 Grids are those of backends/cuda/kernels.py and csrc/cuda: tiles of 128 positions, which follow one another without
 boxes, by 128 outputs; a persistent convolution; gradients of one tile a block. A test holds the launchers to it.
-Assumed as there, and that loops of epilogues and gathers wait for one load before they ask for the next, as their SASS
-does (sm_70).
+Assumed as there. What loops of epilogues and gathers wait for is as their SASS has it (sm_70): where loads come
+together, and where one is waited for before the next is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SEMHASH = 256  # channels of a program
 FILTERS, SUM_POSITIONS, SUM_CHANNELS = 64, 64, 64  # as in the launchers and kernels
 THREADS = 256  # of a block that gathers or sums
 CHUNK = 256  # channels whose scores are added up at a time
+EPILOGUE_AT_ONCE = 4  # the same of the data gradient's epilogue
+AT_ONCE = 8  # loads of a thread that are on their way together: parts of a tile, features that are gathered
 BY_K = ("packed", "rows")  # forms of filters that lie by K
 
 
@@ -88,10 +90,10 @@ def conv(
     panel = sum(sample.columns for sample in samples) * case.positions * case.element
     scratch = share.parts * TILE * TILE * FLOAT
     loads = sum(steps) * per_sample * loaded(case) * tile.k * case.element
-    # An epilogue goes over its cells two vectors a thread at a time; parts of a tile are added up one load at a time.
+    # An epilogue waits for a vector's skip before it asks for the next; parts of a tile are added up one by one.
     cells = TILE * TILE // (32 * tile.warps)
-    rounds = cells / (2 * (vector(case) if case.channels % vector(case) == 0 else 1))
-    adding = cells * share.pieces * L2_US if share.parts else 0.0
+    rounds = cells / (vector(case) if case.channels % vector(case) == 0 else 1)
+    adding = cells / AT_ONCE * share.pieces * L2_US if share.parts else 0.0
     launch = Launch(
         f"conv {form}",
         programs,
@@ -143,8 +145,8 @@ def data_gradient(case: Case, chip: Chip) -> Launch:
         flop=2.0 * case.batch * case.positions * taps * c**2,
         tile=tile,
     )
-    # An element a thread, one after the other: x from memory, then x and what is in dx from L2.
-    waits = TILE * TILE / (32 * tile.warps) * (DRAM_US + L2_US + soft * L2_US)
+    # An element a thread, four of them on their way together: x from memory; for the second operator x and dx from L2.
+    waits = TILE * TILE / (32 * tile.warps) / EPILOGUE_AT_ONCE * (DRAM_US + 2 * L2_US)
     return one_tile_each(launch, case, chip, "data_gradient", [steps] * programs, waits)
 
 
@@ -194,8 +196,9 @@ def gather(
     columns = [reduction(case, *pair).columns for pair in lists]
     panel = sum(columns) * case.positions * case.element
     programs = along * shares * case.batch
-    # A thread reads element after element; what one list's block took from memory, the other's finds in L2.
-    trips = cdiv(max(columns) // block, shares) * (GATHER * block // THREADS) * (L2_US + DRAM_US) / 2
+    # Channels of some elements, then those elements; what one list's block took from memory, the other's finds in L2.
+    rounds = cdiv(max(columns) // block, shares) * (GATHER * block // THREADS // AT_ONCE)
+    trips = rounds * (L2_US + (L2_US + DRAM_US) / 2)
     moved = panel + more
     return stream(
         kernel, chip, programs, case.features + moved, trips, l2=2 * case.features + moved + programs * l2, tail=tail

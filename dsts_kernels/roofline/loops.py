@@ -12,28 +12,28 @@ from typing import NamedTuple
 
 # Warp instructions of one step: all that stand in the loop that holds the products of a whole step (512 HMMA.884, 128
 # HMMA.1688, or 2 x 32 HMMA.16816), inner loops times their trips, branches not taken included. Counted on 2026-11-22
-# in what `nvdisasm -c` shows of csrc/cuda: sm_70 by NVRTC 12.9 and its ptxas, others by nvcc 13.0. By dtype of
-# products, then by kernel: filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
+# by `python -m benchmarks.cuda_loops`, sm_70 as NVRTC 12.9 and its ptxas compile it, others as nvcc 13.0 does. By dtype
+# of products, then by kernel: filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
 KERNELS = ("by_k", "by_output", "data_gradient", "weight_gradient")
 COUNTED: dict[int, dict[str, tuple[int, int, int, int]]] = {
-    70: {"float16": (825, 896, 848, 941), "float32": (1263, 1395, 1273, 1414)},
-    75: {"float16": (414, 480, 437, 526), "float32": (1249, 1380, 1259, 1401)},
+    70: {"float16": (833, 903, 877, 941), "float32": (1273, 1402, 1318, 1414)},
+    75: {"float16": (409, 484, 459, 526), "float32": (1246, 1384, 1291, 1401)},
     80: {
-        "float16": (301, 389, 326, 393),
-        "bfloat16": (382, 506, 405, 500),
-        "tf32": (636, 735, 655, 720),
-        "float32": (1253, 1394, 1262, 1405),
+        "float16": (298, 389, 337, 393),
+        "bfloat16": (298, 389, 339, 388),
+        "tf32": (602, 705, 634, 696),
+        "float32": (1251, 1386, 1271, 1393),
     },
     90: {
-        "float16": (319, 402, 335, 427),
-        "bfloat16": (398, 518, 413, 533),
-        "tf32": (650, 745, 663, 742),
-        "float32": (1270, 1408, 1275, 1428),
+        "float16": (315, 402, 350, 427),
+        "bfloat16": (315, 402, 350, 418),
+        "tf32": (616, 716, 643, 723),
+        "float32": (1266, 1398, 1275, 1414),
     },
 }
 
 LANES, BANKS, WORD, ROW = range(32), 32, 4, 128  # ROW: bytes that all banks deliver at once
-STEP, TILE, PAD = 64, 128, 16  # bytes of K, rows or columns, and bytes behind each row in shared memory
+STEP, TILE = 64, 128  # bytes of K, rows or columns
 
 
 class Step(NamedTuple):
@@ -55,6 +55,11 @@ def passes(addresses: Iterable[int], width: int) -> int:
         banks = [word % BANKS for word in words]
         found += max(map(banks.count, set(banks)))
     return found
+
+
+def pitch_of(capability: int, by_k: bool, element: int) -> int:
+    """Bytes from row to row in shared memory, as ``SharedTile`` of csrc/cuda/product.h has them."""
+    return STEP + 16 if by_k else TILE * element + (32 if capability < 75 else 16)
 
 
 def volta_fragment(left: bool, by_k: bool, pitch: int) -> int:
@@ -82,15 +87,16 @@ def fragments(capability: int, dtype: str, by_k: tuple[bool, bool], pitches: tup
             for way, pitch in zip(by_k, pitches, strict=True)
         ]
         return 4 * 2 * 4 * 4 * sum(loads)
-    # 8 rows of 16 bytes at a time (ldmatrix; bfloat16 reads the same bytes without it); their pitches avoid conflicts
+    # 8 rows of 16 bytes at a time (ldmatrix); their pitches avoid conflicts
     return 4 * 2 * 4 * 4 * 2 * passes((row * pitches[0] for row in range(8)), 16)
 
 
 def store_passes(by_k: bool, pitch: int, element: int) -> int:
-    """Passes of a block to write one operand's tile of a step, 16 bytes a thread, rows by the threads' numbers."""
+    """Passes of a block to write one operand's tile of a step, 16 bytes a thread, in the order of ``Copies``."""
     across = (STEP if by_k else TILE * element) // 16
+    rows = [lane // 4 % 2 * 4 + lane // 8 if by_k else lane // across for lane in LANES]
     instructions = TILE * STEP // 16 // len(LANES)
-    return instructions * passes((lane // across * pitch + lane % across * 16 for lane in LANES), 16)
+    return instructions * passes((rows[lane] * pitch + lane % across * 16 for lane in LANES), 16)
 
 
 def step_of(capability: int, dtype: str, kernel: str, width: int) -> Step:
@@ -98,7 +104,7 @@ def step_of(capability: int, dtype: str, kernel: str, width: int) -> Step:
     generation = max(counted for counted in COUNTED if counted <= capability)
     warps, element = 8 if dtype == "float32" else 4, 4 if dtype in ("float32", "tf32") else 2
     by_k = (kernel != "weight_gradient", kernel in ("by_k", "data_gradient"))
-    pitches = tuple((STEP if way else TILE * element) + PAD for way in by_k)
+    pitches = tuple(pitch_of(capability, way, element) for way in by_k)
     moved = fragments(capability, dtype, by_k, pitches) + sum(map(store_passes, by_k, pitches, (element, element)))
     if capability < 80:  # steps pass through registers, and so through L1, which is the same memory
         moved += 2 * TILE * STEP // ROW
