@@ -26,12 +26,13 @@ from typing import TextIO
 import torch
 
 from benchmarks import gpu_goals
-from benchmarks.gpu_timing import require_gpu, slug
+from benchmarks.gpu_timing import NOT_RUN, require_gpu, slug
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("build", "tests", "sanitize", "bench", "tune")
 DEFAULT_PARTS = PARTS[:-1]
+GPU_BACKENDS = ("triton", "cuda")
 MINUTES = 9.0
 LATE = "not run: time"
 SANITIZER = "compute-sanitizer"
@@ -95,7 +96,7 @@ def workers(count: int) -> list[str]:
 
 
 def sanitize_steps() -> list[Step]:
-    """The script alone, which also fills Triton's cache of compiled kernels, then under each tool."""
+    """The script alone, which also fills Triton's cache of compiled kernels, then each backend under each tool."""
     python = [sys.executable, "-m", "benchmarks.gpu_sanitize"]
     tool = find_sanitizer()
     missing = "" if tool else f"{SANITIZER} not found on PATH, in CUDA_HOME, /usr/local/cuda or NVIDIA's packages"
@@ -104,9 +105,11 @@ def sanitize_steps() -> list[Step]:
         options = ["--tool", name, "--error-exitcode", str(TOOL_FOUND_ERRORS), "--print-limit", "20"]
         options += ["--target-processes", "application-only"]
         options += ["--report-api-errors", "no"] if name == "memcheck" else []
-        command = [tool, *options, *python] if tool else None
         # Without torch's cache each tensor is an allocation of its own, and what lies beyond it is out of bounds.
-        steps.append(Step("sanitize", name, command, 30, 80, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, note=missing))
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for backend in GPU_BACKENDS:
+            command = [tool, *options, *python, "--backend", backend] if tool else None
+            steps.append(Step("sanitize", f"{name}, {backend}", command, 20, 70, environment, note=missing))
     return steps
 
 
@@ -119,15 +122,15 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
     kept = [] if out == RESULTS else ["--out", str(out)]  # else where the launchers look
     one_thread = {"OMP_NUM_THREADS": "2"} if workers(cores // 2) else {}
     return [
-        Step("build", "pip install -e .", [*pip, "-e", "."], 10, 120),
-        Step("tests", "pytest -m gpu tests/gpu", [*pytest, "-m", "gpu", "tests/gpu", *workers(gpu_workers)], 60, 240),
+        Step("build", "pip install -e .", [*pip, "-e", "."], 10, 300),
+        Step("tests", "pytest -m gpu tests/gpu", [*pytest, "-m", "gpu", "tests/gpu", *workers(gpu_workers)], 60, 300),
         *sanitize_steps(),
         Step(
             "bench",
             "benchmarks.gpu_bench",
             [python, "-m", "benchmarks.gpu_bench", "--out", str(out), *named],
-            90,
-            240,
+            120,
+            320,
             takes_seconds="--seconds",
         ),
         Step(
@@ -138,7 +141,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
             240,
             one_thread,
         ),
-        Step("tune", "benchmarks.tune", [python, "-m", "benchmarks.tune", *kept], 60, 60 * minutes),
+        Step("tune", "benchmarks.tune", [python, "-m", "benchmarks.tune", *kept, *named], 60, 60 * minutes),
     ]
 
 
@@ -198,7 +201,7 @@ def run_step(step: Step, seconds: float, log: TextIO) -> Outcome:
             stop(process)
     reader.join(GRACE_S)
     note = last[0] if code is not None else f"stopped after {seconds:.0f} s; {last[0]}"
-    return Outcome(step, code == 0, time.monotonic() - began, note)
+    return Outcome(step, None if code == NOT_RUN else code == 0, time.monotonic() - began, note)
 
 
 def run_steps(steps: Sequence[Step], deadline: float, run: Callable[[Step, float], Outcome]) -> list[Outcome]:

@@ -1,7 +1,8 @@
-"""The baselines as a good engineer runs them on a GPU: bf16 autocast, channels-last, lists padded for tensor cores.
+"""The baselines as a good engineer runs them on a GPU: autocast to half, channels-last, lists padded for tensor cores.
 
-They are those of :mod:`benchmarks.baselines`, whose panels were laid out for a CPU. cuDNN's bf16 kernels want channel
-counts that are multiples of 8 and few distinct shapes, so folded lists are padded with channels of weight zero.
+They are those of :mod:`benchmarks.baselines`, whose panels were laid out for a CPU. cuDNN's kernels in half
+precision want channel counts that are multiples of 8 and few distinct shapes, so folded lists are padded with channels
+of weight zero.
 In training the choice is measured, not assumed: gathered lists a sample, or dense masked operators a neuron.
 """
 
@@ -26,10 +27,12 @@ PLANS = ("lists a sample", "dense a neuron")
 
 
 class AutocastDSTS(DSTS):
-    """The literal module on float32 parameters, its convolutions in bfloat16."""
+    """The literal module on float32 parameters, its convolutions in half precision."""
+
+    half = torch.bfloat16
 
     def forward(self, *args, **kwargs):
-        with torch.autocast(args[0].device.type, torch.bfloat16):
+        with torch.autocast(args[0].device.type, self.half):
             return super().forward(*args, **kwargs)
 
 

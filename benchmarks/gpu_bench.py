@@ -1,5 +1,7 @@
 """The GPU benchmark: every variant checked against the oracle, then timed; single kernels; the speed goals.
 
+Our own variants run on each GPU backend in turn, beside the same baselines.
+
 ``python -m benchmarks.gpu_bench --out DIR`` writes ``DIR/<device>.json`` after every row, so a run that is stopped
 leaves what it has. Rows that no longer fit into ``--seconds`` are written with the reason in place of a number, and
 torch.compile comes last. :mod:`benchmarks.gpu` runs this as one of its parts; :mod:`benchmarks.report` draws the
@@ -11,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import subprocess
 import sys
 import time
@@ -26,11 +27,11 @@ from benchmarks import gpu_goals, machine, report
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
 from benchmarks.bench_module import assert_parity
 from benchmarks.gpu_baselines import PLANS, AutocastDSTS, padded, training_plan
+from benchmarks.gpu_ops import OP_NEEDS, OPS, cycling, op_rows, pack_rows
 from benchmarks.gpu_timing import (
     Timing,
     captured,
     copy_rate,
-    device_events,
     kernel_times,
     matrix_rate,
     peak_extra_mib,
@@ -38,17 +39,16 @@ from benchmarks.gpu_timing import (
     slug,
     time_steps,
 )
-from benchmarks.gpu_workload import DTYPE, TRAINING_BATCH, Workload
+from benchmarks.gpu_workload import TRAINING_BATCH, Workload, gpu_backends
 from benchmarks.parity import relative_error, training_errors
 from benchmarks.shapes import Problem
 from benchmarks.variants import adopt, build, restore_statistics, time_limit, training_step
-from dsts_kernels.functional import semhash_gate
-from dsts_kernels.ops import tap_sums
+from dsts_kernels.backends.cuda import native_targets
 
 ROW_SECONDS = 0.6
 ROW_NEEDS = 4.0  # seconds that a row takes with its parity check, roughly
+SETUP_SECONDS = 15.0  # the two rates, weights, features and oracles
 COMPILE_SECONDS = 100
-PACK_KERNEL = re.compile(r"route|pack")
 LATE = "not run: time"
 FROZEN_CASES = [(shape, batch) for batch in (8, 1, 32) for shape in ("tpn", "swin")]
 CASES = [(shape, batch) for batch in (8, 1) for shape in ("tpn", "swin")]
@@ -56,7 +56,7 @@ TRAINING_SHAPES = ("tpn", "swin")
 
 
 def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """What :func:`benchmarks.machine.describe` says, the driver and Triton's version."""
+    """What :func:`benchmarks.machine.describe` says, and versions of the driver, of Triton and of nvcc."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
@@ -66,7 +66,8 @@ def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
         from triton import __version__ as triton
     except ImportError:
         triton = ""
-    found = machine.describe(device) | {"driver": driver.strip(), "triton": triton}
+    nvcc, _ = native_targets() or ("", [])
+    found = machine.describe(device) | {"driver": driver.strip(), "triton": triton, "nvcc": nvcc}
     return found | ({"commit": commit} if commit else {})
 
 
@@ -77,10 +78,13 @@ class Bench:
         self.work, self.target = work, target
         self.deadline = time.monotonic() + seconds
         self.failures: list[str] = []
-        rate = matrix_rate(work.device, DTYPE)
+        reasons = gpu_backends(work.device, work.dtype)
+        self.backends = [name for name, reason in reasons.items() if reason is None]
+        rate = matrix_rate(work.device, work.dtype)
         self.results: dict[str, Any] = {
             "machine": facts,
-            "dtype": str(DTYPE).removeprefix("torch."),
+            "dtype": str(work.dtype).removeprefix("torch."),
+            "backends": reasons,
             "features": "none",
             "rate": rate,
             "copy_gb_s": copy_rate(work.device),
@@ -143,7 +147,7 @@ def evaluation_rows(
             inputs = work.inputs(shape, batch)
             wanted = work.evaluation_output(shape, batch)
             with time_limit(int(min(COMPILE_SECONDS, bench.left())) if compiled else 0):
-                error = assert_parity({"output": relative_error(run(inputs[0]), wanted)}, DTYPE)
+                error = assert_parity({"output": relative_error(run(inputs[0]), wanted)}, work.dtype)
                 steps = [lambda x=x: run(x) for x in inputs]
                 timing = time_steps(steps, ROW_SECONDS)
             return timed(timing, error, None if compiled else peak_extra_mib(steps[0]))
@@ -151,7 +155,7 @@ def evaluation_rows(
         bench.row("evaluation", variant, work.problem(shape, batch), measure, ROW_NEEDS)
 
 
-def graph_rows(bench: Bench, module: nn.Module) -> None:
+def graph_rows(bench: Bench, backend: str, module: nn.Module) -> None:
     """The frozen module replayed: a graph an input, for a static input that is written first would be in the cache."""
     work = bench.work
     for shape, batch in CASES:
@@ -166,10 +170,10 @@ def graph_rows(bench: Bench, module: nn.Module) -> None:
                 graph.replay()
             first = relative_error(outputs[0], work.evaluation_output(shape, batch))
             last = relative_error(outputs[-1], module(inputs[-1]))
-            error = assert_parity({"output": max(first, last)}, DTYPE)
+            error = assert_parity({"output": max(first, last)}, work.dtype)
             return timed(time_steps([graph.replay for graph in graphs], ROW_SECONDS), error, None)
 
-        bench.row("evaluation", "graph", work.problem(shape, batch), measure, ROW_NEEDS)
+        bench.row("evaluation", f"graph {backend}", work.problem(shape, batch), measure, ROW_NEEDS)
 
 
 def training_row(bench: Bench, variant: str, shape: str, module: nn.Module, source: nn.Module, note: str = "") -> None:
@@ -182,7 +186,7 @@ def training_row(bench: Bench, variant: str, shape: str, module: nn.Module, sour
         with time_limit(int(min(COMPILE_SECONDS, bench.left())) if variant == "compiled" else 0):
             restore_statistics(module, source)
             errors = training_errors(module, inputs[0], draws, grad, work.training_oracle(shape))
-            error = assert_parity(errors, DTYPE)
+            error = assert_parity(errors, work.dtype)
 
             def drop() -> None:
                 module.zero_grad(set_to_none=True)
@@ -201,47 +205,41 @@ def training_row(bench: Bench, variant: str, shape: str, module: nn.Module, sour
 
 
 def frozen_rows(bench: Bench) -> None:
-    """Frozen, in graphs, and its kernels by name."""
+    """Frozen, in graphs, and its kernels by name, on every backend."""
     work = bench.work
-    frozen = build("frozen", "evaluation", work.problem("tpn", TRAINING_BATCH), work.half)
-    evaluation_rows(bench, "frozen", frozen, FROZEN_CASES)
-    graph_rows(bench, frozen)
-    kernel_rows(bench, "frozen", lambda shape: cycling(frozen, work.inputs(shape, TRAINING_BATCH)))
-    pack_rows(bench)
+    for backend in bench.backends:
+        frozen = build("frozen", "evaluation", work.problem("tpn", TRAINING_BATCH), work.half, backend)
+        evaluation_rows(bench, f"frozen {backend}", frozen, FROZEN_CASES)
+        graph_rows(bench, backend, frozen)
+        name = f"frozen {backend}"
+        kernel_rows(bench, name, lambda shape, run=frozen: cycling(run, work.inputs(shape, TRAINING_BATCH)))
+        pack_rows(bench, backend)
+        work.drop()
 
 
 def fused_rows(bench: Bench) -> None:
-    """The live module in evaluation and in training, and its training kernels by name."""
+    """The live module in evaluation and in training, and its training kernels by name, on every backend."""
     work = bench.work
     problem = work.problem("tpn", TRAINING_BATCH)
-    evaluation_rows(bench, "fused", build("fused", "evaluation", problem, work.half), CASES)
-    module = build("fused", "training", problem, work.half)
-    for shape in TRAINING_SHAPES:
-        training_row(bench, "fused", shape, module, work.half)
+    for backend in bench.backends:
+        name = f"fused {backend}"
+        evaluation_rows(bench, name, build("fused", "evaluation", problem, work.half, backend), CASES)
+        module = build("fused", "training", problem, work.half, backend)
+        for shape in TRAINING_SHAPES:
+            training_row(bench, name, shape, module, work.half)
 
-    def training_cycle(shape: str) -> Callable[[], object]:
-        draws, grad = work.draws(shape), work.output_gradient(shape)
-        inputs = itertools.cycle([x.detach().requires_grad_() for x in work.inputs(shape, TRAINING_BATCH)])
+        def training_cycle(shape: str, module: nn.Module = module) -> Callable[[], object]:
+            draws, grad = work.draws(shape), work.output_gradient(shape)
+            inputs = itertools.cycle([x.detach().requires_grad_() for x in work.inputs(shape, TRAINING_BATCH)])
 
-        def step() -> None:
-            module.zero_grad(set_to_none=True)
-            training_step(module, next(inputs), draws, grad)
+            def step() -> None:
+                module.zero_grad(set_to_none=True)
+                training_step(module, next(inputs), draws, grad)
 
-        return step
+            return step
 
-    kernel_rows(bench, "training", training_cycle)
-    work.drop(module)
-
-
-def cycling(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> Callable[[], object]:
-    """A step that takes the next input each time."""
-    turn = itertools.cycle(inputs)
-
-    @torch.inference_mode()
-    def step() -> object:
-        return call(next(turn))
-
-    return step
+        kernel_rows(bench, f"training {backend}", training_cycle)
+        work.drop(module)
 
 
 def kernel_rows(bench: Bench, name: str, step_of: Callable[[str], Callable[[], object]]) -> None:
@@ -260,51 +258,11 @@ def kernel_rows(bench: Bench, name: str, step_of: Callable[[str], Callable[[], o
     bench.save()
 
 
-def add_op(bench: Bench, op: str, shape: str, us: float | None, moved: int) -> None:
-    bench.results["ops"].append({"op": op, "shape": shape, "us": us, "bytes": moved})
-    text = "not measured" if us is None else f"{us:.1f} us, {moved / us / 1e3:.0f} GB/s"
-    print(f"{op} {shape}: {text}", flush=True)
-    bench.save()
-
-
-def pack_rows(bench: Bench) -> None:
-    """Route-and-pack, the first of a frozen layer's two kernels: reads features, writes as much in panels."""
-    for shape in TRAINING_SHAPES:
-        label = bench.work.problem(shape, TRAINING_BATCH).label
-        kernels = bench.results["kernels"].get(f"frozen {label}", [])
-        found = [kernel["us"] for kernel in kernels if PACK_KERNEL.search(kernel["name"])]
-        x = bench.work.inputs(shape, TRAINING_BATCH)[0]
-        add_op(bench, "route and pack", label, max(found, default=None), 2 * x.numel() * x.element_size())
-
-
-def op_rows(bench: Bench) -> None:
-    """Channel sums and SemHash on their own: device time of their kernels, all of a call together."""
-
-    def device_us(step: Callable[[], object], repeats: int = 20) -> float | None:
-        if bench.left() < ROW_NEEDS:
-            return None
-        for _ in range(3):
-            step()
-        return sum(us for _, us in device_events(step, repeats)) / repeats
-
-    work = bench.work
-    for shape in TRAINING_SHAPES:
-        inputs = work.inputs(shape, TRAINING_BATCH)
-        moved = inputs[0].numel() * inputs[0].element_size()
-        step = cycling(lambda x: tap_sums(x, 1), inputs)
-        add_op(bench, "channel sums", work.problem(shape, TRAINING_BATCH).label, device_us(step), moved)
-
-    logits = work.half.layers[0].gate.detach().clone().requires_grad_()
-    size = (TRAINING_BATCH, logits.shape[1])
-    noise, grad = (torch.randn(size, device=work.device).to(DTYPE) for _ in range(2))
-    hard = torch.arange(TRAINING_BATCH, device=work.device) % 2 == 0
-    neuron = torch.arange(TRAINING_BATCH, device=work.device) % logits.shape[0]
-    text, row = f"{size[0]}x{size[1]}", noise.numel() * noise.element_size()
-    forward = device_us(lambda: semhash_gate(logits.detach(), noise, hard, neuron=neuron))
-    add_op(bench, "SemHash forward", text, forward, 3 * row)
-    gate = semhash_gate(logits, noise, hard, neuron=neuron)
-    backward = device_us(lambda: torch.autograd.grad(gate, logits, grad, retain_graph=True))
-    add_op(bench, "SemHash backward", text, backward, 3 * row + logits.numel() * logits.element_size())
+def autocast(bench: Bench, problem: Problem) -> nn.Module:
+    """The literal module in the benchmark's half precision."""
+    module = adopt(AutocastDSTS, problem, bench.work.single)
+    module.half = bench.work.dtype
+    return module
 
 
 def baseline_rows(bench: Bench) -> None:
@@ -313,7 +271,7 @@ def baseline_rows(bench: Bench) -> None:
     problem = work.problem("tpn", TRAINING_BATCH)
     torch.backends.cudnn.benchmark = True
     try:
-        literal = adopt(AutocastDSTS, problem, work.single)
+        literal = autocast(bench, problem)
         evaluation_rows(bench, "literal", literal.eval(), CASES)
         evaluation_rows(bench, "handwritten", padded(HandwrittenEval(work.half)), CASES)
         work.drop()
@@ -343,7 +301,7 @@ def compiled_rows(bench: Bench) -> None:
     work = bench.work
     for shape in TRAINING_SHAPES:
         for mode in ("evaluation", "training"):
-            literal = adopt(AutocastDSTS, work.problem(shape, TRAINING_BATCH), work.single).train(mode == "training")
+            literal = autocast(bench, work.problem(shape, TRAINING_BATCH)).train(mode == "training")
             module = torch.compile(literal, mode="max-autotune", dynamic=False)
             if mode == "evaluation":
                 evaluation_rows(bench, "compiled", module, [(shape, TRAINING_BATCH)], compiled=True)
@@ -353,10 +311,19 @@ def compiled_rows(bench: Bench) -> None:
             work.drop()
 
 
+def needed_seconds(backends: int) -> float:
+    """Roughly, for everything but torch.compile, which takes what is left."""
+    shapes, plans = len(TRAINING_SHAPES), len(PLANS)
+    own = len(FROZEN_CASES) + 2 * len(CASES) + 2 * shapes  # frozen, graphs, fused; a training row takes twice as long
+    baselines = 2 * len(CASES) + 2 * shapes * (1 + plans)
+    kernels = 2 * shapes + len(OPS) * shapes
+    return SETUP_SECONDS + ROW_NEEDS * (own * backends + baselines) + OP_NEEDS * kernels * backends
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Benchmarks on a CUDA GPU: writes <device>.json and prints a table.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's rows out")
     options = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ Works on the saved results alone (see :mod:`benchmarks.gpu_bench` for their fiel
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from benchmarks.shapes import NAMED_SHAPES, Problem
@@ -15,7 +16,10 @@ MATRIX_SHARE = {"tpn": 0.75, "swin": 0.65}
 OVER_LITERAL, OVER_HANDWRITTEN, OVER_LITERAL_TRAINING = 10.0, 2.5, 3.0
 SMALL_BATCH_SHARE = 0.25
 COPY_SHARE, SHORT_US = 0.7, 10.0
+CUDA_MATRIX_SHARE, HOPPER = 0.35, re.compile(r"\bH[12]00\b")  # an H200 is the same chip with more memory
+V100_MS, VOLTA = 10.0, re.compile(r"\bV100\b")
 TITLES = {"tpn": "TPN", "swin": "Swin-B"}
+BACKENDS = {"triton": "Triton", "cuda": "CUDA"}
 
 
 def find_ms(results: dict[str, Any], mode: str, variant: str, shape: str, batch: int) -> float | None:
@@ -37,30 +41,34 @@ def ratio_goal(name: str, least: float, slow: float | None, fast: float | None) 
     return goal(name, f"at least {least:g}", f"{slow / fast:.2f}", slow / fast >= least)
 
 
-def module_goals(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
+def share_goal(results: dict[str, Any], name: str, least: float, shape: str, ms: float | None) -> dict[str, Any]:
+    """Useful work of a frozen batch of 8 a second, over the rate of a large product."""
+    if ms is None:
+        return goal(name, f"at least {least:.0%}", None, None)
+    rate = results["rate"][results["rate"]["best"]]
+    gflop = 2 * Problem(shape, NAMED_SHAPES[shape], batch=8).useful_macs("evaluation") / 1e9
+    share = gflop / ms * 1e3 / rate
+    return goal(name, f"at least {least:.0%}", f"{share:.1%} ({ms:.3f} ms)", share >= least)
+
+
+def triton_goals(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
     """Goals of one shape at batch 8 (and batch 1 for the graph)."""
     title = TITLES[shape]
-    frozen = find_ms(results, "evaluation", "frozen", shape, 8)
+    frozen = find_ms(results, "evaluation", "frozen triton", shape, 8)
     literal = find_ms(results, "evaluation", "literal", shape, 8)
     handwritten = find_ms(results, "evaluation", "handwritten", shape, 8)
-    found = []
+    name = f"Triton: frozen, {title}: share of the matrix-product rate"
+    found = [share_goal(results, name, MATRIX_SHARE[shape], shape, frozen)]
 
-    least, rate = MATRIX_SHARE[shape], results["rate"][results["rate"]["best"]]
-    name, wanted = f"frozen, {title}: share of the matrix-product rate", f"at least {least:.0%}"
-    if frozen is None:
-        found.append(goal(name, wanted, None, None))
-    else:
-        gflop = 2 * Problem(shape, NAMED_SHAPES[shape], batch=8).useful_macs("evaluation") / 1e9
-        share = gflop / frozen * 1e3 / rate
-        found.append(goal(name, wanted, f"{share:.1%} ({frozen:.3f} ms)", share >= least))
+    found.append(ratio_goal(f"Triton: literal eager / frozen, {title}", OVER_LITERAL, literal, frozen))
+    name = f"Triton: best handwritten PyTorch / frozen, {title}"
+    found.append(ratio_goal(name, OVER_HANDWRITTEN, handwritten, frozen))
+    steps = [find_ms(results, "training", variant, shape, 8) for variant in ("literal", "fused triton")]
+    name = f"Triton: literal eager / FusedDSTS training step, {title}"
+    found.append(ratio_goal(name, OVER_LITERAL_TRAINING, *steps))
 
-    found.append(ratio_goal(f"literal eager / frozen, {title}", OVER_LITERAL, literal, frozen))
-    found.append(ratio_goal(f"best handwritten PyTorch / frozen, {title}", OVER_HANDWRITTEN, handwritten, frozen))
-    steps = [find_ms(results, "training", variant, shape, 8) for variant in ("literal", "fused")]
-    found.append(ratio_goal(f"literal eager / FusedDSTS training step, {title}", OVER_LITERAL_TRAINING, *steps))
-
-    one, eight = (find_ms(results, "evaluation", "graph", shape, batch) for batch in (1, 8))
-    name, wanted = f"frozen in a CUDA graph, batch 1 / batch 8, {title}", f"at most {SMALL_BATCH_SHARE:g}"
+    one, eight = (find_ms(results, "evaluation", "graph triton", shape, batch) for batch in (1, 8))
+    name, wanted = f"Triton: frozen in a CUDA graph, batch 1 / batch 8, {title}", f"at most {SMALL_BATCH_SHARE:g}"
     if one and eight:
         found.append(goal(name, wanted, f"{one / eight:.3f} ({one:.3f} ms)", one / eight <= SMALL_BATCH_SHARE))
     else:
@@ -68,12 +76,26 @@ def module_goals(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
     return found
 
 
+def cuda_goals(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Goals of named chips: measured there, not measured on any other."""
+    device, found = results["machine"]["device"], []
+    for shape, title in TITLES.items():
+        ms = find_ms(results, "evaluation", "frozen cuda", shape, 8) if HOPPER.search(device) else None
+        name = f"CUDA: frozen, {title}: share of the matrix-product rate on an H100"
+        found.append(share_goal(results, name, CUDA_MATRIX_SHARE, shape, ms))
+    here = VOLTA.search(device) and results["dtype"] == "float16"
+    ms = find_ms(results, "evaluation", "frozen cuda", "tpn", 8) if here else None
+    name, wanted = "CUDA: frozen, TPN, batch 8 in float16 on a V100", f"at most {V100_MS:g} ms"
+    found.append(goal(name, wanted, None if ms is None else f"{ms:.3f} ms", None if ms is None else ms <= V100_MS))
+    return found
+
+
 def pass_goals(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Memory-bound kernels: a share of the copy rate, or too short to matter."""
+    """Memory-bound kernels of either backend: a share of the copy rate, or too short to matter."""
     wanted, rate = f"at least {COPY_SHARE:.0%} of the copy rate or under {SHORT_US:g} us", results["copy_gb_s"]
     found = []
     for op in results["ops"]:
-        name = f"{op['op']}, {op['shape']}"
+        name = f"{BACKENDS[op['backend']]}: {op['op']}, {op['shape']}"
         if op["us"] is None:
             found.append(goal(name, wanted, None, None))
             continue
@@ -84,7 +106,8 @@ def pass_goals(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def evaluate(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal as ``goal``, ``wanted``, ``measured`` (text) and ``met`` (``None``: not measured)."""
-    return [*(g for shape in MATRIX_SHARE for g in module_goals(results, shape)), *pass_goals(results)]
+    found = [g for shape in MATRIX_SHARE for g in triton_goals(results, shape)]
+    return [*found, *cuda_goals(results), *pass_goals(results)]
 
 
 def lines(goals: list[dict[str, Any]]) -> list[str]:

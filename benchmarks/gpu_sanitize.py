@@ -1,17 +1,21 @@
 """What compute-sanitizer watches: every kernel once, on small ragged shapes.
 
-``python -m benchmarks.gpu_sanitize`` runs a training step and a frozen evaluation of a module in each dtype, with
-channels that are no multiple of a tile, planes that no tile divides, and every kind of gate. It only checks that
-results are finite: their values are the business of ``tests/gpu``.
+``python -m benchmarks.gpu_sanitize --backend cuda`` runs a training step and a frozen evaluation of a module in each
+dtype that the backend takes, with channels that are no multiple of a tile, planes that no tile divides, and every kind
+of gate; without ``--backend`` it runs both. It only checks that results are finite: their values are the business of
+``tests/gpu``.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.gpu_timing import require_gpu
+from benchmarks.gpu_timing import NOT_RUN, require_gpu
+from benchmarks.gpu_workload import gpu_backends
 from dsts_kernels import Draws, FusedDSTS
 
 CASES = (
@@ -22,32 +26,49 @@ CASES = (
 )
 
 
-def run(device: torch.device) -> None:
+def check(backend: str, device: torch.device, case: tuple) -> None:
     """Forward and backward with soft and hard samples, then frozen; raises on a result that is not finite."""
-    for channels, neurons, (batch, *grid), dtype, options in CASES:
-        torch.manual_seed(0)
-        kinds = {"num_layers": 2, "num_neurons": neurons, "score_reduction": "mean"} | options
-        module = FusedDSTS(channels, **kinds, device=device, dtype=dtype)
-        x = torch.randn(batch, channels, *grid, device=device, dtype=dtype, requires_grad=True)
-        draws = Draws(
-            torch.randn(2, batch, channels, device=device),
-            torch.arange(batch, device=device).expand(2, -1) % 2 == 0,
-            torch.randn(2, batch, neurons, device=device),
-        )
-        module(x, draws).square().mean().backward()
-        found = [x.grad, *(p.grad for p in module.parameters())]
-        frozen = module.eval().freeze()
-        found += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
-        torch.cuda.synchronize(device)
-        if not all(bool(torch.isfinite(t).all()) for t in found):
-            raise SystemExit(f"gpu_sanitize: a result is not finite ({channels} channels, {dtype}, {options})")
-        print(f"{channels} channels, {dtype}, {options or 'default'}: finite", flush=True)
+    channels, neurons, (batch, *grid), dtype, options = case
+    torch.manual_seed(0)
+    kinds = {"num_layers": 2, "num_neurons": neurons, "score_reduction": "mean"} | options
+    module = FusedDSTS(channels, **kinds, device=device, dtype=dtype, backend=backend)
+    x = torch.randn(batch, channels, *grid, device=device, dtype=dtype, requires_grad=True)
+    draws = Draws(
+        torch.randn(2, batch, channels, device=device),
+        torch.arange(batch, device=device).expand(2, -1) % 2 == 0,
+        torch.randn(2, batch, neurons, device=device),
+    )
+    module(x, draws).square().mean().backward()
+    found = [x.grad, *(p.grad for p in module.parameters())]
+    frozen = module.eval().freeze()
+    found += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
+    if not all(bool(torch.isfinite(t).all()) for t in found):
+        raise SystemExit(f"gpu_sanitize: {backend}: a result is not finite ({channels} channels, {dtype}, {options})")
 
 
-def main() -> None:
-    argparse.ArgumentParser(description="Every GPU kernel once, for compute-sanitizer.").parse_args()
-    run(require_gpu())
+def run(device: torch.device, backends: Sequence[str]) -> int:
+    """Every case on every backend that takes its dtype; how many ran."""
+    count = 0
+    for backend in backends:
+        ran = []
+        for case in CASES:
+            dtype = case[3]
+            reason = gpu_backends(device, dtype)[backend]
+            if reason is None:
+                check(backend, device, case)
+                ran.append(str(dtype).removeprefix("torch."))
+        count += len(ran)
+        print(f"{backend}: finite in {', '.join(ran)}" if ran else f"{backend}: not run: {reason}", flush=True)
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Every GPU kernel once, for compute-sanitizer.")
+    device = require_gpu()
+    names = tuple(gpu_backends(device, torch.float32))
+    parser.add_argument("--backend", action="append", choices=names, help="of these; without it every one")
+    return 0 if run(device, parser.parse_args(arguments).backend or names) else NOT_RUN
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
+    "NOT_RUN",
     "Timing",
     "captured",
     "copy_rate",
@@ -32,6 +33,7 @@ __all__ = [
     "time_steps",
 ]
 
+NOT_RUN = 77  # exit code of a step that cannot run here, and said why
 LEAST_ROUNDS, MOST_ROUNDS = 20, 200
 WARM_UP = 3
 L2_TIMES = 2

@@ -1,6 +1,7 @@
 """What the rows of the GPU benchmark share: weights in two precisions, features that rotate, draws, oracles.
 
-Weights are made once in bfloat16; the literal module under autocast and the oracle hold the same values in float32.
+Weights are made once in half precision, bfloat16 or on a GPU before Ampere float16; the literal module under autocast
+and the oracle hold the same values in float32.
 Features are one pool of samples a shape, laid channels-last and cut into inputs of any batch size, so that a batch
 of one also changes its neurons from step to step. Those samples that are compared have no nearly tied scores.
 """
@@ -21,15 +22,29 @@ from benchmarks.margins import separate_draws, separate_features
 from benchmarks.parity import Oracle, evaluation_oracle, running_statistics, training_oracle
 from benchmarks.shapes import NAMED_SHAPES, Problem
 from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.backends import BACKENDS
+from dsts_kernels.backends.gpu import GpuBackend
 from dsts_kernels.reference import DSTS, Draws, Routing
 
-__all__ = ["BATCHES", "DTYPE", "TRAINING_BATCH", "Workload", "exact_float32"]
+__all__ = ["BATCHES", "TRAINING_BATCH", "Workload", "exact_float32", "gpu_backends", "half_precision"]
 
-DTYPE = torch.bfloat16
 BATCHES = (1, 8, 32)
 TRAINING_BATCH = 8
 ORACLE_CHUNK = 8
 SEPARATION_ROUNDS = 4
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """bfloat16; float16 on a GPU whose tensor cores have no other, before compute capability 8.0."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def gpu_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Every GPU backend by name: why it cannot run ``dtype`` there, ``None`` where it can."""
+    found = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
+    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in found.items()}
 
 
 @contextlib.contextmanager
@@ -59,7 +74,9 @@ class Workload:
         l2_bytes: int,
         channels: int = 1024,
         grids: dict[str, tuple[int, int, int]] = NAMED_SHAPES,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype = half_precision(device) if dtype is None else dtype
         self.device, self.l2_bytes, self.channels, self.grids = device, l2_bytes, channels, grids
         self.features_text = "none"
         self.made: dict[tuple, object] = {}
@@ -69,8 +86,8 @@ class Workload:
 
     @cached_property
     def half(self) -> DSTS:
-        """The literal module in bfloat16: the weights of every row."""
-        return make_reference(self.problem(next(iter(self.grids)), 1), DTYPE, self.device)
+        """The literal module in half precision: the weights of every row."""
+        return make_reference(self.problem(next(iter(self.grids)), 1), self.dtype, self.device)
 
     @cached_property
     def single(self) -> DSTS:
@@ -92,7 +109,7 @@ class Workload:
     def rotation(self, shape: str, batch: int) -> int:
         """Inputs of this batch size that together exceed twice the L2 cache."""
         elements = torch.Size(self.problem(shape, batch).feature_shape).numel()
-        return rotation_count(elements * DTYPE.itemsize, self.l2_bytes)
+        return rotation_count(elements * self.dtype.itemsize, self.l2_bytes)
 
     def pool(self, shape: str) -> Tensor:
         """All samples of a shape, ``(samples, C, T, H, W)``."""
@@ -100,7 +117,7 @@ class Workload:
         def make() -> Tensor:
             samples = max(batch * self.rotation(shape, batch) for batch in BATCHES)
             x, self.features_text = make_features(self.problem(shape, samples).feature_shape)
-            x = x.to(self.device, DTYPE).contiguous(memory_format=torch.channels_last_3d)
+            x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
             compared = max(BATCHES)
             x[:compared] = separate_features(self.routing, x[:compared])
             return x
@@ -124,7 +141,7 @@ class Workload:
     def output_gradient(self, shape: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         size = self.problem(shape, TRAINING_BATCH).feature_shape
-        grad = torch.randn(size, generator=generator).to(self.device, DTYPE)
+        grad = torch.randn(size, generator=generator).to(self.device, self.dtype)
         return grad.contiguous(memory_format=torch.channels_last_3d)
 
     def literal(self, shape: str) -> DSTS:
@@ -137,9 +154,9 @@ class Workload:
         """
 
         def make() -> Draws:
-            draws = make_draws(self.problem(shape, TRAINING_BATCH), self.device, DTYPE)
-            # A module in bfloat16 rounds noise to its own dtype, and a hard gate near zero would fall otherwise.
-            draws = draws._replace(noise=draws.noise.to(DTYPE).float())
+            draws = make_draws(self.problem(shape, TRAINING_BATCH), self.device, self.dtype)
+            # A module in half precision rounds noise to its own dtype, and a hard gate near zero would fall otherwise.
+            draws = draws._replace(noise=draws.noise.to(self.dtype).float())
             module, x = self.literal(shape), plain(self.inputs(shape, TRAINING_BATCH)[0]).float()
 
             def route(draws: Draws, block=contextlib.nullcontext) -> Routing:

@@ -27,14 +27,19 @@ COLUMNS = (
     "matrix rate",
     "peak MiB",
 )
+OWN = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
+BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 TITLES = {
     "literal": "literal PyTorch",
     "compiled": "torch.compile of it",
     "handwritten": "best handwritten PyTorch",
-    "fused": "FusedDSTS",
-    "frozen": "FrozenDSTS",
-    "graph": "FrozenDSTS, CUDA graph",
+    **{
+        f"{variant} {backend}".strip(): title + (f", {BACKENDS[backend]}" if backend else "")
+        for variant, title in OWN.items()
+        for backend in ("", *BACKENDS)
+    },
 }
+"""By variant; one of our own that was timed on each GPU backend in turn is followed by the backend's name."""
 COLOURS = {
     "literal": "#b8bcc4",
     "compiled": "#b8bcc4",
@@ -86,7 +91,7 @@ def heading(results: dict[str, Any]) -> str:
     """One line: device, instruction set or driver, threads, versions, commit, date."""
     m = results["machine"]
     cuda = f", CUDA {m['cuda']}, cuDNN {m['cudnn']}" if m["cuda"] else ""
-    cuda += "".join(f", {name} {m[name]}" for name in ("triton", "driver") if m.get(name))
+    cuda += "".join(f", {name} {m[name]}" for name in ("triton", "nvcc", "driver") if m.get(name))
     isa = f" ({m['isa']})" if m["isa"] else ""
     where = f"{m['device']}{isa}, {m['threads']} threads"
     return f"{where}, torch {m['torch']}{cuda}, {results['dtype']}, commit {m['commit']}, {m['date']}"
@@ -120,8 +125,9 @@ def gpu_footnotes(results: dict[str, Any]) -> list[str]:
     return [
         "timed with device events on inputs that take turns and exceed twice the L2 cache together; channels-last.",
         f"copy rate {results['copy_gb_s']:.0f} GB/s, bytes read and written.",
-        "literal: float32 parameters under bfloat16 autocast, torch's own float32 settings, cuDNN's search on; "
-        f"handwritten: bfloat16, the same search, lists padded to whole blocks{grouped}.",
+        *(f"{name}: not run, {reason}." for name, reason in results.get("backends", {}).items() if reason),
+        f"literal: float32 parameters under {results['dtype']} autocast, torch's own float32 settings, cuDNN's search "
+        f"on; handwritten: {results['dtype']}, the same search, lists padded to whole blocks{grouped}.",
     ]
 
 
@@ -163,7 +169,7 @@ def scaling_lines(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, the project's own rows in bold."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
-    own = {TITLES[variant] for variant in ("fused", "frozen", "graph")}
+    own = {title for variant, title in TITLES.items() if variant.split()[0] in OWN}
     for cells in table(results):
         cells = [f"**{cell}**" if cells[2] in own and i in (2, 3) else cell for i, cell in enumerate(cells)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -184,7 +190,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
             for row in (r for r in rows if (r["shape"], r["variant"]) == (shape, variant)):
                 y += 1
                 ticks.append((y, TITLES[variant]))
-                axes.barh(y, row["ms"] or 0, color=COLOURS[variant], height=0.72)
+                axes.barh(y, row["ms"] or 0, color=COLOURS[variant.split()[0]], height=0.72)
                 ratio = speedup(row, "literal", rows)
                 label = row["note"] if row["ms"] is None else f"{row['ms']:,.0f} ms"
                 if ratio is not None and variant != "literal":

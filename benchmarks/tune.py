@@ -1,8 +1,9 @@
-"""Measure every tile that ships on this GPU, and write down which is best where: ``python -m benchmarks.tune``.
+"""Measure what is best on this GPU, Triton's tiles and then either backend's ops: ``python -m benchmarks.tune``.
 
 Each of the three large kernels is timed by the op that launches it, everything else in the op included alike. Results
 are checked against the first candidate's before they are timed. The file goes to
-``dsts_kernels/backends/triton/tuned/<architecture>.json``, where launchers look problems up.
+``dsts_kernels/backends/triton/tuned/<architecture>.json``, where launchers look problems up. Where both GPU backends
+run, :mod:`benchmarks.faster` then says which runs each op faster.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu import measured
 from dsts_kernels.backends.triton import TritonBackend, tuning
 from dsts_kernels.testing import TOLERANCES, relative_error
 
+from . import faster
+from .gpu_timing import NOT_RUN
+from .gpu_workload import gpu_backends
 from .machine import describe
 
 SIZES = ((8, 16, 16), (16, 7, 7))
@@ -109,20 +115,13 @@ def tune(channels: int, batches: tuple[int, ...], dtypes: dict[str, torch.dtype]
     return found, log
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=1024)
-    parser.add_argument("--batch", type=int, action="append")
-    parser.add_argument("--kind", action="append", choices=["half", "tf32"])
-    parser.add_argument("--out", type=Path, default=tuning.TUNED, help="folder of the JSON file")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("tiles are measured on a CUDA GPU, and torch finds none")
+def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
+    """Writes ``folder/<architecture>.json``, what was measured before included, and makes launchers read it."""
     dtypes = {"half": torch.bfloat16, "tf32": torch.float32}
     chosen = {kind: dtypes[kind] for kind in options.kind or ["half"]}
     found, log = tune(options.channels, tuple(options.batch or BATCHES), chosen)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{tuning.architecture_of(torch.cuda.get_device_capability())}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{tuning.architecture_of(torch.cuda.get_device_capability())}.json"
     before = json.loads(path.read_text()) if path.exists() else {"tiles": {}, "log": []}
     names = {entry["problem"] for entry in log}
     record = {
@@ -132,8 +131,33 @@ def main(arguments: list[str] | None = None) -> None:
         "log": [entry for entry in before["log"] if entry["problem"] not in names] + log,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    tuning.TUNED = folder
+    tuning.measured.cache_clear()
+    print(f"wrote {path}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--channels", type=int, default=1024)
+    parser.add_argument("--batch", type=int, action="append", help="of the tiles' problems")
+    parser.add_argument("--kind", action="append", choices=["half", "tf32"], help="of the tiles' problems")
+    parser.add_argument("--only", choices=["tiles", "backends"], help="one of the two measurements")
+    parser.add_argument("--out", type=Path, help="folder of tuned/ and measured/, else where launchers look")
+    parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("tiles are measured on a CUDA GPU, and torch finds none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    reasons = {name: reason for name, reason in gpu_backends(device, torch.bfloat16).items() if reason}
+    if options.only != "backends" and "triton" not in reasons:
+        tune_tiles(options, options.out / "tuned" if options.out else tuning.TUNED)
+    if options.only != "tiles" and not reasons:  # after the tiles, which Triton then runs with
+        path = faster.write(options.out / "measured" if options.out else measured.FOLDER, device, options.commit)
+        print(f"wrote {path}")
+    for name, reason in reasons.items():
+        print(f"not measured: {name}: {reason}")
+    return NOT_RUN if "triton" in reasons else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

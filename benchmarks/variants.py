@@ -8,6 +8,7 @@ them). The folded rows necessarily hold packed weights of their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -100,8 +101,8 @@ def restore_statistics(module: nn.Module, reference: DSTS) -> None:
         buffer.copy_(theirs[name.removeprefix("_orig_mod.")])
 
 
-def build(variant: str, mode: str, problem: Problem, reference: DSTS) -> nn.Module:
-    """One row's module, ready for ``mode``. See :data:`VARIANTS` for the names."""
+def build(variant: str, mode: str, problem: Problem, reference: DSTS, backend: str | None = None) -> nn.Module:
+    """One row's module, ready for ``mode``. See :data:`VARIANTS` for the names; ``backend`` is for our own."""
     if variant == "handwritten":
         if mode == "evaluation":
             return HandwrittenEval(reference)
@@ -112,7 +113,7 @@ def build(variant: str, mode: str, problem: Problem, reference: DSTS) -> nn.Modu
 
     from dsts_kernels import FusedDSTS
 
-    module = adopt(FusedDSTS, problem, reference).train(mode == "training")
+    module = adopt(functools.partial(FusedDSTS, backend=backend), problem, reference).train(mode == "training")
     return module.freeze() if variant == "frozen" else module
 
 

@@ -9,24 +9,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_goals, report
+from benchmarks import faster, gpu, gpu_bench, gpu_goals, gpu_ops, gpu_sanitize, report
 from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu import Outcome, Step, allowance, chosen_steps, parse_parts, run_step, run_steps
 from benchmarks.gpu_baselines import PLANS, padded, training_plan
-from benchmarks.gpu_timing import rotation_count, short_name, slug
-from benchmarks.gpu_workload import Workload
+from benchmarks.gpu_timing import NOT_RUN, Timing, rotation_count, short_name, slug
+from benchmarks.gpu_workload import Workload, gpu_backends, half_precision
 from benchmarks.margins import MARGIN, margins, separate_draws, separate_features
 from benchmarks.parity import relative_error, training_errors, training_oracle
 from benchmarks.shapes import NAMED_SHAPES, Problem
 from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.backends import BACKENDS, OPS
+from dsts_kernels.backends.gpu import measured
 from dsts_kernels.reference import DSTS, Draws
 
 CPU = torch.device("cpu")
+BOTH = ("triton", "cuda")
 SMALL = Problem("small", (3, 5, 4), batch=5, channels=12, layers=3, neurons=4)
 
 
@@ -69,6 +73,24 @@ def test_everything_fits_into_its_minutes(tmp_path: Path) -> None:
     assert {one.part for one in steps} == set(gpu.DEFAULT_PARTS)
 
 
+def test_the_benchmark_fits_into_its_step(tmp_path: Path) -> None:
+    """Every row of both backends, at its most; what one backend needs is less."""
+    (bench,) = chosen_steps(gpu.all_steps(tmp_path, 9, None, 4), ["bench"])
+    assert gpu_bench.needed_seconds(1) < gpu_bench.needed_seconds(2) <= bench.most - gpu.OWN_MARGIN_S
+    assert bench.most + gpu.CLOSING_S < 60 * gpu.MINUTES, "alone it fits into the command's time"
+
+
+def test_sanitizers_watch_either_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tool on each backend, a step of its own; without the tool they say what is missing."""
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/tools/compute-sanitizer")
+    steps = gpu.sanitize_steps()
+    assert [one.name for one in steps[1:]] == [f"{tool}, {b}" for tool in ("memcheck", "racecheck") for b in BOTH]
+    for one in steps[1:]:
+        assert one.command[-2:] == ["--backend", one.name.split(", ")[1]]
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
+    assert all(one.command is None and "not found" in one.note for one in gpu.sanitize_steps())
+
+
 def test_parts() -> None:
     """Chosen by name; one that does not exist is refused with the list of those that do."""
     assert parse_parts("bench, tests") == ("bench", "tests")
@@ -89,6 +111,9 @@ def test_a_step_is_followed_and_ended() -> None:
     assert (good.ok, good.note) == (True, "two") and "one\ntwo" in log.getvalue()
     bad = run_step(step("bad", command=python("import sys; sys.exit('broken')")), 60, log)
     assert (bad.ok, bad.note) == (False, "broken")
+    program = f"import sys; print('not run: no such chip'); sys.exit({NOT_RUN})"
+    skipped = run_step(step("skipped", command=python(program)), 60, log)
+    assert (skipped.ok, skipped.note) == (None, "not run: no such chip")
     sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began = time.monotonic()
     late = run_step(step("late", command=python(sleeper)), gpu.GRACE_S + 1, log)
@@ -103,13 +128,15 @@ def test_a_step_learns_its_own_limit() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gpu_bench", "benchmarks.gpu_sanitize"])
+@pytest.mark.parametrize(
+    "module", ["benchmarks.gpu", "benchmarks.gpu_bench", "benchmarks.gpu_sanitize", "benchmarks.tune"]
+)
 def test_without_a_gpu(module: str) -> None:
     """One line that says so and an exit code, not a traceback."""
     root = Path(gpu.__file__).parents[1]
     done = subprocess.run([sys.executable, "-m", module], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "no CUDA GPU here" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == (2 if module.endswith("tune") else 1)
+    assert ("no CUDA GPU here" in done.stderr or "torch finds none" in done.stderr) and "Traceback" not in done.stderr
 
 
 def test_inputs_exceed_the_cache() -> None:
@@ -142,16 +169,16 @@ def test_kernel_names_are_short() -> None:
     assert short_name("Memcpy DtoD (Device -> Device)").startswith("Memcpy DtoD")
 
 
-def made_up(ms: dict[tuple[str, str, str, int], float | None]) -> dict[str, Any]:
+def made_up(ms: dict[tuple[str, str, str, int], float | None], device: str = "Made up 1") -> dict[str, Any]:
     """Results with these milliseconds by mode, variant, shape and batch, and a matrix rate of 800 TFLOP/s."""
     rows = []
     for (mode, variant, shape, batch), value in ms.items():
         problem = Problem(shape, NAMED_SHAPES[shape], batch=batch)
         counted = {"literal_gflop": 2 * problem.literal_macs(mode) / 1e9, "peak_mib": None, "note": ""}
         rows.append({"mode": mode, "variant": variant, "shape": problem.label, "ms": value} | counted)
-    machine = dict.fromkeys(("isa", "cuda", "cudnn"), "") | {"device": "Made up 1", "threads": 1, "torch": "9"}
+    machine = dict.fromkeys(("isa", "cuda", "cudnn"), "") | {"device": device, "threads": 1, "torch": "9"}
     return {
-        "machine": machine | {"commit": "abc", "date": "today", "driver": "1.2", "triton": "3"},
+        "machine": machine | {"commit": "abc", "date": "today", "driver": "1.2", "triton": "3", "nvcc": "12.9"},
         "dtype": "bfloat16",
         "features": "none",
         "rate": {"torch.mm": 800e3, "best": "torch.mm"},
@@ -165,14 +192,15 @@ def made_up(ms: dict[tuple[str, str, str, int], float | None]) -> dict[str, Any]
 
 
 ALL = {
-    ("evaluation", "frozen", "tpn", 8): 1.0,
+    ("evaluation", "frozen triton", "tpn", 8): 1.0,
     ("evaluation", "literal", "tpn", 8): 12.0,
     ("evaluation", "handwritten", "tpn", 8): 2.4,
-    ("evaluation", "graph", "tpn", 8): 0.9,
-    ("evaluation", "graph", "tpn", 1): 0.18,
+    ("evaluation", "graph triton", "tpn", 8): 0.9,
+    ("evaluation", "graph triton", "tpn", 1): 0.18,
     ("training", "literal", "tpn", 8): 40.0,
-    ("training", "fused", "tpn", 8): 10.0,
-    ("evaluation", "frozen", "swin", 8): None,
+    ("training", "fused triton", "tpn", 8): 10.0,
+    ("evaluation", "frozen triton", "swin", 8): None,
+    ("evaluation", "frozen cuda", "tpn", 8): 2.0,
 }
 
 
@@ -180,44 +208,67 @@ def test_goals() -> None:
     """Met, missed and not measured, each with its figure."""
     results = made_up(ALL)
     results["ops"] = [
-        {"op": "sums", "shape": "s", "us": 20.0, "bytes": 48_000_000},
-        {"op": "pack", "shape": "s", "us": 20.0, "bytes": 30_000_000},
-        {"op": "gate", "shape": "s", "us": 9.0, "bytes": 10},
-        {"op": "late", "shape": "s", "us": None, "bytes": 10},
+        {"op": "sums", "backend": "triton", "shape": "s", "us": 20.0, "bytes": 48_000_000},
+        {"op": "pack", "backend": "triton", "shape": "s", "us": 20.0, "bytes": 30_000_000},
+        {"op": "gate", "backend": "cuda", "shape": "s", "us": 9.0, "bytes": 10},
+        {"op": "late", "backend": "cuda", "shape": "s", "us": None, "bytes": 10},
     ]
     found = {g["goal"]: g for g in gpu_goals.evaluate(results)}
-    share = found["frozen, TPN: share of the matrix-product rate"]
+    share = found["Triton: frozen, TPN: share of the matrix-product rate"]
     assert share["met"] is True and share["measured"] == "77.3% (1.000 ms)", "0.62 TFLOP in 1 ms of 800 TFLOP/s"
     assert [
         found[name]["met"]
         for name in (
-            "literal eager / frozen, TPN",
-            "best handwritten PyTorch / frozen, TPN",
-            "literal eager / FusedDSTS training step, TPN",
-            "frozen in a CUDA graph, batch 1 / batch 8, TPN",
+            "Triton: literal eager / frozen, TPN",
+            "Triton: best handwritten PyTorch / frozen, TPN",
+            "Triton: literal eager / FusedDSTS training step, TPN",
+            "Triton: frozen in a CUDA graph, batch 1 / batch 8, TPN",
         )
     ] == [True, False, True, True]
-    assert found["best handwritten PyTorch / frozen, TPN"]["measured"] == "2.40"
+    assert found["Triton: best handwritten PyTorch / frozen, TPN"]["measured"] == "2.40"
     swin = [g for name, g in found.items() if "Swin-B" in name]
-    assert len(swin) == 5 and all(g["met"] is None and g["measured"] == "not measured" for g in swin)
-    assert [found[f"{op}, s"]["met"] for op in ("sums", "pack", "gate", "late")] == [True, False, True, None]
+    assert len(swin) == 6 and all(g["met"] is None and g["measured"] == "not measured" for g in swin)
+    ops = ("Triton: sums", "Triton: pack", "CUDA: gate", "CUDA: late")
+    assert [found[f"{op}, s"]["met"] for op in ops] == [True, False, True, None]
     lines = gpu_goals.lines(list(found.values()))
     assert any(line.endswith("MISSED") for line in lines) and len(lines) == len(found)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, ms, hopper, volta",
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 2.0, True, None),  # 0.62 TFLOP in 2 ms of 800 TFLOP/s: 39%
+        ("NVIDIA H200", "bfloat16", 2.5, False, None),
+        ("Tesla V100-SXM2-16GB", "float16", 9.9, None, True),
+        ("Tesla V100-SXM2-16GB", "float16", 10.1, None, False),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 1.0, None, None),
+    ],
+)
+def test_cuda_goals(device: str, dtype: str, ms: float, hopper: bool | None, volta: bool | None) -> None:
+    """Goals of a chip count on that chip alone; Triton's rows are not the CUDA backend's."""
+    timed = {("evaluation", "frozen cuda", "tpn", 8): ms, ("evaluation", "frozen triton", "tpn", 8): 0.1}
+    found = {g["goal"]: g["met"] for g in gpu_goals.evaluate(made_up(timed, device) | {"dtype": dtype})}
+    assert found["CUDA: frozen, TPN: share of the matrix-product rate on an H100"] is hopper
+    assert found["CUDA: frozen, Swin-B: share of the matrix-product rate on an H100"] is None
+    assert found["CUDA: frozen, TPN, batch 8 in float16 on a V100"] is volta
 
 
 def test_report_of_a_gpu(tmp_path: Path) -> None:
     """The README's table is drawn from the file: graph rows, small times, driver, goals and kernels."""
     results = made_up({key: ms for key, ms in ALL.items() if ms})
     results["goals"] = gpu_goals.evaluate(results)
+    results["backends"] = {"triton": None, "cuda": None, "other": "no such chip"}
     results["kernels"] = {"frozen tpn": [{"name": "conv_kernel", "calls": 3.0, "us": 200.0}]}
     path = tmp_path / "made-up.json"
     path.write_text(json.dumps(results))
     done = subprocess.run([sys.executable, report.__file__, str(path)], capture_output=True, text=True, check=True)
     for part in (
-        "triton 3, driver 1.2",
-        "**FrozenDSTS, CUDA graph** | **0.180** |",
+        "triton 3, nvcc 12.9, driver 1.2",
+        "**FrozenDSTS, CUDA graph, Triton** | **0.180** |",
+        "**FrozenDSTS, CUDA C++** | **2.000** | 6.00x | 1.20x |",
+        "other: not run, no such chip.",
         "copy rate 3000 GB/s",
-        "literal eager / frozen, TPN: 12.00, wanted at least 10 (met)",
+        "Triton: literal eager / frozen, TPN: 12.00, wanted at least 10 (met)",
         "kernels of frozen tpn, 600 us: conv_kernel 3 x 200.0 us",
     ):
         assert part in done.stdout
@@ -307,3 +358,151 @@ def test_workload() -> None:
     assert relative_error(frozen(x), wanted) < 5e-2
     noise = work.draws("tiny").noise
     assert torch.equal(noise, noise.bfloat16().float()), "a module in bfloat16 sees the oracle's noise"
+
+
+def test_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on a GPU that has no bfloat16; a workload takes what it is given."""
+    for capability, wanted in (((7, 0), torch.float16), ((7, 5), torch.float16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert half_precision(torch.device("cuda")) == wanted
+    assert half_precision(CPU) == torch.bfloat16
+    work = Workload(CPU, l2_bytes=1000, channels=8, grids={"tiny": (1, 2, 2)}, dtype=torch.float16)
+    assert work.half.layers[0].gate.dtype == work.inputs("tiny", 1)[0].dtype == torch.float16
+
+
+def test_gpu_backends_say_why_not() -> None:
+    """Both, with a reason on a CPU tensor unless kernels are interpreted there."""
+    found = gpu_backends(CPU, torch.float32)
+    assert tuple(found) == BOTH and found["cuda"]
+
+
+def test_winners() -> None:
+    """Every shape alike, by the geometric mean: twice as fast outweighs a slower half by less."""
+    times = [("tap_sums", "half", 1.0, 2.0), ("tap_sums", "half", 1.0, 0.4), ("gated_conv3d", "float", 3.0, 3.0)]
+    log = [{"op": op, "kind": kind, "shape": "", "ms": {"triton": t, "cuda": c}} for op, kind, t, c in times]
+    assert faster.winners(log) == {"tap_sums half": "cuda", "gated_conv3d float": "triton"}
+    assert faster.winners([]) == {}
+
+
+def test_winners_are_what_backends_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is written is the one looked up, by op, kind and chip."""
+    log = [
+        {"op": op, "kind": kind, "shape": "", "ms": {"triton": 2.0, "cuda": 1.0 if op == "tap_sums" else 3.0}}
+        for op in OPS
+        for kind in faster.KINDS
+    ]
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3"))
+    monkeypatch.setattr(faster, "compare", lambda *_: log)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(faster.machine, "describe", lambda device: {"device": "Made up", "torch": "9", "commit": "abc"})
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    monkeypatch.setattr(measured, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(measured, "faster", measured.faster.__wrapped__)
+    path = faster.write(tmp_path, torch.device("cuda"))
+    assert path.name == "sm_90.json"
+    record = json.loads(path.read_text())
+    assert [record[key] for key in ("device", "torch", "triton", "commit")] == ["Made up", "9", "3", "abc"]
+    for op in OPS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            wanted = "cuda" if op == "tap_sums" else "triton"
+            assert measured.winner(op, torch.device("cuda"), dtype) == wanted
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step runs once and takes a millisecond."""
+
+    def time_steps(steps, seconds, before=lambda: None):
+        for each in steps:
+            before()
+            each()
+        return Timing(1.0, 1.0, len(steps))
+
+    def device_events(step, repeats=1):
+        step()
+        return [("kernel", 5.0)] * repeats
+
+    for name, found in (
+        ("time_steps", time_steps),
+        ("copy_rate", lambda device: 100.0),
+        ("matrix_rate", lambda device, dtype: {"mm": 1000.0, "best": "mm"}),
+        ("peak_extra_mib", lambda each: each() is None or 1.0),
+        ("captured", lambda module, x, pool=None: (Replayed(module, x), module(x))),
+        ("kernel_times", lambda step: [{"name": "route_and_pack_kernel", "calls": step() is not None, "us": 3.0}]),
+    ):
+        monkeypatch.setattr(gpu_bench, name, found)
+    monkeypatch.setattr(gpu_ops, "device_events", device_events)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+class Replayed:
+    """What stands for a captured graph on a CPU."""
+
+    def __init__(self, module: torch.nn.Module, x: torch.Tensor) -> None:
+        self.replay = lambda: module(x)
+
+    def pool(self) -> None:
+        return None
+
+
+GRIDS = {"tpn": (2, 3, 3), "swin": (3, 2, 2)}
+
+
+@pytest.fixture(params=[700, 800], ids=["sm_70", "sm_80"])
+def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CUDA backend on CPU tensors, as on either architecture."""
+    from tests.backends.gpu.emulation import EmulatedBackend
+    from tests.emulator import build
+
+    if (reason := build.unavailable()) is not None:
+        pytest.skip(reason)
+    backend = EmulatedBackend()
+    backend.emulate(request.param, monkeypatch)
+    return backend.name
+
+
+@pytest.mark.emulated
+def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, request: Any, tmp_path: Path) -> None:
+    """Every row of ours passes its parity check, every op moves its bytes, and Triton says why it did not run."""
+    dtype = torch.float16 if "sm_70" in request.node.name else torch.bfloat16
+    work = Workload(CPU, l2_bytes=1000, channels=24, grids=GRIDS, dtype=dtype)
+    facts = made_up({})["machine"]
+    bench = gpu_bench.Bench(work, 600, tmp_path / "made-up.json", facts)
+    for part in (gpu_bench.frozen_rows, gpu_bench.fused_rows, gpu_bench.op_rows, gpu_bench.baseline_rows):
+        part(bench)
+    # So few channels in a half type may route the literal module elsewhere: its scores are in that type.
+    assert [failure for failure in bench.failures if "literal" not in failure] == []
+    assert bench.backends == [emulated_cuda] and bench.results["backends"]["triton"]
+    variants = {row["variant"] for row in bench.results["rows"]}
+    assert variants == {"frozen cuda", "graph cuda", "fused cuda", "literal", "handwritten"}
+    assert all(row["ms"] == 1.0 for row in bench.results["rows"] if row["variant"] != "literal")
+    assert {op["op"] for op in bench.results["ops"]} == {"route and pack", *gpu_ops.OPS}
+    assert all(op["us"] and op["bytes"] > 0 for op in bench.results["ops"])
+    saved = json.loads((tmp_path / "made-up.json").read_text())
+    assert any("FrozenDSTS, CUDA C++" in line for line in report.plain(saved))
+
+
+@pytest.mark.emulated
+def test_comparison_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op in both kinds, results compared; the two names stand for one backend here."""
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS[emulated_cuda])
+    half = torch.bfloat16 if BACKENDS[emulated_cuda].why_not("", CPU, torch.bfloat16) is None else torch.float16
+    problems = [Problem(name, grid, batch=3, channels=24, neurons=3) for name, grid in GRIDS.items()]
+
+    def timer(steps) -> float:
+        assert all(isinstance(each()[0], torch.Tensor) for each in steps)
+        return 1.0
+
+    log = faster.compare(problems, faster.KINDS | {"half": half}, CPU, 1000, timer)
+    assert [(entry["op"], entry["kind"]) for entry in log[:5]] == [(op, "half") for op in OPS]
+    assert len(log) == len(OPS) * 2 * len(problems) and len(faster.winners(log)) == len(OPS) * 2
+
+
+@pytest.mark.emulated
+def test_sanitized_cases_run(emulated_cuda: str, capsys: pytest.CaptureFixture) -> None:
+    """Each case in a dtype that the chip has; a backend that cannot run is said to."""
+    ran = gpu_sanitize.run(CPU, [emulated_cuda, "triton"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ran == len(lines[0].split(",")) and "float16, float32" in lines[0]
+    assert lines[1].startswith("triton: not run: ")

@@ -1,4 +1,4 @@
-"""Every test of the GPU suite: float32 means float32, and memory goes back when a file is done."""
+"""Every test of the GPU suite: backends in turn, float32 means float32, and memory goes back when a file is done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import pytest
 import torch
 
 from benchmarks.gpu_workload import exact_float32
+
+from .support import GPU_BACKENDS, HALF, why_not
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each GPU backend; skipped with its own reason where it cannot run, or not in the dtype that the test is about."""
+    reason = why_not(request.param, request.node.callspec.params.get("dtype", HALF))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the GPU suite shares: when it runs, the float64 reference on the GPU, inputs, and modules in pairs.
+"""What the GPU suite shares: when it runs and in which dtypes, the float64 reference, inputs, and modules in pairs.
 
 The reference runs in float64 beside what it checks. Its convolutions are put together here from matrix products, one
 a tap: a GPU multiplies float64 matrices at full rate, while a library's float64 convolutions are nobody's concern and
@@ -24,23 +24,29 @@ from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
 DEVICE = torch.device("cuda")
-BACKEND = "triton"
-LOW = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *LOW)
+GPU_BACKENDS = ("triton", "cuda")
+NO_GPU = "no CUDA GPU here: torch.cuda.is_available() is False"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POSITIONS = 100  # of a small sample, roughly
 RELU_GRADIENTS = {torch.float32: 2000, torch.float16: 40, torch.bfloat16: 10}
 """Factors on the tolerance of gradients behind a ReLU: an activation within rounding of zero falls on either side of
 it, and each that does moves a whole element (see ``benchmarks/parity.py``)."""
 
 
-def why_not() -> str | None:
-    """Why the GPU suite cannot run here; ``None`` when it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA GPU here: torch.cuda.is_available() is False"
-    return BACKENDS[BACKEND].why_not("gated_conv3d", DEVICE, torch.bfloat16)
+def why_not(backend: str, dtype: torch.dtype) -> str | None:
+    """The backend's own reason for not running here in ``dtype``; ``None`` when it runs."""
+    return BACKENDS[backend].why_not("gated_conv3d", DEVICE, dtype)
 
 
-gpu_only = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+def half() -> torch.dtype:
+    """bfloat16; float16 on a GPU that has no other half precision, where no backend of ours runs bfloat16."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return torch.bfloat16
+    return torch.float16
+
+
+HALF = half()
+gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)]
 
 
 def needs_memory(gib: float) -> None:
@@ -165,10 +171,8 @@ def enliven(module: nn.Module) -> None:
             layer.norm.bias.normal_(std=0.3)
 
 
-def pair(
-    channels: int, dtype: torch.dtype, backend: str | None = BACKEND, **options
-) -> tuple[reference.DSTS, FusedDSTS]:
-    """A reference in float64 and a module in ``dtype`` with the same, rounded weights."""
+def pair(backend: str | None, channels: int, dtype: torch.dtype, **options) -> tuple[reference.DSTS, FusedDSTS]:
+    """A reference in float64 and a module in ``dtype`` with the same, rounded weights; ``None`` lets it choose."""
     options = dict(num_neurons=4, score_reduction="mean") | options
     ref = reference.DSTS(channels, dtype=torch.float64, device=DEVICE, **options)
     fused = FusedDSTS(channels, dtype=dtype, device=DEVICE, backend=backend, **options)

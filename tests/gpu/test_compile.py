@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsts_kernels import functional
+from dsts_kernels.backends import use_backend
 from dsts_kernels.ops import mixing_conv3d, tap_sums
 from dsts_kernels.ops.frozen import frozen_layer_op
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
@@ -16,7 +17,7 @@ from dsts_kernels.ops.semhash import gate_op
 from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.testing import assert_close
 
-from .support import BACKEND, DEVICE, draws_for, gated_inputs, gpu_only, pair, randn, training_step
+from .support import DEVICE, HALF, draws_for, gated_inputs, gpu_only, pair, randn, training_step, why_not
 
 pytestmark = [*gpu_only, pytest.mark.filterwarnings("ignore")]
 
@@ -30,6 +31,11 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def compiler(default: bool) -> str:
+    """Torch's default compiler, which takes a while and needs Triton, or one that only captures."""
+    return "inductor" if default and why_not("triton", HALF) is None else "aot_eager"
+
+
 OPS = {
     "saturating_sigmoid": lambda x, gate, neuron, w: functional.saturating_sigmoid(x),
     "semhash_gate": lambda x, gate, neuron, w: functional.semhash_gate(gate, w["noise"], w["hard"], neuron=neuron),
@@ -41,29 +47,31 @@ OPS = {
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_op_is_one_graph(op):
+def test_op_is_one_graph(gpu_backend, op):
     """Values and gradients of the compiled op are those of the op, with no graph break."""
     x, gate, neuron, spatial, temporal = gated_inputs(SIZE, 24, torch.float32)
     w = dict(spatial=spatial, temporal=temporal, mixing=randn(3, 24, 24, 1, 3, 3), scoring=randn(2, 4, 24, 1, 3, 3))
     w |= dict(noise=torch.zeros(3, 24, device=DEVICE), hard=torch.tensor([True, False, True], device=DEVICE))
     leaves = [x.requires_grad_(), gate.requires_grad_()]
-    plain, compiled = op(x, gate, neuron, w), torch.compile(op, fullgraph=True, backend="aot_eager")(x, gate, neuron, w)
-    assert_close(compiled, plain)
-    mine, theirs = (torch.autograd.grad(y.sum(), leaves, allow_unused=True) for y in (compiled, plain))
+    with use_backend(gpu_backend):
+        plain = op(x, gate, neuron, w)
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(x, gate, neuron, w)
+        assert_close(compiled, plain)
+        mine, theirs = (torch.autograd.grad(y.sum(), leaves, allow_unused=True) for y in (compiled, plain))
     for g, h in zip(mine, theirs, strict=True):
         assert (g is None) == (h is None)
         if g is not None:
             assert_close(g, h)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_module_trains_compiled(dtype):
-    """The whole module, forward and backward, in one graph through the default compiler."""
-    ref, fused = pair(SIZE[1], dtype, num_layers=2, activation=None)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_module_trains_compiled(gpu_backend, dtype):
+    """The whole module, forward and backward, in one graph; in half precision through the default compiler."""
+    ref, fused = pair(gpu_backend, SIZE[1], dtype, num_layers=2, activation=None)
     x, grad = randn(*SIZE, dtype=dtype), randn(*SIZE, dtype=dtype)
     draws = draws_for(ref, x, dtype)
     plain = training_step(fused, x, draws, grad)
-    compiled = training_step(torch.compile(fused, fullgraph=True), x, draws, grad)
+    compiled = training_step(torch.compile(fused, fullgraph=True, backend=compiler(dtype == HALF)), x, draws, grad)
     assert torch.equal(compiled[1].neuron, plain[1].neuron)
     assert_close(compiled[0], plain[0])
     for (name, g), h in zip(compiled[2].items(), plain[2].values(), strict=True):
@@ -71,38 +79,38 @@ def test_module_trains_compiled(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"mixing_kernel": (1, 3, 3)}], ids=["default", "mixing-1x3x3"])
-def test_frozen_compiles(options):
-    """A frozen module is one graph too."""
-    fast = pair(SIZE[1], torch.bfloat16, **options)[1].eval().freeze()
-    x = randn(*SIZE, dtype=torch.bfloat16)
-    assert_close(torch.compile(fast, fullgraph=True)(x), fast(x))
+def test_frozen_compiles(gpu_backend, options):
+    """A frozen module is one graph too; the default one through the default compiler."""
+    fast = pair(gpu_backend, SIZE[1], HALF, **options)[1].eval().freeze()
+    x = randn(*SIZE, dtype=HALF)
+    assert_close(torch.compile(fast, fullgraph=True, backend=compiler(not options))(x), fast(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_opcheck(gpu_backend, dtype):
     """Schema, fakes (strides too) and dispatch of every op."""
     inputs = gated_inputs(SIZE, 24, dtype)
     x, gate, neuron = inputs[:3]
     grad, every = torch.randn_like(x), [True, True, True, True]
     check = torch.library.opcheck
-    check(forward_op.overload, (*inputs, BACKEND))
-    check(backward_op.overload, (grad, *inputs, every, BACKEND))
-    check(backward_op.overload, (grad, *inputs, [True, False, False, True], BACKEND))
+    check(forward_op.overload, (*inputs, gpu_backend))
+    check(backward_op.overload, (grad, *inputs, every, gpu_backend))
+    check(backward_op.overload, (grad, *inputs, [True, False, False, True], gpu_backend))
     mixing = randn(3, 24, 24, 3, 1, 1, dtype=dtype, scale=0.1)
-    check(mixing_op.overload, (x, neuron, mixing, BACKEND))
-    check(mixing_backward_op.overload, (grad, x, neuron, mixing, [True, True], BACKEND))
+    check(mixing_op.overload, (x, neuron, mixing, gpu_backend))
+    check(mixing_backward_op.overload, (grad, x, neuron, mixing, [True, True], gpu_backend))
     logits, hard = randn(3, 24, dtype=dtype), torch.tensor([True, False, True], device=DEVICE)
-    check(gate_op.overload, (logits, neuron, gate, hard, BACKEND))
-    check(gate_backward_op.overload, (gate, logits, neuron, gate, BACKEND))
-    check(tap_sums_op.overload, (x, 9, BACKEND))
+    check(gate_op.overload, (logits, neuron, gate, hard, gpu_backend))
+    check(gate_backward_op.overload, (gate, logits, neuron, gate, gpu_backend))
+    check(tap_sums_op.overload, (x, 9, gpu_backend))
 
 
 @pytest.mark.parametrize("options", [{}, {"mixing_kernel": (1, 3, 3)}], ids=["default", "mixing-1x3x3"])
-def test_opcheck_frozen(options):
+def test_opcheck_frozen(gpu_backend, options):
     """Schema, fake and dispatch of the frozen op, with and without a skip."""
-    layer = pair(SIZE[1], torch.bfloat16, **options)[1].eval().freeze().layers[0]
-    x = randn(*SIZE, dtype=torch.bfloat16)
+    layer = pair(gpu_backend, SIZE[1], HALF, **options)[1].eval().freeze().layers[0]
+    x = randn(*SIZE, dtype=HALF)
     for skip, taps in ((None, 1), (x, 0)):
         torch.library.opcheck(
-            frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(x, taps), BACKEND)
+            frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(x, taps), gpu_backend)
         )

@@ -12,10 +12,10 @@ from dsts_kernels import FusedDSTS
 from dsts_kernels.testing import assert_close
 
 from .support import (
-    BACKEND,
     DEVICE,
     DTYPES,
     FORMATS,
+    HALF,
     LAYOUTS,
     assert_same_routing,
     enliven,
@@ -42,9 +42,9 @@ OPTIONS = {
 }
 
 
-def check(dtype, options, size=SIZE) -> None:
+def check(gpu_backend, dtype, options, size=SIZE) -> None:
     """Output and routing of the reference on features that rounding cannot reroute."""
-    ref, fused = pair(size[1], dtype, **options)
+    ref, fused = pair(gpu_backend, size[1], dtype, **options)
     x = features_for(ref, randn(*size, dtype=dtype))
     theirs, their_routing = reference_output(ref, x)
     mine, routing = fused.eval().freeze()(x, return_routing=True)
@@ -55,62 +55,62 @@ def check(dtype, options, size=SIZE) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference(dtype, options):
+def test_matches_reference(gpu_backend, dtype, options):
     """Every option in every dtype: the mixing kernels that do not fold, and 1x3x3 scoring, too."""
-    check(dtype, options)
+    check(gpu_backend, dtype, options)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("channels", [20, 33, 100])
-def test_batches_and_ragged_channels(batch, channels):
+def test_batches_and_ragged_channels(gpu_backend, batch, channels):
     """Batches of 1, 8, 32; channels that are not multiples of 8."""
-    check(torch.bfloat16, {}, (batch, channels, 3, 6, 5))
+    check(gpu_backend, HALF, {}, (batch, channels, 3, 6, 5))
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (4, 1, 3), (2, 7, 7), (3, 16, 16), (2, 13, 9)], ids=str)
-def test_grids(grid):
+def test_grids(gpu_backend, grid):
     """Planes of one position, one row, both of the paper's, and one that no tile divides."""
-    check(torch.bfloat16, {}, (3, 72, *grid))
+    check(gpu_backend, HALF, {}, (3, 72, *grid))
 
 
 @pytest.mark.parametrize("side", [-1.0, 1.0], ids=["all-temporal", "all-spatial"])
 @pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
-def test_one_sided_gates(side, mixing_kernel):
+def test_one_sided_gates(gpu_backend, side, mixing_kernel):
     """A neuron whose panels of one side are empty."""
-    ref, fused = pair(40, torch.bfloat16, mixing_kernel=mixing_kernel)
+    ref, fused = pair(gpu_backend, 40, HALF, mixing_kernel=mixing_kernel)
     with torch.no_grad():
         for module in (ref, fused):
             for layer in module.layers:
                 layer.gate[::2] = side
                 layer.gate[1::2].abs_().mul_(-side)
-    x = features_for(ref, randn(*SIZE, dtype=torch.bfloat16))
+    x = features_for(ref, randn(*SIZE, dtype=HALF))
     assert_close(fused.eval().freeze()(x), reference_output(ref, x)[0], factor=2)
 
 
 @pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, skip):
+def test_layouts(gpu_backend, layout, skip):
     """Any stride order in, the same values out, in the memory format of the input."""
-    _, fused = pair(40, torch.bfloat16, skip=skip)
-    fast, x = fused.eval().freeze(), LAYOUTS[layout](randn(*SIZE, dtype=torch.bfloat16))
+    _, fused = pair(gpu_backend, 40, HALF, skip=skip)
+    fast, x = fused.eval().freeze(), LAYOUTS[layout](randn(*SIZE, dtype=HALF))
     y = fast(x)
     if layout in FORMATS:
         assert y.is_contiguous(memory_format=FORMATS[layout])
     assert_close(y, fast(x.contiguous()))
 
 
-def test_samples_do_not_depend_on_their_batch():
+def test_samples_do_not_depend_on_their_batch(gpu_backend):
     """Each sample alone gives what it gave among others."""
-    ref, fused = pair(72, torch.bfloat16)
-    x = features_for(ref, randn(8, 72, 8, 7, 7, dtype=torch.bfloat16))
+    ref, fused = pair(gpu_backend, 72, HALF)
+    x = features_for(ref, randn(8, 72, 8, 7, 7, dtype=HALF))
     fast = fused.eval().freeze()
     assert_close(torch.cat([fast(x[i : i + 1]) for i in range(8)]), fast(x))
 
 
-def test_samples_stay_apart():
+def test_samples_stay_apart(gpu_backend):
     """NaN and Inf in one sample leave the others and the routing alone."""
-    _, fused = pair(40, torch.bfloat16)
-    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=torch.bfloat16)
+    _, fused = pair(gpu_backend, 40, HALF)
+    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=HALF)
     clean = fast(x)
     x[1], x[3, 2] = float("nan"), float("inf")
     y, routing = fast(x, return_routing=True)
@@ -119,20 +119,20 @@ def test_samples_stay_apart():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_bit_for_bit(dtype):
+def test_repeats_bit_for_bit(gpu_backend, dtype):
     """The same bits, ten times over."""
-    _, fused = pair(96, dtype)
+    _, fused = pair(gpu_backend, 96, dtype)
     fast, x = fused.eval().freeze(), randn(8, 96, 8, 7, 7, dtype=dtype)
     first = fast(x)
     assert all(torch.equal(fast(x), first) for _ in range(10))
 
 
-def test_freeze_to_half():
-    """A float32 module frozen to bfloat16 takes and returns bfloat16 and keeps scores in float32."""
-    ref, fused = pair(40, torch.float32, num_layers=1)
-    x = features_for(ref, randn(*SIZE, dtype=torch.bfloat16))
-    y, routing = fused.eval().freeze(dtype=torch.bfloat16)(x, return_routing=True)
-    assert y.dtype == torch.bfloat16 and routing.scores.dtype == torch.float32
+def test_freeze_to_half(gpu_backend):
+    """A float32 module frozen to half precision takes and returns that and keeps scores in float32."""
+    ref, fused = pair(gpu_backend, 40, torch.float32, num_layers=1)
+    x = features_for(ref, randn(*SIZE, dtype=HALF))
+    y, routing = fused.eval().freeze(dtype=HALF)(x, return_routing=True)
+    assert y.dtype == HALF and routing.scores.dtype == torch.float32
     assert_close(y, reference_output(ref, x)[0])
 
 
@@ -152,10 +152,10 @@ def test_moves_between_devices(mixing_kernel):
     assert_close(there.cpu()(x), wanted)
 
 
-def test_copies():
+def test_copies(gpu_backend):
     """deepcopy, torch.save and a state_dict round trip give the same bits."""
-    _, fused = pair(40, torch.bfloat16)
-    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=torch.bfloat16)
+    _, fused = pair(gpu_backend, 40, HALF)
+    fast, x = fused.eval().freeze(), randn(*SIZE, dtype=HALF)
     y = fast(x)
     buffer = io.BytesIO()
     torch.save(fast, buffer)
@@ -166,9 +166,9 @@ def test_copies():
         assert torch.equal(other(x), y)
 
 
-def test_empty_batch():
+def test_empty_batch(gpu_backend):
     """No samples pass through."""
-    fast = FusedDSTS(24, num_neurons=3, device=DEVICE, dtype=torch.bfloat16, backend=BACKEND).eval().freeze()
-    x = torch.empty(0, 24, 2, 3, 3, device=DEVICE, dtype=torch.bfloat16)
+    fast = FusedDSTS(24, num_neurons=3, device=DEVICE, dtype=HALF, backend=gpu_backend).eval().freeze()
+    x = torch.empty(0, 24, 2, 3, 3, device=DEVICE, dtype=HALF)
     y, routing = fast(x, return_routing=True)
     assert y.shape == x.shape and routing.scores.shape == (3, 0, 3)

@@ -9,7 +9,7 @@ from dsts_kernels.ops import mixing_conv3d
 from dsts_kernels.ops.mixing import MIXING_KERNELS
 from dsts_kernels.testing import assert_close
 
-from .support import BACKEND, DEVICE, DTYPES, LAYOUTS, gpu_only, mixing_conv, randn
+from .support import DEVICE, DTYPES, HALF, LAYOUTS, gpu_only, mixing_conv, randn
 
 pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
 
@@ -21,11 +21,11 @@ def sample_inputs(size, kernel, dtype, one_neuron=False):
     return randn(*size, dtype=dtype), neuron.to(DEVICE), mixing
 
 
-def check(z, neuron, mixing, trained=("z", "mixing")):
+def check(gpu_backend, z, neuron, mixing, trained=("z", "mixing")):
     dtype, wide = z.dtype, (z.detach().double(), mixing.double())
     mine = [t.requires_grad_() for t, name in ((z, "z"), (mixing, "mixing")) if name in trained]
     theirs = [t.requires_grad_() for t, name in ((wide[0], "z"), (wide[1], "mixing")) if name in trained]
-    out, ref = mixing_conv3d(z, neuron, mixing, backend=BACKEND), mixing_conv(wide[0], neuron, wide[1])
+    out, ref = mixing_conv3d(z, neuron, mixing, backend=gpu_backend), mixing_conv(wide[0], neuron, wide[1])
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
     assert_close(out, ref, dtype=dtype)
     grad = randn(*ref.shape, dtype=dtype)
@@ -37,55 +37,55 @@ def check(z, neuron, mixing, trained=("z", "mixing")):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", MIXING_KERNELS, ids=str)
 @pytest.mark.parametrize("size", [(4, 33, 3, 6, 5), (8, 64, 8, 7, 7)], ids=str)
-def test_values_and_gradients(size, kernel, dtype):
+def test_values_and_gradients(gpu_backend, size, kernel, dtype):
     """All kernels and dtypes, ragged channels and whole tiles."""
-    check(*sample_inputs(size, kernel, dtype))
+    check(gpu_backend, *sample_inputs(size, kernel, dtype))
 
 
 @pytest.mark.parametrize("kernel", MIXING_KERNELS, ids=str)
 @pytest.mark.parametrize(
     "size", [(1, 20, 3, 6, 5), (32, 24, 3, 6, 5), (2, 5, 1, 1, 1), (3, 1, 2, 3, 1), (2, 280, 2, 9, 11)], ids=str
 )
-def test_sizes(size, kernel):
+def test_sizes(gpu_backend, size, kernel):
     """Batches of 1 and 32, one position, one channel, many blocks; every sample on one neuron."""
-    check(*sample_inputs(size, kernel, torch.bfloat16, one_neuron=True))
+    check(gpu_backend, *sample_inputs(size, kernel, HALF, one_neuron=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
+def test_layouts(gpu_backend, layout):
     """Any stride order of the features."""
-    z, neuron, mixing = sample_inputs((4, 33, 3, 6, 5), (1, 3, 3), torch.bfloat16)
-    check(LAYOUTS[layout](z).detach(), neuron, mixing)
+    z, neuron, mixing = sample_inputs((4, 33, 3, 6, 5), (1, 3, 3), HALF)
+    check(gpu_backend, LAYOUTS[layout](z).detach(), neuron, mixing)
 
 
 @pytest.mark.parametrize("trained", ["z", "mixing"])
-def test_what_needs_no_gradient(trained):
+def test_what_needs_no_gradient(gpu_backend, trained):
     """One side alone."""
-    check(*sample_inputs((4, 33, 3, 6, 5), (1, 1, 1), torch.bfloat16), trained=(trained,))
+    check(gpu_backend, *sample_inputs((4, 33, 3, 6, 5), (1, 1, 1), HALF), trained=(trained,))
 
 
-def test_unrouted_neurons_get_zero():
+def test_unrouted_neurons_get_zero(gpu_backend):
     """A neuron that nobody chose has a gradient of exactly zero."""
-    z, _, mixing = sample_inputs((4, 33, 3, 6, 5), (1, 1, 1), torch.bfloat16)
+    z, _, mixing = sample_inputs((4, 33, 3, 6, 5), (1, 1, 1), HALF)
     neuron = torch.tensor([2, 0, 2, 2], device=DEVICE)
-    out = mixing_conv3d(z, neuron, mixing.requires_grad_(), backend=BACKEND)
+    out = mixing_conv3d(z, neuron, mixing.requires_grad_(), backend=gpu_backend)
     (gradient,) = torch.autograd.grad(out.float().sum(), mixing)
     assert gradient[1].count_nonzero() == 0 and gradient[2].count_nonzero() > 0
 
 
-def test_empty_batch():
+def test_empty_batch(gpu_backend):
     """No samples: an empty result and a gradient of zero."""
-    z, neuron, mixing = sample_inputs((0, 16, 2, 3, 3), (1, 1, 1), torch.bfloat16)
-    out = mixing_conv3d(z, neuron, mixing.requires_grad_(), backend=BACKEND)
+    z, neuron, mixing = sample_inputs((0, 16, 2, 3, 3), (1, 1, 1), HALF)
+    out = mixing_conv3d(z, neuron, mixing.requires_grad_(), backend=gpu_backend)
     assert out.shape == z.shape
     assert torch.autograd.grad(out.sum(), mixing)[0].count_nonzero() == 0
 
 
-def test_samples_stay_apart():
+def test_samples_stay_apart(gpu_backend):
     """NaN in one sample leaves the others finite."""
-    z, neuron, mixing = sample_inputs((4, 40, 3, 6, 5), (1, 3, 3), torch.bfloat16, one_neuron=True)
+    z, neuron, mixing = sample_inputs((4, 40, 3, 6, 5), (1, 3, 3), HALF, one_neuron=True)
     z[1, 3] = float("nan")
-    out = mixing_conv3d(z.requires_grad_(), neuron, mixing, backend=BACKEND)
+    out = mixing_conv3d(z.requires_grad_(), neuron, mixing, backend=gpu_backend)
     grad = torch.randn_like(out)
     grad[1] = float("inf")
     for result in (out, torch.autograd.grad(out, z, grad)[0]):

@@ -13,8 +13,8 @@ from dsts_kernels import FusedDSTS, reference
 from dsts_kernels.testing import assert_close
 
 from .support import (
-    BACKEND,
     DEVICE,
+    HALF,
     RELU_GRADIENTS,
     assert_same_gradients,
     assert_same_routing,
@@ -65,7 +65,7 @@ def trained(request, ref):
         layer.activation = activation
     size = (batch, CHANNELS, *NAMED_SHAPES[shape])
     x, grad = snapped(randn(*size)), snapped(randn(*size))
-    draws = draws_for(ref, x, torch.bfloat16)
+    draws = draws_for(ref, x, HALF)
     draws = draws._replace(noise=snapped(draws.noise))
     with kept_statistics(ref):
         found = reference_step(ref, x, draws, grad)
@@ -83,20 +83,22 @@ TRAINED = [
 ]
 
 
-def module_of(ref: reference.DSTS, dtype: torch.dtype, activation: str | None = "relu") -> FusedDSTS:
-    fused = FusedDSTS(CHANNELS, **OPTIONS, activation=activation, device=DEVICE, dtype=dtype, backend=BACKEND)
+def module_of(gpu_backend: str, ref: reference.DSTS, dtype: torch.dtype, activation: str | None = "relu") -> FusedDSTS:
+    fused = FusedDSTS(CHANNELS, **OPTIONS, activation=activation, device=DEVICE, dtype=dtype, backend=gpu_backend)
     fused.load_state_dict(ref.state_dict())
     return fused
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("trained", TRAINED, indirect=True, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}")
-def test_training(trained, ref, dtype):
+def test_training(gpu_backend, trained, ref, dtype):
     """Output, routing and every gradient of a whole step; one sample's norm leaves the router no gradient."""
     x, draws, grad, activation, (theirs, their_routing, wanted) = trained
-    if dtype != torch.bfloat16 and x.shape[0] == 32:
-        pytest.skip("the largest batch runs in bfloat16")
-    mine, routing, found = training_step(module_of(ref, dtype, activation), x.to(dtype), draws, grad.to(dtype))
+    if dtype != HALF and x.shape[0] == 32:
+        pytest.skip("the largest batch runs in one half precision")
+    mine, routing, found = training_step(
+        module_of(gpu_backend, ref, dtype, activation), x.to(dtype), draws, grad.to(dtype)
+    )
     assert_close(mine, theirs, name="output", factor=2)
     assert_same_routing(routing, their_routing, dtype)
     factor = RELU_GRADIENTS[dtype] if activation else 5
@@ -115,23 +117,23 @@ def evaluated(request, ref):
 
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("batch", [1, 8, 32])
-def test_frozen(evaluated, ref, batch, layout):
-    """Batches of 1, 8 and 32 in bfloat16, in both memory formats."""
+def test_frozen(gpu_backend, evaluated, ref, batch, layout):
+    """Batches of 1, 8 and 32 in half precision, in both memory formats."""
     x, theirs = (t[:batch] for t in evaluated)
-    fast = module_of(ref, torch.bfloat16).eval().freeze()
-    y = fast(x.bfloat16().contiguous(memory_format=layout))
+    fast = module_of(gpu_backend, ref, HALF).eval().freeze()
+    y = fast(x.to(HALF).contiguous(memory_format=layout))
     assert y.is_contiguous(memory_format=layout)
     assert_close(y, theirs, factor=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_frozen_in_other_dtypes(evaluated, ref, dtype):
+def test_frozen_in_other_dtypes(gpu_backend, evaluated, ref, dtype):
     """A batch of 8."""
     x, theirs = (t[:8] for t in evaluated)
-    assert_close(module_of(ref, dtype).eval().freeze()(x.to(dtype)), theirs, factor=2)
+    assert_close(module_of(gpu_backend, ref, dtype).eval().freeze()(x.to(dtype)), theirs, factor=2)
 
 
-def test_evaluation(evaluated, ref):
-    """The live module in evaluation, a batch of 8 in bfloat16."""
+def test_evaluation(gpu_backend, evaluated, ref):
+    """The live module in evaluation, a batch of 8 in half precision."""
     x, theirs = (t[:8] for t in evaluated)
-    assert_close(module_of(ref, torch.bfloat16).eval()(x.bfloat16()), theirs, factor=2)
+    assert_close(module_of(gpu_backend, ref, HALF).eval()(x.to(HALF)), theirs, factor=2)

@@ -13,7 +13,7 @@ from benchmarks.gpu_timing import captured, device_events
 from dsts_kernels import FusedDSTS
 from dsts_kernels.testing import assert_close
 
-from .support import BACKEND, DEVICE, draws_for, enliven, gpu_only, pair, randn, training_step
+from .support import DEVICE, HALF, draws_for, enliven, gpu_only, pair, randn, training_step
 
 pytestmark = gpu_only
 
@@ -27,13 +27,13 @@ ROUNDS = 20
 
 
 def features(*size: int) -> torch.Tensor:
-    return randn(*size, dtype=torch.bfloat16).contiguous(memory_format=LAST)
+    return randn(*size, dtype=HALF).contiguous(memory_format=LAST)
 
 
-@pytest.fixture(scope="module")
-def fast():
-    """A frozen module in bfloat16."""
-    return pair(CHANNELS, torch.bfloat16)[1].eval().freeze()
+@pytest.fixture
+def fast(gpu_backend):
+    """A frozen module in half precision."""
+    return pair(gpu_backend, CHANNELS, HALF)[1].eval().freeze()
 
 
 @contextlib.contextmanager
@@ -63,10 +63,10 @@ def test_two_streams_frozen(fast):
         assert all(torch.equal(y, alone[i % 2]) for i, y in enumerate(found))
 
 
-def test_two_streams_training():
+def test_two_streams_training(gpu_backend):
     """Forward and backward on two streams at once: the bits of running alone."""
-    dtype = torch.bfloat16
-    ref, fused = pair(96, dtype, norm=None)
+    dtype = HALF
+    ref, fused = pair(gpu_backend, 96, dtype, norm=None)
     work = []
     for _ in range(2):
         x, grad = features(8, 96, 8, 7, 7), features(8, 96, 8, 7, 7)
@@ -91,9 +91,9 @@ def test_two_streams_training():
     ids=["default", "scoring-1x3x3", "mixing-1x3x3", "mixing-3x1x1"],
 )
 @pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=str)
-def test_cuda_graph(options, memory_format):
+def test_cuda_graph(gpu_backend, options, memory_format):
     """The whole frozen module in one graph, replayed on other inputs that choose other neurons."""
-    fast = pair(64, torch.bfloat16, **options)[1].eval().freeze()
+    fast = pair(gpu_backend, 64, HALF, **options)[1].eval().freeze()
     static = features(5, 64, 3, 6, 5).contiguous(memory_format=memory_format)
     graph, (y, routing) = captured(lambda x: fast(x, return_routing=True), static)
     for scale in (1.0, -1.0, 3.0, 0.5):
@@ -106,9 +106,9 @@ def test_cuda_graph(options, memory_format):
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("grid", [(8, 16, 16), (16, 7, 7)], ids=["tpn", "swin"])
-def test_launches(grid, batch):
+def test_launches(gpu_backend, grid, batch):
     """At most two launches a layer and one more, copies and fills counted; none of them a library's."""
-    dsts = FusedDSTS(1024, num_neurons=4, device=DEVICE, dtype=torch.bfloat16, backend=BACKEND)
+    dsts = FusedDSTS(1024, num_neurons=4, device=DEVICE, dtype=HALF, backend=gpu_backend)
     enliven(dsts)
     fast, x = dsts.eval().freeze(), features(batch, 1024, *grid)
     for _ in range(3):
@@ -118,9 +118,9 @@ def test_launches(grid, batch):
     assert not [n for n in names if LIBRARY_CONVOLUTION.search(n) or LIBRARY_PRODUCT.search(n)], names
 
 
-def test_training_runs_no_library_convolution():
+def test_training_runs_no_library_convolution(gpu_backend):
     """Forward and backward without a convolution of cuDNN's."""
-    _, fused = pair(CHANNELS, torch.bfloat16, norm=None)
+    _, fused = pair(gpu_backend, CHANNELS, HALF, norm=None)
     x = features(*SIZE).requires_grad_()
 
     def step() -> None:
@@ -143,10 +143,10 @@ def test_frozen_does_not_synchronise(fast):
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["draws-given", "draws-sampled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_does_not_synchronise(dtype, sampled):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_training_does_not_synchronise(gpu_backend, dtype, sampled):
     """Forward, backward and evaluation without the host waiting."""
-    ref, fused = pair(CHANNELS, dtype)
+    ref, fused = pair(gpu_backend, CHANNELS, dtype)
     x, grad = randn(*SIZE, dtype=dtype), randn(*SIZE, dtype=dtype)
     draws = None if sampled else draws_for(ref, x, dtype)
     training_step(fused, x, draws, grad)  # compiles
@@ -157,13 +157,13 @@ def test_training_does_not_synchronise(dtype, sampled):
             fused.eval()(x)
 
 
-def test_other_device():
+def test_other_device(gpu_backend):
     """Tensors on a device that is not the current one: results there, and the current one stays current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    ref, fused = pair(64, torch.bfloat16)
+    ref, fused = pair(gpu_backend, 64, HALF)
     x = features(4, 64, 3, 6, 5)
-    draws, grad = draws_for(ref, x, torch.bfloat16), torch.ones_like(x)
+    draws, grad = draws_for(ref, x, HALF), torch.ones_like(x)
     here = training_step(fused, x, draws, grad)
     frozen = fused.eval().freeze()(x)
     other = fused.train().to("cuda:1")

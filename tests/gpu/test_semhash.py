@@ -10,7 +10,7 @@ import torch
 from dsts_kernels.functional import saturating_sigmoid, semhash_gate
 from dsts_kernels.testing import assert_close
 
-from .support import BACKEND, DEVICE, DTYPES, gpu_only, randn
+from .support import DEVICE, DTYPES, gpu_only, randn
 
 pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
 
@@ -44,11 +44,11 @@ def slope(q: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("b, n, c", SIZES)
-def test_values_and_gradient(b, n, c, dtype):
+def test_values_and_gradient(gpu_backend, b, n, c, dtype):
     """Gathered logits plus noise, hard or soft by sample; the gradient is that of the soft gate for both."""
     logits, noise, hard, neuron = sample_inputs(b, n, c, dtype)
     q = logits[neuron].double() + noise.double()
-    gate = semhash_gate(logits.requires_grad_(), noise, hard, neuron=neuron, backend=BACKEND)
+    gate = semhash_gate(logits.requires_grad_(), noise, hard, neuron=neuron, backend=gpu_backend)
     assert gate.dtype == dtype
     assert_close(gate, torch.where(hard[:, None], (q > 0).double(), soft(q)))
     assert torch.equal(gate[hard].double(), (q[hard] > 0).double())
@@ -61,43 +61,43 @@ def test_values_and_gradient(b, n, c, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_neuron_noise_or_hard(dtype):
+def test_without_neuron_noise_or_hard(gpu_backend, dtype):
     """Rows as they are; hard where nothing says otherwise, and a logit of zero is closed."""
     logits = torch.tensor([[-1.0, -0.0, 0.0, 2**-14, 5.0]], device=DEVICE).to(dtype)
-    assert semhash_gate(logits, backend=BACKEND).tolist() == [[0, 0, 0, 1, 1]]
+    assert semhash_gate(logits, backend=gpu_backend).tolist() == [[0, 0, 0, 1, 1]]
 
 
-def test_saturation_is_exact():
+def test_saturation_is_exact(gpu_backend):
     """Far logits give exactly 0 and 1, in a tensor of any shape."""
     far = torch.tensor([[-3.0, 3.0], [-200.0, 200.0]], device=DEVICE)
-    assert saturating_sigmoid(far, backend=BACKEND).tolist() == [[0, 1], [0, 1]]
+    assert saturating_sigmoid(far, backend=gpu_backend).tolist() == [[0, 1], [0, 1]]
     x = randn(3, 5, 4, 7)
-    assert_close(saturating_sigmoid(x, backend=BACKEND), soft(x.double()))
+    assert_close(saturating_sigmoid(x, backend=gpu_backend), soft(x.double()))
 
 
-def test_strided_logits():
+def test_strided_logits(gpu_backend):
     """Transposed and sliced logits are read through their strides."""
     logits = randn(9, 8).t()[::2]
     closed = torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    assert_close(semhash_gate(logits, None, closed, backend=BACKEND), soft(logits.double()))
+    assert_close(semhash_gate(logits, None, closed, backend=gpu_backend), soft(logits.double()))
 
 
-def test_nan_stays_in_its_sample():
+def test_nan_stays_in_its_sample(gpu_backend):
     """NaN noise in one sample reaches neither another gate nor another neuron's gradient."""
     logits, noise, _, _ = sample_inputs(3, 3, 90, torch.float32)
     noise[1] = float("nan")
     closed = torch.zeros(3, dtype=torch.bool, device=DEVICE)
     neuron = torch.arange(3, device=DEVICE)
-    gate = semhash_gate(logits.requires_grad_(), noise, closed, neuron=neuron, backend=BACKEND)
+    gate = semhash_gate(logits.requires_grad_(), noise, closed, neuron=neuron, backend=gpu_backend)
     (gradient,) = torch.autograd.grad(gate.sum(), logits)
     assert torch.isfinite(gate[[0, 2]]).all() and torch.isnan(gate[1]).all()
     assert torch.isfinite(gradient[[0, 2]]).all()
 
 
-def test_gradient_repeats_bit_for_bit():
+def test_gradient_repeats_bit_for_bit(gpu_backend):
     """Many samples add into one neuron's row in a fixed order."""
     logits, noise, hard, _ = sample_inputs(32, 3, 1000, torch.float32)
     neuron, grad = torch.ones(32, dtype=torch.int64, device=DEVICE), randn(32, 1000)
-    gate = semhash_gate(logits.requires_grad_(), noise, hard, neuron=neuron, backend=BACKEND)
+    gate = semhash_gate(logits.requires_grad_(), noise, hard, neuron=neuron, backend=gpu_backend)
     runs = [torch.autograd.grad(gate, logits, grad, retain_graph=True)[0] for _ in range(5)]
     assert all(torch.equal(runs[0], run) for run in runs)
