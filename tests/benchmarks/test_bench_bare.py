@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except (OSError, RuntimeError):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("bare")
-    sources = [emulator.ROOT / "csrc/cuda/conv.cu", emulator.HERE / "runtime.cpp", emulator.HERE / "fake_driver.cpp"]
+    sources = [emulator.ROOT / "csrc/cuda/conv.cu", *emulator.RUNTIME, emulator.HERE / "fake_driver.cpp"]
     objects = [str(folder / f"{source.stem}.o") for source in sources]
     for source, target in zip(sources, objects, strict=True):
         flags = emulator.flags(source, "plain", 700, "fake")

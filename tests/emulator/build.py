@@ -3,9 +3,11 @@
 By hand: python -m tests.emulator.build plain 700
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "emulator"
+RUNTIME = sorted((HERE / "runtime").glob("*.cpp"))
 
 SANITIZE = {
     "plain": [],
@@ -40,6 +43,20 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+@functools.cache
+def unavailable() -> str | None:
+    """Why nothing can be built here; ``None`` where it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the emulator is for x86-64 Linux"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    try:
+        run([*compiler(), "--version"])
+    except (OSError, RuntimeError):
+        return "no C++ compiler"
+    return None
+
+
 def digest(*parts: str | bytes) -> str:
     h = hashlib.sha256()
     for part in parts:
@@ -56,7 +73,7 @@ def flags(source: Path, flavour: str, arch: int, name: str) -> list[str]:
         defines = ["-D__CUDACC__", "-DDSTS_NO_PTX", f"-D__CUDA_ARCH__={arch}"]
         # g++ does not know "#pragma unroll".
         return [*cuda, *COMMON, "-Wno-unknown-pragmas", *OPTIMIZE[flavour], *SANITIZE[flavour], *defines, *include]
-    if source == HERE / "runtime.cpp":
+    if source in RUNTIME:
         return [*COMMON, "-O2", f"-DEMULATOR_ARCH={arch}", f"-DEMULATOR_{flavour.upper()}", *include]
     import pybind11
 
@@ -66,7 +83,7 @@ def flags(source: Path, flavour: str, arch: int, name: str) -> list[str]:
 
 def headers_digest(source: Path) -> str:
     """Of every header that the source could include."""
-    folders = [HERE] if source.parent == HERE else [HERE, ROOT / "csrc"]
+    folders = [HERE] if HERE in source.parents else [HERE, ROOT / "csrc"]
     return digest(*(part for f in folders for h in sorted(f.rglob("*.h")) for part in (str(h), h.read_bytes())))
 
 
@@ -75,11 +92,11 @@ def build(
 ) -> Path:
     """Compiles what changed and returns the path of the module.
 
-    `sources` stand in for the project's own; runtime.cpp and module.cpp are always added.
+    `sources` stand in for the project's own; RUNTIME and module.cpp are always added.
     """
     if sources is None:
         sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "bindings.cpp"]
-    sources = [*(Path(s).resolve() for s in sources), HERE / "runtime.cpp", HERE / "module.cpp"]
+    sources = [*(Path(s).resolve() for s in sources), *RUNTIME, HERE / "module.cpp"]
     version = run([*compiler(), "--version"])
     objects = OUTPUT / "objects"
     objects.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 // What the shadow CUDA headers in include/ ask of the runtime. Kernels are compiled by g++ with these
-// headers in place of CUDA's; runtime.cpp runs every CUDA thread as a fiber. All that touches the kernel's
-// own data (a copy, an atomic, a matrix load) is inline in the headers, where the sanitizers see it as the
-// calling thread's access; all bookkeeping is in runtime.cpp, which is never instrumented.
+// headers in place of CUDA's; runtime/ runs every CUDA thread as a fiber. All that touches the kernel's own
+// data (a copy, an atomic, a matrix load) is inline in the headers, where the sanitizers see it as the
+// calling thread's access; all bookkeeping is in runtime/, which is never instrumented.
 #pragma once
 
 #include <stddef.h>
