@@ -80,6 +80,17 @@ Extent extent(const char* kernel, const Sizes3& s) {
   return extent_of(s[0], s[1], s[2]);
 }
 
+// Taps of a kernel that convolutions take: 1x1x1, 1x3x3, 3x1x1 and the like.
+int taps_of(const char* kernel, const Sizes3& sides) {
+  bool ok = true;
+  for (const int side : sides) ok &= side == 1 || side == 3;
+  const int taps = sides[0] * sides[1] * sides[2];
+  require(ok && taps <= 9, kernel,
+          "the kernel is " + std::to_string(sides[0]) + "x" + std::to_string(sides[1]) + "x" +
+              std::to_string(sides[2]) + "; wanted sides of 1 or 3 and at most 9 taps");
+  return taps;
+}
+
 Strides strides(const Strides5& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 
 void semhash_py(Address grad, Address logits, Address noise, Address neuron, Address hard, Address out,
@@ -148,6 +159,7 @@ void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides,
                        int dtype, const Target& to) {
   check_dtype("route_and_pack", dtype);
   check_sizes("route_and_pack", batch, channels, pitch, shares, neurons, parts, taps, flag_count);
+  require(taps == 1 || taps == 9, "route_and_pack", "taps is " + std::to_string(taps) + "; wanted 1 or 9");
   check_given("route_and_pack", x, panel, sums, scoring, channels_of, starts, plan, chosen, scores, flags);
   GatherParams p{};
   p.x = pointer<void>(x), p.extent = extent("route_and_pack", size), p.x_strides = strides(x_strides);
@@ -166,6 +178,8 @@ FilterParams filter_params(const char* kernel, Address from, Address into, Addre
                            int pitch, int bit) {
   check_sizes(kernel, outputs, channels, taps, all_taps, pitch);
   check_given(kernel, from, into, index);
+  require(first_tap >= 0 && first_tap + taps <= all_taps, kernel, "the taps do not lie within all_taps");
+  require(pitch >= (by_channel ? outputs : channels), kernel, "pitch is less than a row");
   return {pointer<void>(from),
           pointer<void>(into),
           pointer<int>(index),
@@ -197,6 +211,7 @@ void unpack_filters_py(Address from, Address into, Address slot_of, Address list
                        int channels, int taps, int first_tap, int all_taps, bool by_channel, int pitch,
                        int neurons, int dtype, const Target& to) {
   check_dtype("unpack_filters", dtype), check_sizes("unpack_filters", neurons);
+  require(bit >= 1 && bit <= 3, "unpack_filters", "bit is " + std::to_string(bit) + "; wanted 1, 2 or 3");
   const FilterParams p = filter_params("unpack_filters", from, into, slot_of, listed, outputs, channels, taps,
                                        first_tap, all_taps, by_channel, pitch, bit);
   const OnDevice guard(to.device);
@@ -218,8 +233,7 @@ void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_str
           "form is '" + form + "'; wanted 'packed', 'rows', 'listed' or 'columns'");
   require(sum_taps == 0 || ((sum_taps == 1 || sum_taps == 9) && a[8] && a[9]), "conv",
           "sum_taps is " + std::to_string(sum_taps) + "; wanted 0, or 1 or 9 with part_sums and sums");
-  const int taps = kernel[0] * kernel[1] * kernel[2], most = 8 * 128;
-  require(taps >= 1 && taps + (second ? 3 : 0) <= 12, "conv", "the kernels have too many taps");
+  const int taps = taps_of("conv", kernel), most = 8 * 128;
   require(programs <= most, "conv",
           "programs is " + std::to_string(programs) + "; wanted at most " + std::to_string(most));
   ConvParams p{};
@@ -228,6 +242,12 @@ void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_str
   p.skip = pointer<void>(a[6]), p.out = pointer<void>(a[7]), p.part_sums = pointer<float>(a[8]);
   p.sums = pointer<float>(a[9]), p.partial = pointer<float>(a[10]), p.flags = pointer<int>(a[11]);
   p.extent = extent("conv", size), p.out_strides = strides(out_strides);
+  const auto tiles_of = [](int64 n) { return (n + kTile - 1) / kTile; };
+  const int64 tiles = batch * tiles_of(p.extent.positions) * tiles_of(outputs);
+  const int64 shared_tiles = tiles - static_cast<int64>(waves) * programs;
+  require(shared_tiles >= 1 && shared_tiles <= 2 * programs, "conv",
+          std::to_string(waves) + " waves of " + std::to_string(programs) + " programs leave " +
+              std::to_string(shared_tiles) + " tiles over; wanted 1 to 2 a program");
   p.batch = batch, p.width = width, p.pitch = pitch, p.rows = rows, p.slots = slots, p.outputs = outputs;
   p.filter_pitch = filter_pitch, p.kt = kernel[0], p.kh = kernel[1], p.kw = kernel[2];
   p.taps_1 = taps, p.taps_2 = second ? 3 : 0, p.sign = sign, p.index_wide = index_wide;
@@ -243,6 +263,7 @@ void data_gradient_py(Address grad, Address filters, Address order, Address plan
                       const Target& to) {
   check_dtype("data_gradient", dtype), check_sizes("data_gradient", batch, channels, outputs, pitch);
   check_given("data_gradient", grad, filters, order, plans, gate, x, dx ? dx : dgate);
+  require(!(listed && dgate), "data_gradient", "dgate needs every channel, listed or not");
   const OnDevice guard(to.device);
   data_gradient({pointer<void>(grad), pointer<void>(filters), pointer<int>(order), pointer<int>(plans),
                  pointer<float>(gate), pointer<void>(x), pointer<void>(dx), pointer<float>(dgate),
@@ -257,7 +278,7 @@ void weight_gradient_py(Address left, Address right, Address order, Address plan
   check_dtype("weight_gradient", dtype);
   check_sizes("weight_gradient", left_pitch, right_pitch, rows, columns, slots);
   check_given("weight_gradient", left, right, neuron_of, groups, members, out);
-  const int taps = kernel[0] * kernel[1] * kernel[2];
+  const int taps = taps_of("weight_gradient", kernel);
   const OnDevice guard(to.device);
   weight_gradient({pointer<void>(left),
                    pointer<void>(right),

@@ -22,7 +22,9 @@
 namespace dsts::cuda {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or whoever asks next would be told of it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 template <class P>

@@ -255,7 +255,8 @@ struct Copies {
 };
 
 // Adds `steps` steps of a product to what `engine` holds. `operands` gives the sources of the present step,
-// by vector, and moves on with next(). Starts and ends with all threads done with the shared memory.
+// by vector, and moves on with next(). Starts with all threads done with the shared memory; a barrier must
+// follow before it is used for something else.
 template <class Engine, class Operands>
 __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, int steps,
                                            unsigned char* shared) {
@@ -297,7 +298,6 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
     then = then + 1 == kStages ? 0 : then + 1;
   }
   __pipeline_wait_prior(0);
-  __syncthreads();
 #else
   // The next step's left operand waits in registers during one half, the right one during the other.
   const auto copy = [](const Source<T>& from) {

@@ -26,7 +26,6 @@ __device__ inline void scan(int* values, int n, int* room) {
     __syncthreads();
     room[threadIdx.x] += before;
   }
-  __syncthreads();
   int sum = room[threadIdx.x] - own;
   for (int i = first; i < last; ++i) values[i] = sum += values[i];
   __syncthreads();

@@ -43,18 +43,49 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[None]
     torch.set_num_threads(threads)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Emulated kernels run as on every architecture in turn."""
+    if "emulation" in metafunc.fixturenames and not TRITON:
+        from .gpu.emulation import ARCHS
+
+        metafunc.parametrize("emulation", ARCHS, ids=lambda arch: f"sm_{arch // 10}", indirect=True)
+
+
 @pytest.fixture
-def emulation(request: pytest.FixtureRequest, poison: None) -> None:
-    """What kernels run in on a CPU, with uninitialised memory of NaN: the interpreter where Triton's are tested."""
+def emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[None]:
+    """What kernels run in on a CPU, with uninitialised memory of NaN: Triton's interpreter, or ``tests/emulator``."""
     if TRITON:
         request.getfixturevalue("interpreter")
+        yield
+        return
+    from .gpu.emulation import build, compiled
+    from .gpu.support import BACKEND
+
+    if (reason := build.unavailable()) is not None:
+        pytest.skip(reason)
+    BACKEND.emulate(request.param, monkeypatch)
+    dtype = request.node.callspec.params.get("dtype", torch.float32)
+    if (reason := BACKEND.why_not("", torch.device("cpu"), dtype)) is not None:
+        pytest.skip(reason)
+    yield
+    compiled(request.param).emulator.reset()
+
+
+def run_in_any_order() -> None:
+    """Blocks of emulated launches run in another order, two at a time, and so do their threads."""
+    from .gpu.emulation import compiled
+    from .gpu.support import BACKEND
+
+    emulator = compiled(BACKEND.arch).emulator
+    emulator.seed(int(torch.randint(2**31, ())))
+    emulator.workers(2)
 
 
 @pytest.fixture
 def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """``in_any_order()``: from now on the programs of a launch run in an order drawn at random."""
     if not TRITON:
-        pytest.skip("emulated kernels run their blocks in one order")
+        return run_in_any_order
     from triton.runtime.interpreter import interpreter_builder
 
     def shuffle() -> None:

@@ -26,6 +26,7 @@ from ..packing import tile_channels
 
 TILE, GATHER, LEAST = 128, 64, 8  # positions and outputs of a tile, positions of a gather, K blocks of a short range
 MOST_PROGRAMS = 1024
+MOST_NEURONS = 8192  # kernels keep a score or a flag of each in shared memory
 SHARED_KIB = {70: 96, 75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228}  # a processor
 
 
@@ -153,7 +154,13 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     return sums
 
 
+def check_count(neurons: int) -> None:
+    if neurons > MOST_NEURONS:
+        raise ValueError(f"neurons: got {neurons}, wanted at most {MOST_NEURONS} on the 'cuda' backend")
+
+
 def group_samples(neuron: Tensor, neurons: int) -> Groups:
+    check_count(neurons)
     batch = neuron.shape[0]
     count = min(batch, neurons)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=neuron.device)
@@ -200,6 +207,7 @@ def pack_features(
 def route_and_pack(
     x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, flags: Tensor
 ) -> tuple[Tensor, Tensor]:
+    check_count(scores.shape[1])
     b, c, *size = x.shape
     width = panel_width(c, x.dtype, False)
     panel = x.new_empty(b, *size, width)

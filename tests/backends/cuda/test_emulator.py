@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -27,6 +28,18 @@ def line(mark: str) -> int:
     """Of a statement in selftest.cu."""
     lines = SOURCES[0].read_text().splitlines()
     return next(i for i, text in enumerate(lines, 1) if text.endswith(f"// here: {mark}"))
+
+
+def test_collecting_compiles_nothing():
+    """The default run deselects these tests, and must not wait for a compiler first."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/backends/gpu"],
+        cwd=emulator.ROOT,
+        env={**os.environ, "CXX": "/nonexistent/g++"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 5 and re.search(r"no tests collected \(\d\d\d deselected\)", done.stdout), done.stdout
 
 
 def built(flavour: str, arch: int = 800) -> Path:

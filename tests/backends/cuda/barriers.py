@@ -1,0 +1,203 @@
+"""Leaves out one barrier or fence of the CUDA kernels at a time, in processes of their own, and prints what came of it.
+
+``DSTS_EMULATED=thread-700 python -m tests.backends.cuda.barriers [site ...]``, with the variables of
+``build.environment``. Sites go by source, function and number in it (``schedule.scan-2``). Each line holds a site, its
+outcome and the last case that ran: ``race``, ``wrong``, ``stuck``, or ``unnoticed`` where all cases that meet it passed
+without. Lines of ``nothing`` are of the cases as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dsts_kernels import FusedDSTS
+from dsts_kernels.ops.frozen import frozen_layer
+from dsts_kernels.testing import assert_close, poisoned_memory
+
+from ..gpu.emulation import ARCHS, compiled
+from ..gpu.support import (
+    BACKEND,
+    KERNELS,
+    check_gated,
+    gated_inputs,
+    literal_gradients,
+    literal_mixing,
+    wide,
+)
+
+HALF, FLOAT = torch.float16, torch.float32
+OUTCOMES = {0: "unnoticed", 66: "race", 1: "wrong", -6: "stuck"}
+Site = str  # "1 83 /path/device.h": whether it is a fence, line, file
+
+
+def gated(dtype: torch.dtype, processors: int, needs: tuple[bool, ...] = (False,) * 4, **options) -> None:
+    BACKEND.processors = processors
+    check_gated(gated_inputs(dtype=dtype, **options), needs, forward=not any(needs))
+
+
+def mixing() -> None:
+    BACKEND.processors = 2
+    z, neuron, weight = torch.randn(2, 72, 1, 3, 5), torch.tensor([1, 0]), torch.randn(2, 72, 72, 3, 1, 1) / 15
+    found = [BACKEND.mixing_conv3d(z, neuron, weight)]
+    found += BACKEND.mixing_conv3d_backward(z, z, neuron, weight, [True, True])
+    wanted = [literal_mixing(*wide([z, neuron, weight])), *literal_gradients(literal_mixing, [z, neuron, weight], z)]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_close(mine, theirs, factor=2)
+
+
+def frozen(dtype: torch.dtype, taps: int, processors: int, channels: int, size: tuple[int, int, int]) -> None:
+    """One layer, twice over: its sums are what the second is routed by."""
+    BACKEND.processors = processors
+    options = dict(scoring_kernel=(1, 3, 3)) if taps == 9 else {}
+    dsts = FusedDSTS(channels, num_layers=1, num_neurons=9, backend="eager", **options).eval().to(dtype)
+    with torch.no_grad():
+        dsts.layers[0].gate.normal_()
+    layer, x = dsts.freeze(backend=BACKEND.name).layers[0], torch.randn(2, channels, *size).to(dtype)
+    y, sums, *_ = frozen_layer(x, None, x, layer.weights(), layer.options(x, taps), backend=BACKEND.name)
+    z, *_ = frozen_layer(y, sums, y, layer.weights(), layer.options(y, taps), backend=BACKEND.name)
+    dsts = dsts.double()
+    assert_close(y, dsts(x.double()), factor=2)
+    assert_close(z, dsts(y.double()), factor=2)
+
+
+def lists() -> None:
+    """Several rounds of 256 channels and of 256 samples."""
+    neuron, gate = torch.arange(300) * 7 % 11, (torch.rand(300, 600) < 0.5).float()
+    groups = KERNELS.group_samples(neuron, 11)
+    assert groups.slots.tolist() == neuron.tolist() and groups.neuron_of.tolist() == list(range(11))
+    for size, slot in zip(groups.groups[:, 1].tolist(), range(11), strict=True):
+        assert size == int((neuron == slot).sum())
+    for row, order in zip(gate[:4], KERNELS.list_channels(gate[:4], groups, False, 32).order, strict=True):
+        assert order.tolist() == [*row.nonzero()[:, 0].tolist(), *(row == 0).nonzero()[:, 0].tolist()]
+
+
+def sums() -> None:
+    for x in (torch.randn(2, 70, 2, 5, 7), torch.randn(2, 2, 5, 7, 72).permute(0, 4, 1, 2, 3)):
+        for taps in (1, 9):
+            found = BACKEND.tap_sums(x, taps)
+            assert_close(found.sum(-1) if taps == 1 else found[..., 4], x.double().sum((2, 3, 4)))
+
+
+TWO = dict(batch=1, channels=40, outputs=72, size=(1, 9, 15))  # tiles of positions; outputs in both halves of a tile
+SHORT = dict(batch=5, channels=40, outputs=72, size=(1, 2, 3))
+WIDE = dict(batch=2, channels=72, outputs=24, size=(1, 2, 3))  # channels in both halves of a tile
+ALL = (True,) * 4
+CASES: dict[str, Callable[[], None]] = {
+    "lists": lists,
+    "sums": sums,
+    "waves float": lambda: gated(FLOAT, 1, **SHORT),
+    "waves half": lambda: gated(HALF, 1, **SHORT),
+    "shares float": lambda: gated(FLOAT, 9, **TWO),
+    "shares half": lambda: gated(HALF, 9, **TWO),
+    "training float": lambda: gated(FLOAT, 3, ALL, **WIDE),
+    "training half": lambda: gated(HALF, 3, ALL, **TWO),
+    "listed": lambda: gated(HALF, 3, (True, False, False, False), **WIDE),
+    "many tiles": lambda: gated(HALF, 40, batch=130, channels=8, outputs=8, size=(1, 1, 1), gate="all-temporal"),
+    "mixing": mixing,
+    "frozen float 1": lambda: frozen(FLOAT, 1, 5, 72, (1, 2, 3)),
+    "frozen half 9": lambda: frozen(HALF, 9, 3, 72, (1, 9, 15)),
+    "frozen half 1": lambda: frozen(HALF, 1, 1, 264, (1, 2, 3)),
+}
+
+
+def name_of(site: Site) -> str:
+    """Source, function and the how manieth barrier or fence there it is."""
+    _, line, file = site.split(" ", 2)
+    function, number = "", 0
+    for text in Path(file).read_text().splitlines()[: int(line)]:
+        if re.match(r"\s*(__device__|__global__|[a-z]\w+\(const __grid_constant__)", text):
+            function, number = next(iter(set(re.findall(r"(\w+)\(", text)) - {"__launch_bounds__"}), ""), 0
+        number += bool(re.search(r"\b__(syncthreads|syncwarp|threadfence)\(", text))
+    return f"{Path(file).stem}.{function}-{number}"
+
+
+def run(case: str) -> None:
+    """The same inputs whenever it runs."""
+    torch.manual_seed(len(case))
+    with poisoned_memory():
+        CASES[case]()
+
+
+class Child(NamedTuple):
+    """A process that works, and the pipe on which it says how far it is."""
+
+    name: str
+    process: int
+    pipe: int
+
+    @classmethod
+    def start(cls, name: str, work: Callable[[Callable[[str], object]], object]) -> Child:
+        mine, theirs = os.pipe()
+        if (process := os.fork()) == 0:
+            code = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                work(lambda line: os.write(theirs, line.encode() + b"\n"))
+                code = 0
+            except Exception as error:
+                os.write(theirs, repr(error).encode() + b"\n")
+            finally:
+                os._exit(code)
+        os.close(theirs)
+        return cls(name, process, mine)
+
+    def finish(self) -> tuple[str, str, list[str]]:
+        """Its name, outcome and what it said."""
+        with os.fdopen(self.pipe) as said:
+            lines = said.read().splitlines()
+        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        return self.name, OUTCOMES.get(code, str(code)), lines
+
+
+def two_at_a_time(jobs: dict[str, Callable]) -> Iterator[tuple[str, str, list[str]]]:
+    running: list[Child] = []
+    for name, work in jobs.items():
+        running.append(Child.start(name, work))
+        if len(running) == 2:
+            yield running.pop(0).finish()
+    yield from (child.finish() for child in running)
+
+
+def sites_met(emulator: ModuleType, case: str, say: Callable[[str], object]) -> None:
+    run(case)
+    for is_fence, sites in ((0, emulator.barriers()), (1, emulator.fences())):
+        for file, line in sites:
+            say(f"{is_fence} {line} {file}")
+
+
+def without(emulator: ModuleType, site: Site, cases: list[str], say: Callable[[str], object]) -> None:
+    is_fence, line, file = site.split(" ", 2)
+    (emulator.skip_fence if int(is_fence) else emulator.skip_barrier)(file, int(line))
+    for case in cases:
+        say(case)
+        run(case)
+
+
+def main(wanted: list[str]) -> None:
+    torch.set_num_threads(1)
+    BACKEND.emulate(ARCHS[0], pytest.MonkeyPatch())
+    emulator = compiled(ARCHS[0]).emulator
+    meets: dict[Site, list[str]] = {}
+    untouched = {case: functools.partial(sites_met, emulator, case) for case in CASES}
+    for case, outcome, said in two_at_a_time(untouched):
+        print("nothing", outcome, case, *(said if outcome != "unnoticed" else ()), flush=True)
+        for site in said if outcome == "unnoticed" else ():
+            meets.setdefault(site, []).append(case)
+    jobs = {name_of(site): functools.partial(without, emulator, site, meets[site]) for site in sorted(meets)}
+    assert set(wanted) <= set(jobs), set(wanted) - set(jobs)
+    for name, outcome, said in two_at_a_time({name: jobs[name] for name in wanted or jobs}):
+        print(name, outcome, said[-1 if outcome != "wrong" else -2], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

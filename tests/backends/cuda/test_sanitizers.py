@@ -1,0 +1,99 @@
+"""The CUDA kernels under sanitizers: nothing to report of them as they are, and a report where a barrier is left out.
+
+AddressSanitizer and UndefinedBehaviorSanitizer see the kernels of sm_80, ThreadSanitizer those of sm_70; marked slow,
+with all tests, the other way round. Each takes a process of its own, started with the sanitizer's library.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.emulator import build
+
+from ..conftest import TRITON
+
+SUITE = ["tests/backends/gpu", "tests/backends/cuda/test_tiles.py"]
+# Every kernel and every branch of it, once.
+CHOSEN = (
+    "(test_gates and mixed) or (test_layouts and strided) or test_group_samples or (test_list_channels and 1100 and "
+    "mixed) or (test_filters_there_and_back and 70) or (test_mixing and 33) or (test_tap_sums and 70) or "
+    "(test_training_step and default) or (test_frozen and (default or no-skip or mixing-3x1x1)) or "
+    "test_semhash_strided or test_more_samples_than_programs or test_programs_without_work"
+)
+LARGE = "or (test_data_gradient and listed) or test_tf32"  # ThreadSanitizer takes long for these
+# A barrier or fence of every source that has one.
+SITES = [
+    "conv.finish-2",
+    "data_gradient.finish_operator-1",
+    "device.last_to_arrive-2",
+    "filters.pack_filters_kernel-1",
+    "lists.block_counts-2",
+    "product.accumulate-3",
+    "route.gather_block-2",
+    "schedule.scan-3",
+    "tap_sums.tap_sums_kernel-1",
+    "weight_gradient.weight_gradient_body-2",
+]
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(TRITON or build.unavailable() is not None, reason=str(build.unavailable())),
+]
+
+
+def run(flavour: str, arch: int, *command: str, timeout: float) -> tuple[int, str]:
+    """Exit status, 66 after a report, and what was said."""
+    build.build(flavour, arch)
+    variables = {**os.environ, **build.environment(flavour), "DSTS_EMULATED": f"{flavour}-{arch}"}
+    if flavour == "thread":
+        variables["TSAN_OPTIONS"] += ":die_after_fork=0"  # the sweep's children start threads
+    done = subprocess.run(
+        [sys.executable, *command], cwd=build.ROOT, env=variables, capture_output=True, text=True, timeout=timeout
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def passes(flavour: str, arch: int, *options: str) -> None:
+    code, said = run(flavour, arch, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITE, *options, timeout=1800)
+    assert code == 0 and " passed" in said, said[-6000:]
+
+
+@pytest.mark.parametrize("flavour, arch", [("address", 800), ("thread", 700)])
+def test_nothing_to_report(flavour, arch):
+    passes(flavour, arch, "-m", "emulated", "-k", CHOSEN if flavour == "thread" else f"{CHOSEN} {LARGE}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour, arch", [("address", 700), ("thread", 800)])
+def test_nothing_to_report_in_all_tests(flavour, arch):
+    passes(flavour, arch, "-m", "emulated")
+
+
+def swept(arch: int, *sites: str) -> dict[str, str]:
+    """Outcome by site of the sweep in :mod:`.barriers`, which passes where nothing is left out."""
+    code, said = run("thread", arch, "-m", "tests.backends.cuda.barriers", *sites, timeout=1800)
+    assert code == 0, said
+    found = [line.split(" ", 1) for line in said.splitlines() if line.startswith("nothing ") or "-" in line.split()[0]]
+    untouched = [outcome for name, outcome in found if name == "nothing"]
+    assert len(untouched) > 10 and all(outcome.startswith("unnoticed") for outcome in untouched), said
+    return {name: outcome.split()[0] for name, outcome in found if name != "nothing"}
+
+
+@pytest.mark.parametrize("arch, sites", [(700, SITES), (800, ["product.accumulate-2"])], ids=["700", "800"])
+def test_a_barrier_left_out_is_noticed(arch, sites):
+    """One of every source; with nothing left out there is nothing to report."""
+    outcomes = swept(arch, *sites)
+    assert set(outcomes) == set(sites)
+    assert [name for name, outcome in outcomes.items() if outcome == "unnoticed"] == []
+
+
+@pytest.mark.slow
+def test_every_barrier_left_out_is_noticed():
+    """All that the kernels of sm_70 have; those of sm_80 differ in one, above."""
+    outcomes = swept(700)
+    assert len(outcomes) > 40
+    assert [name for name, outcome in outcomes.items() if outcome == "unnoticed"] == []
