@@ -553,7 +553,10 @@ def test_isa_choice(isa):
 
 
 def test_build_info():
-    """build_info names compiler, flags and instruction sets, and covers what the machine can run."""
+    """build_info names compiler, flags and instruction sets, covers what the machine can run, and tells of CUDA."""
     info = _C.build_info()
     assert set(info) == {"compiler", "version", "isas", "openmp", "cuda", "flags"}
-    assert set(_C.supported_isas()) <= set(info["isas"]) and info["cuda"] is False
+    assert set(_C.supported_isas()) <= set(info["isas"])
+    built = importlib.import_module("dsts_kernels._build").BUILD == "cuda"
+    assert (info["cuda"] is not None) == built == hasattr(_C, "cuda")
+    assert info["cuda"] is None or (info["cuda"]["version"] and 75 in info["cuda"]["targets"])
