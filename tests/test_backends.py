@@ -12,6 +12,7 @@ import torch
 
 from dsts_kernels import FusedDSTS, backends
 from dsts_kernels.backends import BACKENDS, OPS, available, choose, explain, use_backend
+from dsts_kernels.backends.cuda import refusal
 from dsts_kernels.backends.memory import LAZY_ZEROS_BYTES, lazy_zeros
 
 CPU = torch.device("cpu")
@@ -144,8 +145,10 @@ def a_gpu(monkeypatch):
         monkeypatch.setattr("dsts_kernels.backends.cuda.native_targets", lambda: targets and (version, list(targets)))
         for module in ("triton", "cuda", "gpu.measured"):
             monkeypatch.setattr(f"dsts_kernels.backends.{module}.capability", lambda device: (major, minor))
+        refusal.cache_clear()
 
-    return be
+    yield be
+    refusal.cache_clear()
 
 
 CUDA = torch.device("cuda")
@@ -210,8 +213,10 @@ def test_a_v100_is_told_what_to_install(a_gpu):
     assert "bfloat16 needs compute capability 8.0" in why_not("gated_conv3d", CUDA, torch.bfloat16)
     a_gpu(6, 1)
     assert "it needs compute capability 7.0" in why_not("tap_sums", CUDA, torch.float16)
+    a_gpu(8, 0, targets=(75, 90))
+    assert "this GPU has 8.0" in why_not("tap_sums", CUDA, torch.float16)
     a_gpu(13, 0)
-    assert "this GPU has 13.0" in why_not("tap_sums", CUDA, torch.float16)
+    assert why_not("tap_sums", CUDA, torch.float16) is None, "PTX of the last target serves what comes"
 
 
 def test_without_cuda_kernels(monkeypatch):

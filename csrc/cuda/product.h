@@ -37,20 +37,17 @@ struct Tf32 {};  // float32 multiplied as TF32
 // of a block, blocks that a multiprocessor holds.
 template <class E>
 struct Multiplier;
-template <>
-struct Multiplier<__half> {
-  using Element = __half;
-  using Operand = __half;
+template <class E, bool SUPPORTED>
+struct HalfMultiplier {
+  using Element = E;
+  using Operand = E;
   static constexpr int kK = 16, kThreads = 128, kResident = 2;
-  static constexpr bool kSupported = true;
+  static constexpr bool kSupported = SUPPORTED;
 };
 template <>
-struct Multiplier<__nv_bfloat16> {
-  using Element = __nv_bfloat16;
-  using Operand = __nv_bfloat16;
-  static constexpr int kK = 16, kThreads = 128, kResident = 2;
-  static constexpr bool kSupported = DSTS_SM80;
-};
+struct Multiplier<__half> : HalfMultiplier<__half, true> {};
+template <>
+struct Multiplier<__nv_bfloat16> : HalfMultiplier<__nv_bfloat16, DSTS_SM80 != 0> {};
 template <>
 struct Multiplier<Tf32> {
   using Element = float;
@@ -236,7 +233,7 @@ struct Source {
   bool inside;
 };
 
-// One operand's share of a step for this thread: vectors of 16 bytes, read from wherever `sources` says.
+// One operand's share of a step for this thread: vectors of 16 bytes, and where they go in its shared tile.
 template <class Tile, class T, int THREADS>
 struct Copies {
   static constexpr int kCount = Tile::kRows * Tile::kRowVectors / THREADS;

@@ -66,7 +66,7 @@ def backend_on(chip: Chip, wanted: str | None = None) -> str:
 # (bf16) to 273 (fp16) on an A100 (0.73 to 0.87; triton-lang/triton#743).
 SUSTAINED = 0.8  # of a peak rate of products
 COPIED = 0.9  # of the bandwidth of device memory, of L2 and of shared memory, and of slots for instructions
-WARP_MATRIX = {90: 0.63}  # of the peak of tensor cores, which instructions of one warp reach (Hopper: others' tests)
+WARP_MATRIX = {90: 0.63}  # of the peak of tensor cores, which instructions of one warp reach (Hopper: an estimate)
 START_US = 1.5  # of an empty kernel
 GAP_US = 1.0  # between kernels of a stream, or of a CUDA graph
 HOST_US, HOST_TORCH_US = 15.0, 5.0  # of the host, to launch one of our kernels, or of torch's, without a graph

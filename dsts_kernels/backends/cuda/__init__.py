@@ -5,6 +5,8 @@ Where Triton cannot run (Volta and Turing, or no triton) it is what runs on a GP
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..cpu import _C, build_record
@@ -16,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (7, 0)
 
 
+@functools.cache
 def native_targets() -> tuple[str, list[int]] | None:
     """The toolkit that built the native kernels and their targets (``[75, 80, ...]``); ``None`` where none did."""
     facts = None if _C is None else _C.build_info()["cuda"]
@@ -23,7 +26,10 @@ def native_targets() -> tuple[str, list[int]] | None:
 
 
 def runs_on(targets: list[int], major: int, minor: int) -> bool:
-    """Whether code for one of ``targets`` runs there: code runs on later devices of the same major version."""
+    """Whether what was built for ``targets`` runs there: code does on later devices of the same major version, and PTX
+    of the last target, compiled when it is loaded, on whatever came after."""
+    if 10 * major + minor > max(targets, default=1000):
+        return True
     return any(target // 10 == major and target % 10 <= minor for target in targets)
 
 
@@ -47,7 +53,7 @@ def unsupported(major: int, minor: int) -> str | None:
 def unsupported_by_torch(major: int, minor: int) -> str | None:
     """Why the torch that is installed does not serve such a GPU; ``None`` when it does."""
     built = [int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name[3:].isdigit()]
-    if not built or runs_on(built, major, minor) or (major, minor) > (max(built) // 10, max(built) % 10):
+    if not built or runs_on(built, major, minor):
         return None
     advice = "a build of torch for CUDA 12.6 (its version ends in +cu126)" if major == 7 else "another build of torch"
     names = ", ".join(f"{target / 10:.1f}" for target in built)
@@ -59,6 +65,13 @@ def unsupported_dtype(dtype: torch.dtype, major: int) -> str | None:
     if dtype == torch.bfloat16 and major < 8:
         return "bfloat16 needs compute capability 8.0; float16 runs"
     return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why this build and this torch do not serve ``device``: asked at every op, so kept."""
+    major, minor = capability(device)
+    return unsupported(major, minor) or unsupported_by_torch(major, minor)
 
 
 class CudaBackend(GpuBackend):
@@ -88,7 +101,4 @@ class CudaBackend(GpuBackend):
             return f"it runs on CUDA tensors, not on {device.type}"
         if torch.version.hip is not None:
             return "it was made for NVIDIA GPUs; this is a ROCm build of torch"
-        major, minor = capability(device)
-        if (reason := unsupported(major, minor) or unsupported_by_torch(major, minor)) is not None:
-            return reason
-        return unsupported_dtype(dtype, major)
+        return refusal(device) or unsupported_dtype(dtype, capability(device)[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..base import FrozenWeights
 from ..cpu import _C, DTYPE_CODES
 from ..gpu import features
-from ..gpu.features import INT32, SPATIAL
+from ..gpu.features import INT32, SPATIAL, cdiv
 from ..gpu.kernels import PLAIN, Epilogue
 from ..gpu.lists import PLAN, Groups, Lists, panel_width
 from ..packing import tile_channels
@@ -28,10 +28,6 @@ TILE, GATHER, LEAST = 128, 64, 8  # positions and outputs of a tile, positions o
 MOST_PROGRAMS = 1024
 MOST_NEURONS = 8192  # kernels keep a score or a flag of each in shared memory
 SHARED_KIB = {70: 96, 75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228}  # a processor
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Chip(NamedTuple):

@@ -11,6 +11,11 @@ INT32 = 2**31 - 1
 SPATIAL = (1, 3, 3)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Launches go to the device of ``x``, on its current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

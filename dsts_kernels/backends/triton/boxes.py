@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+from ..gpu.features import cdiv
 
 
 def next_power(n: int) -> int:
