@@ -62,9 +62,10 @@ class Compiled(NamedTuple):
     stack: int  # bytes a thread: what was spilled
     shared: int  # bytes a program
     instruction: str  # tcgen05, wgmma, mma, or none
-    form: str  # of a convolution's filters
+    form: str  # of a convolution's filters, listed or not of a data gradient's
     descriptors: bool  # loads by tensor descriptor
     programs: int  # that fit a multiprocessor
+    from_registers: bool  # a wgmma takes its left operand from registers, see triton/launch.py
 
 
 class Recorder:
@@ -230,9 +231,10 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         stack + local,
         shared,
         instruction,
-        str(constants.get("FORM", "")),
+        str(constants.get("FORM", "listed" if constants.get("LISTED") else "")),
         "cp.async.bulk.tensor" in ptx,
         fits,
+        re.search(r"warp_group_dot [^\n]*: tensor<", built.asm["ttgir"]) is not None,
     )
 
 

@@ -247,7 +247,8 @@ class DirectBackend(Backend):
             own = channels[block]
             panel_first = self.gate_panel(x, gate, group, own, kernel, first=True)
             found = convolution.weight_gradient(panel_first, grad_first, kernel).to(slab.dtype)
-            slab.index_add_(1, own, found) if add else slab.index_copy_(1, own.long(), found)
+            own = own.to(slab.device, torch.long)  # lists are on the CPU
+            slab.index_add_(1, own, found) if add else slab.index_copy_(1, own, found)
 
     def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
         out = as_features(empty_rows(z, mixing.shape[1]))

@@ -7,11 +7,11 @@ An op is a schema, an implementation that picks a backend, and a fake that gives
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 LIBRARY = torch.library.Library("dsts_kernels", "DEF")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -61,13 +61,16 @@ def apply(function: type[torch.autograd.Function], forward: Callable, *args):
     return forward(*args)
 
 
-autocast_available = functools.cache(torch.amp.is_autocast_available)
+# Asked once: older versions of torch.compile cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone") if is_autocast_available(name)
+)
 
 
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``, where there is such a thing."""
     device = x.device.type
-    return autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

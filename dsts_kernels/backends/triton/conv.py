@@ -316,7 +316,7 @@ def conv(
     """:func:`.conv.conv_kernel` on a panel ``(B, T, H, W, width)`` into ``out (B, O, T, H, W)``."""
     b, outputs, *size = out.shape
     tile, box = p.tile, p.box
-    x, tma_x = launch.boxed(panel, box, tile.k, tile.tma)
+    x, tma_x = launch.boxed(panel, box, tile.k, tile.tma, left=True)
     shape = {"packed": [tile.n, tile.k], "rows": [1, tile.n, tile.k], "columns": [1, tile.k, tile.n]}.get(form)
     f, tma_filters = launch.described(filters, shape, tile.tma) if shape else (filters, False)
     sums = epilogue.sums

@@ -167,7 +167,7 @@ def data_gradient(
     like = x if dx is None else dx
     boxes = box.tiles(*size)
     parts = x.new_empty((b, boxes, c) if need_gate else (1,), dtype=torch.float32)
-    g, tma_grad = launch.boxed(rows, box, tile.k, tile.tma)
+    g, tma_grad = launch.boxed(rows, box, tile.k, tile.tma, left=True)
     f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
     data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
         g,

@@ -36,9 +36,14 @@ def dense_strides(shape: torch.Size) -> list[int]:
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def boxed(panel: Tensor, box: Box, columns: int, tma: bool) -> tuple[object, bool]:
-    """A panel ``(B, T, H, W, c)`` as a kernel takes it, and whether that is a tensor descriptor."""
-    if not (tma and aligned(panel)):
+def boxed(panel: Tensor, box: Box, columns: int, tma: bool, *, left: bool) -> tuple[object, bool]:
+    """A panel ``(B, T, H, W, c)`` as a kernel takes it, and whether that is a tensor descriptor.
+
+    ``left`` says that it is a product's left operand. Triton feeds such an operand to Hopper's ``wgmma`` from registers
+    where a descriptor's box is reshaped first, and loads the next block into them while products still read them:
+    results change from run to run (seen on an H100 with Triton 3.6). By pointers it is read from shared memory.
+    """
+    if not (tma and aligned(panel)) or (left and chip(panel.device)[0] == "sm_90"):
         return panel, False
     return TensorDescriptor(panel, list(panel.shape), dense_strides(panel.shape), [1, *box, columns]), True
 

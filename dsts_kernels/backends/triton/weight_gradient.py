@@ -126,8 +126,8 @@ def filter_gradient(
     by_neuron = out is not None
     out = torch.empty(shape, dtype=dtype, device=left.device) if out is None else out
     taps = kernel[0] * kernel[1] * kernel[2] + (3 if second else 0)
-    lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma)
-    rights, tma_right = launch.boxed(right, box, tile.n, tile.tma)
+    lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma, left=True)
+    rights, tma_right = launch.boxed(right, box, tile.n, tile.tma, left=False)
     weight_gradient_kernel[cdiv(rows, tile.m) * cdiv(width, tile.n), taps, groups.neuron_of.shape[0]](
         lefts,
         rights,
