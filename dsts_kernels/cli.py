@@ -1,4 +1,4 @@
-"""``python -m dsts_kernels``: ``info`` says what runs where, ``roofline`` what kernels should take on GPUs."""
+"""``python -m dsts_kernels``: ``info`` on what runs where, ``roofline`` for GPU times, ``plot`` for checkpoints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import platform
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, viz
 from .backends.cpu import build_details
+from .learning import load_checkpoint
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
 
 DTYPES = {
@@ -109,6 +111,24 @@ def roofline(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     return report(cases, chips, tuple(STEPS) if given.step == "all" else (given.step,), given.backend)
 
 
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file that a training run saved")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where figures go (NAME-figures beside the checkpoint)")
+
+
+def plot(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """Figures of a checkpoint: their paths, and what neurons tell about classes and attributes. See :mod:`.viz`."""
+    directory = given.out or given.checkpoint.with_name(f"{given.checkpoint.stem}-figures")
+    try:
+        checkpoint = load_checkpoint(given.checkpoint)
+        lines = [str(path) for path in viz.draw(checkpoint, directory)]
+        if checkpoint.get("routing") is not None:
+            lines += ["", viz.information_text(viz.information_table(checkpoint["routing"]))]
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsts_kernels", description="Fused kernels for DSTS.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -117,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "roofline", help="predict the milliseconds of every kernel launch from FLOP, bytes, tiles and waves"
     )
     add_roofline(predicting)
+    plotting = commands.add_parser("plot", help="draw what neurons of a checkpoint learned: gates, routing, usage")
+    add_plot(plotting)
     given = parser.parse_args(arguments)
-    print(info() if given.command == "info" else roofline(predicting, given))
+    if given.command == "plot":
+        print(plot(plotting, given))
+    else:
+        print(info() if given.command == "info" else roofline(predicting, given))
     return 0

@@ -1,4 +1,4 @@
-"""The command line: it reports versions, the build and reasons, and refuses what it does not know."""
+"""The command line: it reports versions, the build and reasons, draws checkpoints, refuses what it does not know."""
 
 from __future__ import annotations
 
@@ -21,3 +21,57 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fly"])
     assert stop.value.code == 2 and "info" in capsys.readouterr().err
+
+
+def checkpoint(**parts):
+    return {"format": "dsts_kernels checkpoint 1", "options": {}, "epoch": 0, "model": {}, **parts}
+
+
+def test_plot(capsys, tmp_path):
+    """Every figure's path and what neurons tell; beside the checkpoint, or where ``--out`` says."""
+    pytest.importorskip("matplotlib")
+    label = torch.tensor([0, 0, 1, 1])
+    routing = {"neuron": label[None], "label": label, "class_names": ["left", "right"]}
+    torch.save(checkpoint(routing=routing), tmp_path / "last.pt")
+    for out, options in ((tmp_path / "last-figures", []), (tmp_path / "here", ["--out", str(tmp_path / "here")])):
+        assert main(["plot", str(tmp_path / "last.pt"), *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:3] == [str(out / "activation.png"), str(out / "information.json"), ""]
+        assert lines[4].split()[:4] == ["0", "class", "1.000", "100.0%"]
+        assert {path.name for path in out.iterdir()} == {"activation.png", "information.json"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no such file"),
+        (b"not a checkpoint", "which torch.load cannot read"),
+        (b"", "which torch.load cannot read"),
+        ([1, 2], "whose format is 'list', wanted 'dsts_kernels checkpoint 1'"),
+        ({"format": "another"}, "whose format is 'another'"),
+        (checkpoint(), "a model without DSTS has nothing to draw"),
+        (checkpoint(routing={"label": torch.zeros(2)}), "routing: got no 'neuron' and no 'class_names'"),
+    ],
+)
+def test_plot_refuses(capsys, tmp_path, content, says):
+    """A file that cannot be drawn ends with one line that says why."""
+    path = tmp_path / "last.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", str(path)])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and says in error[-1] and error[-1].startswith("python -m dsts_kernels plot: error: ")
+    assert not (tmp_path / "last-figures").exists()
+
+
+def test_plot_into_a_file(capsys, tmp_path):
+    """``--out`` that is a file is refused, not overwritten."""
+    pytest.importorskip("matplotlib")
+    label = torch.tensor([0, 1])
+    torch.save(checkpoint(routing={"neuron": label[None], "label": label, "class_names": "ab"}), tmp_path / "last.pt")
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", str(tmp_path / "last.pt"), "--out", str(tmp_path / "last.pt")])
+    assert stop.value.code == 2 and "last.pt" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""A torch data set over annotated videos: decode some frames, transform, and keep going where a file is broken.
+
+What can be told beforehand is left out at construction (missing files, and with ``check`` those that do not open). What
+only decoding shows is replaced by the next readable clip, warned of and counted. The counts and the epoch are in shared
+memory: a loader's workers, persistent ones too, write the same counts and see the same epoch as the process that made
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .annotations import Annotations, Clip
+from .transforms import EvalTransform, TrainTransform
+from .video import VideoError, decode, probe
+
+__all__ = ["VideoClips"]
+
+_TRAIN_MARGIN = 1.3  # the side of the least crop, sqrt(0.6) of the picture's, is then not scaled up
+
+
+class VideoClips(Dataset[tuple[Tensor, int]]):
+    """Clips as network inputs.
+
+    Item ``i`` is ``(clip, label)``: ``(3, frames, size, size)`` float32 around zero, and an int. In training its
+    frames, crop, mirroring and jitter are random and depend on ``(seed, epoch, i)`` only, not on the worker or the
+    order of reading.
+
+    Args:
+        annotations: of :func:`~dsts_kernels.data.annotations.read_diving48` or ``read_finegym``.
+        frames: frames a clip, one from each of as many equal segments.
+        size: side of the pictures in pixels.
+        train: random frames and :class:`TrainTransform`; else middle frames and :class:`EvalTransform`.
+        seed: of all randomness.
+        check: opens every file and decodes its first frame now.
+
+    Attributes:
+        class_names: one a class.
+        num_classes: how many.
+        labels: ``(len,)`` int64.
+        attributes: attribute -> ``(len,)`` int64, the value of each sample's class.
+        attribute_names: attribute -> what its values are called.
+
+    Raises:
+        FileNotFoundError: every video is missing.
+        VideoError: no file that is there can be read.
+        ValueError: an argument is out of its range.
+        ImportError: PyAV is not installed (when a file is first opened).
+
+    Example:
+        >>> annotations = read_diving48("Diving48_V2_train.json", "Diving48_vocab.json", "rgb")  # doctest: +SKIP
+        >>> clips = VideoClips(annotations, train=True)  # doctest: +SKIP
+        >>> print(clips.report())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        *,
+        frames: int = 8,
+        size: int = 112,
+        train: bool,
+        seed: int = 0,
+        check: bool = True,
+    ) -> None:
+        if frames < 1:
+            raise ValueError(f"frames: wanted at least 1, got {frames}")
+        self.frames, self.size, self.train, self.seed = frames, size, train, seed
+        self._transform = TrainTransform(size) if train else EvalTransform(size)
+        self._decode_size = round(size * _TRAIN_MARGIN) if train else size
+        self.class_names = list(annotations.class_names)
+        self.num_classes = len(self.class_names)
+        self._total = len(annotations.clips)
+        self._left_out: dict[str, list[str]] = {}
+        self._clips = self._readable(annotations.clips, check)
+        self.labels = torch.tensor([clip.label for clip in self._clips])
+        self.attributes = {
+            name: torch.tensor(values)[self.labels] for name, values in annotations.class_attributes.items()
+        }
+        self.attribute_names = {name: list(names) for name, names in annotations.attribute_names.items()}
+        files = {path: number for number, path in enumerate(dict.fromkeys(clip.path for clip in self._clips))}
+        self._file = [files[clip.path] for clip in self._clips]
+        self._unreadable = torch.zeros(len(self._clips), dtype=torch.bool).share_memory_()
+        self._warned = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        length = len(self)
+        if not -length <= index < length:
+            raise IndexError(f"index {index} of {length} clips")
+        for step in range(length):
+            place = (index + step) % length
+            if not self._unreadable[place]:
+                try:
+                    return self._read(place), self._clips[place].label
+                except VideoError as error:
+                    self._note(place, error)
+        raise VideoError(f"none of the {length} clips can be decoded, e.g. {self._clips[index].path}")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other random frames, crops and colours from the next item on, in every worker; for ``train`` only."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def skipped(self) -> dict[str, list[str]]:
+        """Reason -> names of clips.
+
+        Those ``"missing"`` or ``"corrupt"`` are not in the data set. Those ``"replaced"`` are in its length but failed
+        to decode so far, in this process or in a worker, and another clip was read in their place.
+        """
+        replaced = [self._clips[place].name for place in self._unreadable.nonzero().flatten().tolist()]
+        found = {reason: list(names) for reason, names in self._left_out.items()}
+        return found | {"replaced": replaced} if replaced else found
+
+    def report(self) -> str:
+        """One line, e.g. ``12 of 500 clips left out: 10 missing, 2 corrupt (first: abc)``."""
+        skipped = self.skipped
+        count = sum(len(names) for names in skipped.values())
+        if not count:
+            return f"0 of {self._total} clips left out"
+        reasons = ", ".join(f"{len(names)} {reason}" for reason, names in skipped.items())
+        return f"{count} of {self._total} clips left out: {reasons} (first: {next(iter(skipped.values()))[0]})"
+
+    def _readable(self, clips: Iterable[Clip], check: bool) -> list[Clip]:
+        clips = list(clips)
+        if not clips:
+            raise ValueError("annotations: wanted at least one clip, got none")
+        there = {path: path.is_file() for path in {clip.path for clip in clips}}
+        present = [clip for clip in clips if there[clip.path]]
+        if not present:
+            raise FileNotFoundError(f"all {len(clips)} videos are missing, e.g. {clips[0].path}")
+        if len(present) < len(clips):
+            self._left_out["missing"] = [clip.name for clip in clips if not there[clip.path]]
+        if not check:
+            return present
+        faults = _faults(dict.fromkeys(clip.path for clip in present))
+        good = [clip for clip in present if clip.path not in faults]
+        if not good:
+            raise VideoError(f"none of {len(faults)} videos can be read: {next(iter(faults.values()))}")
+        if faults:
+            self._left_out["corrupt"] = [clip.name for clip in present if clip.path in faults]
+        return good
+
+    def _read(self, place: int) -> Tensor:
+        clip = self._clips[place]
+        generator = torch.Generator().manual_seed(_mixed(self.seed, int(self._epoch), place))
+        pictures = decode(
+            clip.path,
+            self.frames,
+            start=clip.start,
+            end=clip.end,
+            first_frame=clip.first_frame,
+            last_frame=clip.last_frame,
+            mode="random" if self.train else "uniform",
+            generator=generator,
+            size=self._decode_size,
+        )
+        return self._transform(pictures, generator)
+
+    def _note(self, place: int, error: VideoError) -> None:
+        self._unreadable[place] = True
+        if not self._warned[self._file[place]]:
+            self._warned[self._file[place]] = True
+            warnings.warn(f"{error}; another clip is read instead of {self._clips[place].name}", stacklevel=3)
+
+
+def _faults(paths: Iterable[Path]) -> dict[Path, str]:
+    """What is wrong with each file that cannot be read."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            probe(path)
+        except VideoError as error:
+            return str(error)
+        return None
+
+    paths = list(paths)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {path: text for path, text in zip(paths, pool.map(fault, paths), strict=True) if text is not None}
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed in which near numbers are far apart."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,136 @@
+"""Is the routing alive: how evenly neurons are used, which are dead, how many gates no longer learn.
+
+Counted on the device as layers run, without a host synchronisation; read when wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import DSTSLayer
+from ..routing import Routing
+
+__all__ = ["SATURATION", "RoutingMonitor", "RoutingStatistics", "balance_loss"]
+
+SATURATION = math.log(11.0)  # 1.2 * sigmoid(q) - 0.1 is 0 or 1, and its gradient 0, where |q| is at least this
+
+
+class RoutingStatistics(NamedTuple):
+    """What a :class:`RoutingMonitor` counted, by layer; on the CPU.
+
+    Attributes:
+        samples: ``(L,)`` int64, routed since the last reset.
+        usage: ``(L, N)`` float64, the share of samples that each neuron took; NaN without samples.
+        entropy: ``(L,)`` bits, ``log2(N)`` where all are used alike.
+        dead: ``(L,)`` int64, neurons that took no sample.
+        saturated: ``(L,)``, share of the layer's gate logits at which the saturating sigmoid has no gradient
+            (noise apart).
+        spatial: ``(L, N)``, share of channels that each neuron's hard gates send to the spatial operator.
+    """
+
+    samples: Tensor
+    usage: Tensor
+    entropy: Tensor
+    dead: Tensor
+    saturated: Tensor
+    spatial: Tensor
+
+
+class RoutingMonitor:
+    """Counts the neurons that every DSTS layer of ``model`` chooses, from now on, by forward hooks.
+
+    Layers must agree in ``num_neurons``. Each pass counts, in training and evaluation, but while ``enabled`` is false.
+    With ``keep`` the last pass's routing stays, in training with its graph, for :attr:`last` and :meth:`balance`.
+
+    >>> monitor = RoutingMonitor(model)
+    >>> loss = model(clips).sum()
+    >>> monitor.statistics().dead
+    """
+
+    def __init__(self, model: nn.Module, *, keep: bool = False) -> None:
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, DSTSLayer)}
+        if not self.layers:
+            raise ValueError(f"model: got {type(model).__name__} without a FusedDSTS or DSTSLayer, wanted one at least")
+        sizes = {layer.num_neurons for layer in self.layers.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"model: got layers of {sorted(sizes)} neurons, wanted one number for a monitor")
+        self.enabled, self.keep = True, keep
+        self._counts: list[Tensor | None] = [None] * len(self.layers)
+        self._routed: dict[int, Routing] = {}
+        self._handles = [
+            layer.register_forward_hook(self._hook(index)) for index, layer in enumerate(self.layers.values())
+        ]
+
+    def _hook(self, index: int):
+        def count(layer: DSTSLayer, inputs: tuple, output: object) -> None:
+            if not (self.enabled and isinstance(output, tuple)):
+                return
+            routing: Routing = output[1]
+            if self.keep:
+                self._routed[index] = routing
+            found = self._counts[index]
+            if found is None or found.device != routing.neuron.device:
+                moved = torch.zeros(layer.num_neurons, dtype=torch.int64, device=routing.neuron.device)
+                found = self._counts[index] = moved if found is None else found.to(moved.device)
+            found.index_add_(0, routing.neuron, torch.ones_like(routing.neuron))
+
+        return count
+
+    def reset(self) -> None:
+        """Count from zero."""
+        for count in self._counts:
+            if count is not None:
+                count.zero_()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def statistics(self) -> RoutingStatistics:
+        """What was counted since the last reset; this waits for the device."""
+        layers = list(self.layers.values())
+        counts = torch.stack(
+            [torch.zeros(m.num_neurons) if c is None else c.cpu() for m, c in zip(layers, self._counts, strict=True)]
+        ).to(torch.int64)
+        usage = counts.double() / counts.sum(1, keepdim=True)
+        entropy = -(torch.special.xlogy(usage, usage)).sum(1) / math.log(2.0)
+        gates = [layer.gate.detach() for layer in layers]
+        saturated = torch.stack([(g.abs() >= SATURATION).double().mean() for g in gates]).cpu()
+        spatial = torch.stack([(g > 0).double().mean(1) for g in gates]).cpu()
+        return RoutingStatistics(counts.sum(1), usage, entropy, (counts == 0).sum(1), saturated, spatial)
+
+    @property
+    def last(self) -> list[Routing]:
+        """What each layer chose in the last pass that it saw; needs ``keep=True``."""
+        if len(self._routed) < len(self.layers):
+            raise RuntimeError("last: not every layer has run, or keep is False")
+        return [self._routed[index] for index in range(len(self.layers))]
+
+    def balance(self) -> Tensor:
+        """:func:`balance_loss` of the last pass, the mean over layers; needs ``keep=True``."""
+        return torch.stack([balance_loss(routing) for routing in self.last]).mean()
+
+
+def balance_loss(routing: Routing, tau: float = 1.0) -> Tensor:
+    """**Ours, not the paper's**: 1 where samples spread evenly over neurons, ``N`` where one neuron takes all.
+
+    ``N * sum_i f_i * p_i``: ``f_i`` is the share of the batch that neuron ``i`` took (no gradient), ``p_i`` the mean
+    of ``softmax(scores / tau)``. As in mixtures of experts (Fedus et al., JMLR 2022, equation 4).
+
+    Args:
+        routing: of a layer, ``(B,)`` and ``(B, N)``, or of a module, ``(L, B)`` and ``(L, B, N)``.
+        tau: temperature; scores of large features want a large one.
+
+    Returns a scalar.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau: got {tau!r}, wanted a number above 0")
+    neurons = routing.scores.shape[-1]
+    taken = torch.nn.functional.one_hot(routing.neuron, neurons).to(routing.scores.dtype).mean(-2)
+    wanted = torch.softmax(routing.scores / tau, -1).mean(-2)
+    return neurons * (taken * wanted).sum(-1).mean()

@@ -1,0 +1,79 @@
+"""The training set in two, drawn anew each epoch: one part trains operators, the other gates and scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+__all__ = ["EpochSplit", "split_train_val"]
+
+
+class _Shuffle:
+    """One permutation an epoch, shared by both parts."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        mixed = (self.seed * 1_000_003 + epoch) % 2**63
+        self.order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mixed))
+
+
+class EpochSplit(Dataset):
+    """One part of :func:`split_train_val`; ``indices`` are those of this epoch."""
+
+    def __init__(self, dataset: Dataset, shuffle: _Shuffle, start: int, stop: int) -> None:
+        self.dataset, self._shuffle, self._slice = dataset, shuffle, slice(start, stop)
+
+    @property
+    def indices(self) -> torch.Tensor:
+        return self._shuffle.order[self._slice]
+
+    @property
+    def epoch(self) -> int:
+        return self._shuffle.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the split of this epoch, for both parts; the same ``seed`` and ``epoch`` give the same split.
+
+        Workers of a ``DataLoader`` that outlive an epoch (``persistent_workers=True``) keep the split of their start.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch: got {epoch!r}, wanted an int of at least 0")
+        self._shuffle.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._slice.stop - self._slice.start
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: got {index}, wanted one of {len(self)} samples")
+        return self.dataset[int(self.indices[index])]
+
+
+def split_train_val(dataset: Dataset, fraction: float = 0.5, seed: int = 0) -> tuple[EpochSplit, EpochSplit]:
+    """``dataset`` as a training and a validation part, disjoint, which :meth:`EpochSplit.set_epoch` draws anew.
+
+    Args:
+        dataset: map-style, with a length.
+        fraction: share of the validation part, which trains upstream parameters. **Assumption**: one half.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: ``fraction`` outside 0 to 1, or a part without a sample.
+
+    Source: Algorithm 1 of the paper, whose two sets are drawn from the training set each epoch.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ValueError(f"fraction: got {fraction!r}, wanted a number above 0 and below 1")
+    size = len(dataset)
+    held = round(size * fraction) if math.isfinite(fraction) else 0
+    if not 0 < held < size:
+        raise ValueError(f"dataset: got {size} samples, wanted enough for two parts at fraction {fraction}")
+    shuffle = _Shuffle(size, seed)
+    return EpochSplit(dataset, shuffle, 0, size - held), EpochSplit(dataset, shuffle, size - held, size)

@@ -1,0 +1,326 @@
+"""Upstream-Downstream Learning: gates and scores learn on one split, operators and the rest on another.
+
+Upstream parameters ``u`` are the scoring kernels and gates of every DSTS layer, downstream parameters ``d`` all others.
+One :meth:`UpstreamDownstream.step` is one pass of Algorithm 1 of the paper:
+
+    line 4   d^ = d - a grad_d loss(u, d;  X, Y)         a virtual step, taken back
+    line 6   u' = u - a grad_u loss(u, d^; X_v, Y_v)
+    line 8   d' = d - a grad_d loss(u', d; X, Y)         from d, not from d^
+
+with the optimizers' steps in place of ``- a grad``. The side that is not trained is frozen meanwhile, so its gradients
+cost nothing. Nothing of the virtual step stays: weights, optimizer state, gradient scale, buffers (BatchNorm's running
+statistics; those of line 6 go too, as they are of ``d^``) and torch's generators, so line 6 draws what line 4 drew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..modules import DSTSLayer
+from ..ops._checks import describe
+from . import second_order as through
+from .batches import call, micro_batches
+from .distributed import average, average_gradients
+from .health import RoutingMonitor
+from .state import Frozen, Generators, OptimizerState, Tensors
+
+__all__ = ["StepResult", "UpstreamDownstream", "downstream_parameters", "upstream_parameters"]
+
+
+class StepResult(NamedTuple):
+    """Losses of lines 4 and 6, and gradient norms of lines 6 and 8 before clipping; over all processes.
+
+    Norms are ``inf`` where the gradient scaler had the step skipped.
+    """
+
+    train_loss: float
+    val_loss: float
+    upstream_grad_norm: float
+    downstream_grad_norm: float
+
+
+class _Overflow(Exception):
+    """Scaled gradients are not finite."""
+
+
+def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Scoring kernels and gates of every DSTS layer in ``module``, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        own = getattr(part, "upstream_parameters", None)
+        if isinstance(part, DSTSLayer):
+            found.update((id(p), p) for p in (part.scoring, part.gate))
+        elif callable(own):  # FusedDSTS, the literal reference, and what offers the same
+            found.update((id(p), p) for p in own())
+    return list(found.values())
+
+
+def downstream_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Every other parameter of ``module``."""
+    upstream = {id(p) for p in upstream_parameters(module)}
+    return [p for p in module.parameters() if id(p) not in upstream]
+
+
+class UpstreamDownstream:
+    """Algorithm 1, a step at a time, with any torch optimizer whose ``step`` needs no closure.
+
+    Args:
+        module: a model with one FusedDSTS at least, or ``DistributedDataParallel`` of one.
+        loss_fn: ``loss_fn(module(inputs), targets)`` is a scalar, the mean over the batch.
+        upstream_optimizer: of exactly the upstream parameters that are trained (``requires_grad``).
+        downstream_optimizer: of exactly the other parameters that are trained.
+        second_order: differentiate line 6 through the step of line 4: :mod:`dsts_kernels.learning.second_order`.
+        clip_norm: largest gradient norm of a side, as ``torch.nn.utils.clip_grad_norm_``.
+        scaler: a ``torch.amp.GradScaler``; where gradients overflow the whole step is skipped and the scale lowered.
+        autocast: dtype of the forward passes' autocast.
+        accumulate: micro-batches a batch: where above 1, a batch is a sequence of so many ``(inputs, targets)``.
+        balance: weight of :func:`~dsts_kernels.learning.balance_loss` in line 6. **Ours, not the paper's.**
+
+    Under ``DistributedDataParallel`` every process brings a part of each batch, all of one size. Passes run in
+    ``no_sync``, as DDP expects the gradient of every parameter; the trained side's gradients are averaged here.
+
+    Raises:
+        ValueError: a module without DSTS; optimizers that own other parameters than these; an argument out of range.
+        TypeError: an argument that is no module, callable or optimizer.
+
+    Source: Algorithm 1 of the paper. **Assumption**: lines 6 and 8 draw gate and Gumbel noise of their own streams.
+
+    >>> learner = UpstreamDownstream(model, F.cross_entropy, upstream_optimizer=gates, downstream_optimizer=rest)
+    >>> for train_batch, val_batch in zip(train_loader, val_loader):
+    ...     result = learner.step(train_batch, val_batch)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        upstream_optimizer: torch.optim.Optimizer,
+        downstream_optimizer: torch.optim.Optimizer,
+        second_order: bool = False,
+        clip_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
+        balance: float = 0.0,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: got {describe(module)}, wanted a torch.nn.Module")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn: got {describe(loss_fn)}, wanted a callable of (output, targets)")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate: got {accumulate!r}, wanted an int of at least 1")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm: got {clip_norm!r}, wanted a number above 0, or None")
+        if not 0 <= balance < math.inf:
+            raise ValueError(f"balance: got {balance!r}, wanted a number of at least 0")
+        if second_order and scaler is not None and scaler.is_enabled():
+            raise ValueError("second_order: got True with a scaler, wanted one of them: its product is not scaled")
+        self.module, self.loss_fn = module, loss_fn
+        self.upstream_optimizer, self.downstream_optimizer = upstream_optimizer, downstream_optimizer
+        self.second_order, self.clip_norm, self.autocast = bool(second_order), clip_norm, autocast
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.accumulate, self.balance = accumulate, balance
+        if not upstream_parameters(module):
+            raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
+        self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
+        self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
+        self.device = self.upstream[0].device
+        self.distributed = isinstance(module, DistributedDataParallel)
+        self._group = module.process_group if self.distributed else None
+        self._weights = Tensors(lambda: self.upstream), Tensors(lambda: self.downstream)
+        self._buffers = Tensors(module.buffers)
+        self._balance = RoutingMonitor(module, keep=True) if balance else None
+        self._twice = True  # until an op says that it has no second derivative
+
+    def step(self, train_batch: Any, val_batch: Any) -> StepResult:
+        """One pass of Algorithm 1.
+
+        Args:
+            train_batch: ``(inputs, targets)``: inputs are a tensor, or a tuple, list or dict of the model's arguments;
+                with ``accumulate`` above 1 a sequence of so many pairs.
+            val_batch: the same, of the validation part.
+
+        Raises:
+            ValueError: a batch that is no such pair or has no samples; a module in evaluation mode.
+            FloatingPointError: a loss or, without a scaler, a gradient that is not finite. Weights, both optimizers,
+                buffers and generators are as before the step.
+        """
+        train = micro_batches("train_batch", train_batch, self.accumulate)
+        val = micro_batches("val_batch", val_batch, self.accumulate)
+        if not self.module.training:
+            raise ValueError("module: is in evaluation mode, where scores get no gradient; wanted module.train()")
+        states = OptimizerState(self.upstream_optimizer), OptimizerState(self.downstream_optimizer)
+        start, scale = Generators(self.device), self.scaler.state_dict() if self.scaler else None
+        for saved in (*self._weights, self._buffers):
+            saved.save()
+        self._clear_gradients()
+        losses = [math.nan, math.nan]
+        try:
+            norms = self._lines(train, val, states[1], start, scale, losses)
+        except BaseException as error:
+            for saved in (*self._weights, self._buffers, *states, start):
+                saved.restore()
+            if isinstance(error, _Overflow):  # the lowered scale stays
+                return StepResult(*losses, math.inf, math.inf)
+            if scale is not None:
+                self.scaler.load_state_dict(scale)
+            raise
+        finally:
+            self._clear_gradients()
+        return StepResult(*losses, *norms)
+
+    def _lines(
+        self, train: list, val: list, state: OptimizerState, start: Generators, scale: dict | None, losses: list[float]
+    ) -> tuple[float, float]:
+        """Lines 4, 6 and 8; ``losses`` is filled, and the gradient norms of 6 and 8 are returned."""
+        with Frozen(self.upstream):  # line 4
+            losses[0] = self._backward("train_batch", train, self.downstream)
+            self._update(self.downstream_optimizer, self.downstream)
+        self._clear_gradients()
+        self._buffers.restore()
+        start.restore()
+        if scale is not None:
+            self.scaler.load_state_dict(scale)
+
+        with Frozen(() if self.second_order else self.downstream):  # line 6
+            sides = (*self.upstream, *self.downstream) if self.second_order else self.upstream
+            losses[1] = self._backward("val_batch", val, sides, self.balance)
+        self._weights[1].restore()
+        self._buffers.restore()
+        state.restore()
+        if self.second_order:
+            self._differentiate_line_4(train, start)
+        upstream_norm = self._update(self.upstream_optimizer, self.upstream)
+        self._clear_gradients()
+
+        with Frozen(self.upstream):  # line 8
+            self._backward("train_batch", train, self.downstream)
+            return upstream_norm, self._update(self.downstream_optimizer, self.downstream)
+
+    def _loss(self, batch: tuple[Any, Any], balance: float = 0.0) -> Tensor:
+        """A micro-batch's share of the loss."""
+        inputs, targets = batch
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self.loss_fn(call(self.module, inputs), targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"loss_fn: returned {describe(loss)}, wanted a scalar tensor")
+        if balance:
+            loss = loss + balance * self._balance.balance()
+        return loss / self.accumulate
+
+    def _backward(
+        self, name: str, batches: list[tuple[Any, Any]], parameters: tuple | list, balance: float = 0.0
+    ) -> float:
+        """Gradients of ``parameters``, over all micro-batches and processes; the loss."""
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        with self.module.no_sync() if self.distributed else contextlib.nullcontext():
+            for batch in batches:
+                loss = self._loss(batch, balance)
+                total += loss.detach().reshape(())
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
+        if self.distributed:
+            average(total, self._group)
+            average_gradients(parameters, self._group)
+        value = total.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name}: its loss is {value}; everything is as before the step")
+        return value
+
+    def _update(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
+        """Clip and step; the gradient norm."""
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm) and not self.scaler:
+            raise FloatingPointError(f"gradients: their norm is {norm}; everything is as before the step")
+        if self.scaler:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        if not math.isfinite(norm):
+            raise _Overflow
+        return norm
+
+    def _differentiate_line_4(self, train: list, start: Generators) -> None:
+        """Subtracts the second-order term from the upstream gradients; see :mod:`.second_order`."""
+        now = Generators(self.device)
+        rates = through.learning_rates(self.downstream_optimizer, self.downstream)
+        direction = [
+            torch.zeros_like(p) if p.grad is None else p.grad * rate
+            for p, rate in zip(self.downstream, rates, strict=True)
+        ]
+        kept = [p.grad for p in self.upstream]
+
+        def gradient() -> list[Tensor]:
+            self._clear_gradients()
+            start.restore()
+            with Frozen(self.downstream):
+                self._backward("train_batch", train, self.upstream)
+            self._buffers.restore()
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.upstream]
+
+        term = self._exact_term(train, start, direction) if self._twice and not self.distributed else None
+        if term is None:
+            self._twice = False
+            term = through.central_difference(gradient, self.downstream, direction)
+        for p, own, more in zip(self.upstream, kept, term, strict=True):
+            p.grad = -more if own is None else own - more
+        now.restore()
+
+    def _exact_term(self, train: list, start: Generators, direction: list[Tensor]) -> list[Tensor] | None:
+        start.restore()
+        loss = sum(self._loss(batch) for batch in train)
+        term = through.exact_product(loss, self.upstream, self.downstream, direction)
+        self._buffers.restore()
+        return term
+
+    def _clear_gradients(self) -> None:
+        for p in (*self.upstream, *self.downstream):
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model: both optimizers and the scaler."""
+        found = {"upstream_optimizer": self.upstream_optimizer, "downstream_optimizer": self.downstream_optimizer}
+        if self.scaler:
+            found["scaler"] = self.scaler
+        return {name: part.state_dict() for name, part in found.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.upstream_optimizer.load_state_dict(state["upstream_optimizer"])
+        self.downstream_optimizer.load_state_dict(state["downstream_optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def trained(
+    module: nn.Module, side: list[nn.Parameter], optimizer: torch.optim.Optimizer, argument: str
+) -> list[nn.Parameter]:
+    """Those of a side that require gradients, when ``optimizer`` owns exactly them."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{argument}: got {describe(optimizer)}, wanted a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"{argument}: got LBFGS, wanted an optimizer whose step needs no closure")
+    names = {id(p): name for name, p in module.named_parameters()}
+    wanted = {id(p) for p in side if p.requires_grad}
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for found, problem in ((owned - wanted, "owns"), (wanted - owned, "lacks")):
+        if found:
+            listed = sorted(names.get(i, "a parameter of another module") for i in found)
+            shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+            kind = argument.removesuffix("_optimizer")
+            hint = f"wanted exactly the {kind} parameters that require gradients ({kind}_parameters(module))"
+            raise ValueError(f"{argument}: {problem} {shown}; {hint}")
+    if not wanted:
+        raise ValueError(f"{argument}: none of its side's parameters requires a gradient, wanted some")
+    return [p for p in side if id(p) in wanted]

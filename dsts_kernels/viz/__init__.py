@@ -1,0 +1,35 @@
+"""Figures of a trained DSTS: what neurons specialize in, who chooses them, and how both came about in training.
+
+:mod:`.checkpoint` draws all that a checkpoint has data for; :mod:`.measures` turns gates and
+routing into numbers, on torch alone; :mod:`.specialization` and :mod:`.training` draw them, in the palette of
+:mod:`.style`, with matplotlib, which is imported with the first figure. Layers and neurons are numbered from 0, as in
+``FusedDSTS.layers`` and ``Routing.neuron``. ``python -m dsts_kernels plot`` is the same from a shell.
+"""
+
+from .checkpoint import draw, find_gates
+from .measures import (
+    activation,
+    gate_shares,
+    information_table,
+    information_text,
+    mutual_information,
+    shuffled_information,
+)
+from .specialization import plot_activation, plot_examples, plot_gates
+from .training import plot_saturation, plot_usage
+
+__all__ = [
+    "activation",
+    "draw",
+    "find_gates",
+    "gate_shares",
+    "information_table",
+    "information_text",
+    "mutual_information",
+    "plot_activation",
+    "plot_examples",
+    "plot_gates",
+    "plot_saturation",
+    "plot_usage",
+    "shuffled_information",
+]

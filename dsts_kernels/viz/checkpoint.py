@@ -1,0 +1,96 @@
+"""From the checkpoint of a training run to figures: find its gates, draw all that it has data for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .measures import gate_shares, information_table
+from .specialization import plot_activation, plot_examples, plot_gates
+from .training import plot_saturation, plot_usage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["INFORMATION", "draw", "find_gates"]
+
+INFORMATION = "information.json"
+DPI = 150
+
+
+def find_gates(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The gates of every :class:`~dsts_kernels.FusedDSTS` in a ``state_dict``.
+
+    Args:
+        state: parameter names to tensors.
+
+    Returns:
+        The name of each DSTS module, ``""`` for the model itself, to its ``L`` gates ``(N, C)`` in order of layers. A
+        gate counts where a layer has scoring kernels too.
+    """
+    found: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"(?:(.+)\.)?layers\.(\d+)\.gate", key)
+        if match and key.removesuffix("gate") + "scoring" in state:
+            found.setdefault(match[1] or "", {})[int(match[2])] = value
+    return {name: [layers[index] for index in sorted(layers)] for name, layers in found.items()}
+
+
+def draw(checkpoint: Mapping[str, Any], directory: str | Path) -> list[Path]:
+    """Draw every figure that a checkpoint has data for.
+
+    Args:
+        checkpoint: ``model`` gives ``gates.png`` (``gates-NAME.png`` where there are several DSTS modules); ``routing``
+            gives ``activation.png``, ``information.json`` (rows of :func:`information_table`) and, with ``frames``,
+            ``examples.png``; ``history`` gives ``usage.png`` and ``saturation.png``.
+        directory: where to; made if it is missing.
+
+    Returns:
+        The files that were written, ``information.json`` last.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is nothing to draw, or a part has another shape than it should; names the key.
+    """
+    model, history = checkpoint.get("model") or {}, checkpoint.get("history") or []
+    routing = checkpoint.get("routing")
+    if not isinstance(model, Mapping):
+        raise ValueError(f"checkpoint: got {type(model).__name__} in 'model', wanted a state_dict")
+    if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
+        raise ValueError(f"checkpoint: got {type(history).__name__} in 'history', wanted a list of dicts")
+    gates = find_gates(model)
+    plots: dict[str, Callable[[], Figure]] = {}
+    for name, layers in gates.items():
+        stem = "gates" if len(gates) == 1 else "gates-" + (re.sub(r"[^\w.-]", "_", name) or "model")
+        plots[stem] = lambda layers=layers: plot_gates(gate_shares(layers))
+    neurons = max((layer.shape[0] for layers in gates.values() for layer in layers), default=None)
+    rows = None
+    if routing is not None:
+        rows = information_table(routing)
+        if routing.get("frames") is not None and len(routing["frames"]):
+            plots["examples"] = lambda: plot_examples(routing)
+        plots["activation"] = lambda: plot_activation(routing, neurons)
+    if any(row.get("usage") is not None for row in history):
+        plots["usage"] = lambda: plot_usage(history)
+        if all(any(row.get(key) is not None for row in history) for key in ("saturated", "dead")):
+            plots["saturation"] = lambda: plot_saturation(history)
+    if not plots:
+        raise ValueError(
+            "checkpoint: got no DSTS gates in 'model', no 'routing' and no 'usage' in 'history', "
+            "wanted one of them: a model without DSTS has nothing to draw"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stem, plot in plots.items():
+        written.append(directory / f"{stem}.png")
+        plot().savefig(written[-1], dpi=DPI)
+    if rows is not None:
+        written.append(directory / INFORMATION)
+        written[-1].write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return written

@@ -1,0 +1,186 @@
+"""The paper's tables at the scale of the synthetic task: ``python examples/tables.py`` (about an hour on two cores).
+
+Every row is trained with each seed by ``examples/train.py``, one process and thread a run, so runs side by side give
+the same numbers. What is finished is kept: interrupted, the command goes on where it was. Times are measured
+afterwards, alone, the variants taking turns. Results go to ``docs/results.json`` and ``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import describe
+from examples.options import parse
+from examples.train import Trainer
+
+SEEDS = (0, 1, 2)
+BASE = "DSTS"
+
+
+class Row(NamedTuple):
+    """A row of a table: its title, and what it asks of ``examples/train.py`` beyond the defaults."""
+
+    title: str
+    options: tuple[str, ...] = ()
+
+
+ROWS = {
+    "backbone": Row("backbone", ("--no-dsts",)),
+    BASE: Row("backbone with DSTS"),
+    "joint": Row("joint", ("--learning", "joint")),
+    "no skip": Row("without", ("--no-skip",)),
+    "scoring 1x3x3": Row("1x3x3", ("--scoring-kernel", "1x3x3")),
+    "scoring width 2": Row("1x1x1, twice the outputs", ("--scoring-width", "2")),
+    "mixing 1x3x3": Row("1x3x3", ("--mixing-kernel", "1x3x3")),
+    "mixing 3x1x1": Row("3x1x1", ("--mixing-kernel", "3x1x1")),
+    "sum": Row("sum (the paper)", ("--score-reduction", "sum")),
+    "sum, joint": Row("sum (the paper), joint", ("--score-reduction", "sum", "--learning", "joint")),
+}
+# Title, the title of the base's row in it, and the other rows.
+TABLES = (
+    ("Table 4: DSTS beside the backbone", "backbone with DSTS, upstream-downstream", ("backbone", "joint")),
+    ("Table 1: skip connection", "with", ("no skip",)),
+    ("Table 2: scoring kernel", "1x1x1", ("scoring 1x3x3", "scoring width 2")),
+    ("Table 3: mixing kernel", "1x1x1", ("mixing 1x3x3", "mixing 3x1x1")),
+    ("Ours: what a score sums over", "mean", ("sum", "joint", "sum, joint")),
+)
+IN_TABLE = {("joint", 0): "backbone with DSTS, joint", ("joint", 4): "mean, joint"}
+TIMED = {
+    "backbone": ("--no-dsts",),
+    "with DSTS, joint": ("--learning", "joint"),
+    "with DSTS, upstream-downstream": (),
+    "with literal DSTS, joint": ("--learning", "joint", "--literal"),
+    "with literal DSTS, upstream-downstream": ("--literal",),
+}
+
+
+def run_one(name: str, seed: int, runs: Path, extra: list[str]) -> list[dict]:
+    """The history of one run, from disk where it is finished."""
+    out = runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    command = ["--quiet", "--threads", "1", "--seed", str(seed), "--out", str(out), *ROWS[name].options, *extra]
+    epochs = parse(command).epochs
+    metrics = out / "metrics.json"
+    found = json.loads(metrics.read_text()) if metrics.exists() else []
+    if len(found) < epochs:
+        resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        subprocess.run([sys.executable, str(ROOT / "examples" / "train.py"), *command, *resume], check=True)
+        found = json.loads(metrics.read_text())
+    print(f"{name}, seed {seed}: top-1 {found[-1]['top1']:.1%}", flush=True)
+    return found
+
+
+def time_steps(seconds: float, extra: list[str]) -> dict[str, float]:
+    """Milliseconds of a training step of each variant, the median; variants take turns."""
+    trainers, times = {}, {name: [] for name in TIMED}
+    for name, options in TIMED.items():
+        trainer = Trainer(parse(["--quiet", "--clips", "256", "--test-clips", "16", *options, *extra]))
+        trainer.wrapped.train()
+        trainers[name] = trainer, [iter(()), False]
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for name, (trainer, _) in trainers.items():
+            steps = trainer.losses()
+            next(steps)  # reads ahead
+            began = time.perf_counter()
+            next(steps)
+            times[name].append((time.perf_counter() - began) * 1e3)
+            steps.close()
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def summary(histories: list[list[dict]]) -> dict:
+    """Mean and spread (standard deviation over seeds) of the last epoch, and how the routing ended."""
+    last = [history[-1] for history in histories]
+    found = {"top1": [record["top1"] for record in last]}
+    found["mean"], found["spread"] = statistics.mean(found["top1"]), statistics.stdev(found["top1"])
+    found["mean_class_accuracy"] = statistics.mean(record["mean_class_accuracy"] for record in last)
+    found["train_loss"] = statistics.mean(record["train_loss"] for record in last)
+    if "dead" in last[0]:
+        found["dead"] = statistics.mean(sum(record["dead"]) for record in last)
+        found["entropy"] = statistics.mean(statistics.mean(record["entropy"]) for record in last)
+        found["saturated"] = statistics.mean(statistics.mean(record["saturated"]) for record in last)
+    return found
+
+
+def markdown(results: dict) -> str:
+    """``docs/results.md``."""
+    rows, machine = results["rows"], results["machine"]
+    lines = [
+        "# Results on the synthetic task",
+        "",
+        f"`{results['command']}`: seeds {', '.join(map(str, results['seeds']))}; {machine['device']}, torch "
+        f"{machine['torch']}, commit {machine.get('commit', 'unknown')}. "
+        f"{results['options']['clips']} training and {results['options']['test_clips']} test clips of 16 classes, "
+        f"{results['options']['epochs']} epochs. Top-1 of the last epoch on the test set, mean and standard deviation "
+        "over seeds; *dead*: neurons that took no sample in the last epoch, over all layers.",
+        "",
+    ]
+    for index, (title, base, names) in enumerate(TABLES):
+        lines += [f"## {title}", "", "| | top-1 % | against the first row | loss | dead | usage, bits |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+        order = (names[0], BASE, *names[1:]) if names[0] == "backbone" else (BASE, *names)
+        first = rows[order[0]]["mean"]
+        for name in order:
+            own = rows[name]
+            shown = base if name == BASE else IN_TABLE.get((name, index), ROWS[name].title)
+            health = f"{own['dead']:.1f} | {own['entropy']:.2f}" if "dead" in own else "- | -"
+            lines.append(
+                f"| {shown} | {own['mean']:.1%} ± {own['spread']:.1%} | {(own['mean'] - first) * 100:+.1f} | "
+                f"{own['train_loss']:.2f} | {health} |".replace("%", "")
+            )
+        lines.append("")
+    lines += ["## Training time", "", "| | ms a step | against the backbone |", "| --- | ---: | ---: |"]
+    base_ms = results["step_ms"]["backbone"]
+    for name, ms in results["step_ms"].items():
+        lines.append(f"| {name} | {ms:.1f} | {ms / base_ms:.2f}x |")
+    lines += [
+        "",
+        "A step of 32 clips; of upstream-downstream, which goes through lines 4, 6 and 8, 32 of each part. "
+        f"{results['timing_threads']} threads, all variants taking turns.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="where runs are kept")
+    cli.add_argument("--out", type=Path, default=ROOT / "docs", help="of results.json and results.md")
+    cli.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    cli.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    cli.add_argument("--timing", type=float, default=60.0, help="seconds")
+    given, extra = cli.parse_known_args(arguments)  # the rest goes to train.py
+    work = [(name, seed) for seed in given.seeds for name in ROWS]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = list(pool.map(lambda one: run_one(*one, given.runs, extra), work))
+    histories = {name: [h for (n, _), h in zip(work, found, strict=True) if n == name] for name in ROWS}
+    chosen = parse(extra)
+    results = {
+        "command": " ".join(["python examples/tables.py", *extra]),
+        "seeds": list(given.seeds),
+        "machine": describe(torch.device("cpu")),
+        "options": {k: v for k, v in vars(chosen).items() if k not in ("out", "resume")},
+        "rows": {name: summary(own) for name, own in histories.items()},
+        "step_ms": time_steps(given.timing, extra),
+        "timing_threads": torch.get_num_threads(),
+    }
+    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (given.out / "results.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

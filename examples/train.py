@@ -1,0 +1,317 @@
+"""Train a small 3-d ResNet with or without DSTS, jointly or by Upstream-Downstream Learning.
+
+    python examples/train.py                                    # the synthetic task, a few minutes on two cores
+    python examples/train.py --learning joint --no-dsts
+    torchrun --nproc-per-node 2 examples/train.py --out runs/two
+    python examples/train.py --resume                           # from the end of the last whole epoch
+
+One epoch at a time: train, count the routing, evaluate, write TensorBoard's events and one checkpoint, atomically.
+``python -m dsts_kernels plot runs/synthetic/checkpoint.pt`` draws what the neurons specialise in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dsts_kernels import reference
+from dsts_kernels.learning import (
+    RoutingMonitor,
+    UpstreamDownstream,
+    downstream_parameters,
+    generator_states,
+    load_checkpoint,
+    restore_generators,
+    save_checkpoint,
+    split_train_val,
+    upstream_parameters,
+)
+from examples.data import build_data
+from examples.model import ActionNet, build_model
+from examples.options import dsts_options, parse
+
+WARM_UP = 0.15  # of the steps, to the full learning rate
+SHOWN = 16  # test clips whose frames go into a checkpoint
+
+
+def rate_share(step: int, steps: int) -> float:
+    """Linear to 1, then a half cosine to 0."""
+    done = (step + 1) / steps
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + torch.cos(torch.tensor((done - WARM_UP) / (1 - WARM_UP) * torch.pi)).item())
+
+
+def cycled(loader: DataLoader) -> Iterator[list[Tensor]]:
+    while True:
+        yield from loader
+
+
+class Trainer:
+    """Model, data, optimizers and the loop; everything that a checkpoint holds."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        self.train_set, self.test_set = build_data(options)
+        model = build_model(
+            self.train_set.num_classes, width=options.width, dsts=options.dsts and not options.literal,
+            **dsts_options(options),
+        )  # fmt: skip
+        if options.literal:
+            model.dsts = reference.DSTS(4 * options.width, **dsts_options(options))
+        self.model: ActionNet = model.to(self.device)
+        self.monitor = RoutingMonitor(self.model, keep=True) if options.dsts and not options.literal else None
+        self.wrapped: nn.Module = self.model
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.model = self.wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.wrapped = DistributedDataParallel(self.model)
+        upstream, downstream = upstream_parameters(self.model), downstream_parameters(self.model)
+        decay = options.weight_decay
+        self.optimizers = [torch.optim.AdamW(downstream, options.rate, weight_decay=decay)]
+        if upstream:  # no decay: it would draw every gate to its threshold
+            self.optimizers.append(torch.optim.AdamW(upstream, options.upstream_rate, weight_decay=0.0))
+        self.learner = None
+        if options.learning == "upstream-downstream":
+            self.learner = UpstreamDownstream(
+                self.wrapped,
+                F.cross_entropy,
+                upstream_optimizer=self.optimizers[1],
+                downstream_optimizer=self.optimizers[0],
+                clip_norm=options.clip_norm,
+                balance=options.balance,
+                second_order=options.second_order,
+            )
+            parts = split_train_val(self.train_set, options.fraction, options.seed)
+            self.loaders = [self.loader(part, shuffle=False) for part in parts]  # drawn anew by set_epoch
+        else:
+            self.loaders = [self.loader(self.train_set, shuffle=True)]
+        self.steps = len(self.loaders[0])
+        if not min(map(len, self.loaders)):
+            size = len(self.train_set)
+            raise ValueError(f"--batch: got {options.batch}, wanted at most what {size} clips give each process")
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.epoch, self.history = 0, []
+        torch.manual_seed(options.seed + 7919 * (self.rank + 1))  # noise of its own in every process
+
+    def loader(self, data: Dataset, shuffle: bool) -> DataLoader:
+        """This process's share of a dataset, in batches of one size."""
+        sampler = DistributedSampler(data, self.world, self.rank, shuffle, self.options.seed, drop_last=True)
+        return DataLoader(data, self.options.batch, sampler=sampler, drop_last=True, num_workers=self.options.workers)
+
+    def to_device(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        clips, labels = batch
+        return clips.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def set_rates(self, step: int) -> None:
+        share = rate_share(step, self.steps * self.options.epochs)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate * share
+
+    def losses(self) -> Iterator[tuple[float, float]]:
+        """One epoch, a step at a time: training loss, and validation loss where there is one."""
+        for loader in self.loaders:
+            for part in (loader.dataset, loader.sampler):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(self.epoch)
+        parts = [self.loaders[0], *map(cycled, self.loaders[1:])]  # the validation part is the smaller one
+        for index, batches in enumerate(zip(*parts, strict=False)):
+            self.set_rates(self.epoch * self.steps + index)
+            pairs = [self.to_device(batch) for batch in batches]
+            if self.learner is not None:
+                result = self.learner.step(*pairs)
+                yield result.train_loss, result.val_loss
+                continue
+            loss = F.cross_entropy(self.wrapped(pairs[0][0]), pairs[0][1])
+            total = loss + self.options.balance * self.monitor.balance() if self.options.balance else loss
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            total.backward()
+            if self.options.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            yield loss.item(), float("nan")
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train and evaluate one epoch; its record."""
+        from tqdm import tqdm
+
+        self.wrapped.train()
+        if self.monitor is not None:
+            self.monitor.reset()
+        began, seen = time.perf_counter(), []
+        with tqdm(total=self.steps, desc=f"epoch {self.epoch}", disable=self.rank > 0 or self.options.quiet) as bar:
+            for train_loss, val_loss in self.losses():
+                seen.append((train_loss, val_loss))
+                bar.update()
+                bar.set_postfix(loss=f"{train_loss:.3f}")
+        train_loss, val_loss = torch.tensor(seen, dtype=torch.float64).mean(0).tolist()
+        record = {"epoch": self.epoch, "train_loss": train_loss, "seconds": time.perf_counter() - began}
+        if val_loss == val_loss:
+            record["val_loss"] = val_loss
+        if self.monitor is not None:
+            found = self.monitor.statistics()
+            fields = ("usage", "entropy", "dead", "saturated", "spatial")
+            record |= {name: getattr(found, name).tolist() for name in fields}
+        return record
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Top-1 and class-wise accuracy on the test set, and what it was routed to."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        self.model.eval()
+        classes = self.train_set.num_classes
+        top1 = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(self.device)
+        each = MulticlassAccuracy(classes, average="none", sync_on_compute=False).to(self.device)
+        neurons, labels = [], []
+        for batch in DataLoader(self.test_set, self.options.batch, num_workers=self.options.workers):
+            clips, target = self.to_device(batch)
+            logits = self.model(clips)
+            top1.update(logits, target)
+            each.update(logits, target)
+            labels.append(target.cpu())
+            if self.monitor is not None:
+                neurons.append(torch.stack([r.neuron.cpu() for r in self.monitor.last]))
+        metrics = {"top1": top1.compute().item(), "class_accuracy": each.compute().tolist()}
+        metrics["mean_class_accuracy"] = sum(metrics["class_accuracy"]) / classes
+        return metrics, self.routing(torch.cat(neurons, 1), torch.cat(labels)) if neurons else None
+
+    def routing(self, neuron: Tensor, label: Tensor) -> dict[str, Any]:
+        """Which neurons the test set activated, with a few clips' frames, as ``dsts_kernels.viz`` draws them."""
+        shown = torch.linspace(0, len(label) - 1, min(SHOWN, len(label))).long()
+        if self.options.data == "synthetic":
+            shown = torch.arange(min(SHOWN, len(label)))  # classes in turn
+        clips = torch.stack([self.test_set[int(i)][0] for i in shown])
+        low, high = clips.amin((1, 2, 3, 4), keepdim=True), clips.amax((1, 2, 3, 4), keepdim=True)
+        frames = ((clips - low) / (high - low).clamp_min(1e-6) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+        return {
+            "neuron": neuron,
+            "label": label,
+            "class_names": list(self.test_set.class_names),
+            "attributes": {name: values[: len(label)] for name, values in self.test_set.attributes.items()},
+            "attribute_names": {name: list(values) for name, values in self.test_set.attribute_names.items()},
+            "frames": frames.contiguous(),
+            "frame_samples": shown,
+        }
+
+    def save(self, path: Path, routing: dict[str, Any] | None) -> None:
+        """A checkpoint of the end of an epoch; every process's generators are in it."""
+        generators = [generator_states(self.device)]
+        if self.world > 1:
+            generators = [None] * self.world
+            dist.all_gather_object(generators, generator_states(self.device))
+        if self.rank == 0:
+            state = {
+                "options": {k: v for k, v in vars(self.options).items() if k != "resume"},
+                "epoch": self.epoch,
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "generators": generators,
+                "history": self.history,
+            }
+            save_checkpoint(path, state if routing is None else {**state, "routing": routing})
+
+    def load(self, path: Path) -> None:
+        """Continue from the epoch after a checkpoint's."""
+        state = load_checkpoint(path, self.device)
+        mine = {k: v for k, v in vars(self.options).items() if k not in ("resume", "out", "quiet", "device", "workers")}
+        changed = [k for k, v in mine.items() if state["options"].get(k) != v]
+        if changed:
+            listed = ", ".join(f"{k} {state['options'].get(k)} there and {mine[k]} here" for k in changed)
+            raise ValueError(f"--resume: got a checkpoint of another run ({listed}), wanted the same options")
+        if len(state["generators"]) != self.world:
+            count = len(state["generators"])
+            raise ValueError(f"--resume: got a checkpoint of {count} processes, wanted one of {self.world}")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        restore_generators(state["generators"][self.rank], self.device)
+        self.epoch, self.history = state["epoch"] + 1, state["history"]
+
+    def fit(self) -> dict[str, Any]:
+        """All epochs that are left; the last one's record."""
+        out = Path(self.options.out)
+        path, writer = out / "checkpoint.pt", None
+        if self.options.resume:
+            self.load(path)
+        if self.rank == 0 and not self.options.quiet:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out, purge_step=self.epoch)
+        while self.epoch < self.options.epochs:
+            record = self.run_epoch()
+            metrics, routing = self.evaluate()
+            self.history.append(record | metrics)
+            self.save(path, routing)
+            if self.rank == 0:
+                self.report(writer, out)
+            self.epoch += 1
+        if writer is not None:
+            writer.close()
+        return self.history[-1]
+
+    def report(self, writer: Any, out: Path) -> None:
+        """The newest record: a line, TensorBoard, ``metrics.json``."""
+        record = self.history[-1]
+        (out / "metrics.json").write_text(json.dumps(self.history, indent=1))
+        if self.options.quiet:
+            return
+        dead = "" if self.monitor is None else f", dead neurons {record['dead']}"
+        print(f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, top-1 {record['top1']:.1%}{dead}", flush=True)
+        for name in ("train_loss", "val_loss", "top1", "mean_class_accuracy", "seconds"):
+            if name in record:
+                writer.add_scalar(name, record[name], record["epoch"])
+        for name in ("entropy", "dead", "saturated"):
+            for layer, value in enumerate(record.get(name, ())):
+                writer.add_scalar(f"{name}/layer {layer}", value, record["epoch"])
+        writer.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if "LOCAL_RANK" in os.environ:
+        local = int(os.environ["LOCAL_RANK"])
+        cuda = options.device.startswith("cuda")
+        if cuda:
+            options.device = f"cuda:{local}"
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        Trainer(options).fit()
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {options.out} has the last whole epoch; --resume goes on from there", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The training recipe at toy size: every variant, interrupted and resumed, two processes, figures, bad options."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+from dsts_kernels.cli import main as cli
+from dsts_kernels.learning import load_checkpoint
+from examples import tables, train
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ["--clips", "48", "--test-clips", "32", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
+TOY += ["--neurons", "2", "--layers", "2", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """``--threads`` is the process's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(out: Path, *options: str) -> dict:
+    assert train.main([*TOY, "--out", str(out), *options]) == 0
+    return load_checkpoint(out / "checkpoint.pt")
+
+
+def comparable(state: dict) -> dict:
+    """What must be the same in two runs: all but times, and where they were written."""
+    history = [{k: v for k, v in record.items() if k != "seconds"} for record in state["history"]]
+    return {"history": history, **{k: state[k] for k in ("epoch", "model", "optimizers", "generators", "routing")}}
+
+
+def assert_same(a: object, b: object, where: str = "state") -> None:
+    """Bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+VARIANTS = {
+    "default": [],
+    "backbone": ["--no-dsts"],
+    "joint": ["--learning", "joint", "--balance", "0.1"],
+    "no skip, second order": ["--no-skip", "--second-order"],
+    "kernels": ["--scoring-kernel", "1x3x3", "--mixing-kernel", "3x1x1"],
+    "literal": ["--literal"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(tmp_path, name):
+    """One epoch of each; what a checkpoint and ``metrics.json`` hold."""
+    state = run(tmp_path, "--epochs", "1", *VARIANTS[name])
+    (record,) = state["history"]
+    assert json.loads((tmp_path / "metrics.json").read_text())[0]["top1"] == record["top1"]
+    assert 0 <= record["top1"] <= 1 and len(record["class_accuracy"]) == 16
+    assert ("val_loss" in record) == (name not in ("backbone", "joint"))
+    assert ("routing" in state) == ("dead" in record) == (name not in ("backbone", "literal"))
+    if "routing" in state:
+        assert state["routing"]["neuron"].shape == (2, 32) and state["routing"]["frames"].dtype == torch.uint8
+
+
+def test_same_seed_same_run(tmp_path):
+    """Twice the same; another seed differs."""
+    first, second, other = (run(tmp_path / n, "--epochs", "2", "--seed", n[0]) for n in ("3", "3 again", "4"))
+    assert_same(comparable(first), comparable(second))
+    assert first["history"] != other["history"]
+
+
+@pytest.mark.parametrize("learning", ["joint", "upstream-downstream"])
+def test_killed_and_resumed_is_uninterrupted(tmp_path, learning):
+    """SIGKILL in the middle of an epoch; from the last whole one on, every bit is that of a run left alone."""
+    options = ["--epochs", "4", "--learning", learning]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "train.py"),
+        *TOY,
+        "--clips",
+        "480",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    with subprocess.Popen([*command, *options], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        until = time.monotonic() + 120
+        while not (tmp_path / "a" / "metrics.json").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["epoch"] < 3
+    resumed = run(tmp_path / "a", *options, "--clips", "480", "--resume")
+    alone = run(tmp_path / "b", *options, "--clips", "480")
+    assert_same(comparable(resumed), comparable(alone))
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """torchrun with two processes trains, resumes, and keeps one model."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "train.py"), *TOY, "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for more in (["--epochs", "1"], ["--epochs", "1", "--resume"]):
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["epoch"] == 0 and len(state["generators"]) == 2
+    assert not torch.equal(state["generators"][0]["cpu"], state["generators"][1]["cpu"])
+
+
+def test_resume_refuses_another_run(tmp_path, capsys):
+    run(tmp_path, "--epochs", "1")
+    assert train.main([*TOY, "--out", str(tmp_path), "--resume", "--epochs", "1", "--rate", "1"]) == 2
+    assert "rate 0.004 there and 1.0 here" in capsys.readouterr().err
+    assert train.main([*TOY, "--out", str(tmp_path / "none"), "--resume"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "run_epoch", stop)
+    assert train.main([*TOY, "--out", str(tmp_path)]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--no-dsts", "--learning", "upstream-downstream"], "there is nothing upstream"),
+        (["--no-dsts", "--balance", "1"], "--balance"),
+        (["--epochs", "0"], "--epochs: got 0, wanted at least 1"),
+        (["--scoring-kernel", "3"], "wanted a kernel such as 1x3x3"),
+    ],
+)
+def test_options_that_do_not_fit(options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(options)
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "diving48"], "--annotation: got nothing, wanted a path"),
+        (["--scoring-kernel", "2x2x2"], "scoring_kernel: got (2, 2, 2)"),
+        (["--batch", "4000"], "--batch: got 4000"),
+        (["--fraction", "2"], "fraction: got 2.0"),
+    ],
+)
+def test_values_that_are_refused(options, says, tmp_path, capsys):
+    assert train.main([*TOY, "--out", str(tmp_path), *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_figures(tmp_path, capsys):
+    """``plot`` draws every figure of a checkpoint of this recipe."""
+    pytest.importorskip("matplotlib")
+    run(tmp_path, "--epochs", "2")
+    assert cli(["plot", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "figures")]) == 0
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn >= {"gates.png", "activation.png", "examples.png", "usage.png", "saturation.png", "information.json"}
+    assert "timing" in capsys.readouterr().out
+
+
+def test_tables(tmp_path, monkeypatch, capfd):
+    """Rows are trained, kept, timed and written; a second call trains nothing."""
+    monkeypatch.setattr(tables, "ROWS", {k: tables.ROWS[k] for k in ("backbone", tables.BASE, "joint")})
+    monkeypatch.setattr(tables, "TABLES", (tables.TABLES[0],))
+    monkeypatch.setattr(tables, "TIMED", {k: tables.TIMED[k] for k in ("backbone", "with DSTS, joint")})
+    given = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds", "0", "1", "--timing", "0.1"]
+    toy = ["--clips", "32", "--test-clips", "16", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
+    tables.main([*given, *toy, "--epochs", "1"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    own = results["rows"]["joint"]
+    assert own["mean"] == pytest.approx(sum(own["top1"]) / 2) and len(own["top1"]) == 2
+    assert results["step_ms"]["backbone"] > 0
+    text = (tmp_path / "results.md").read_text()
+    assert "| backbone with DSTS, joint |" in text and "--epochs 1" in text
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
+    assert len(times) == 6
+    tables.main([*given, *toy, "--epochs", "1"])
+    assert times == {path: path.stat().st_mtime_ns for path in times}

@@ -1,0 +1,88 @@
+"""What a monitor counts, against counting by hand; the balance term."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dsts_kernels import DSTSLayer, FusedDSTS, Routing
+from dsts_kernels.functional import saturating_sigmoid
+from dsts_kernels.learning import RoutingMonitor, balance_loss
+from dsts_kernels.learning.health import SATURATION
+
+from .support import Net, batch
+
+
+def test_counts_are_those_of_the_routing():
+    """Usage, entropy, dead neurons, saturated gates and spatial shares, over several passes and modes."""
+    dsts = FusedDSTS(6, num_layers=2, num_neurons=4)
+    with torch.no_grad():
+        for layer in dsts.layers:
+            layer.gate.normal_(std=3.0)
+    monitor = RoutingMonitor(nn.Sequential(dsts), keep=True)
+    seen = []
+    for mode in (True, True, False):
+        dsts.train(mode)
+        seen.append(dsts(torch.randn(5, 6, 2, 3, 3), return_routing=True)[1].neuron)
+    neuron = torch.cat(seen, 1)
+    found = monitor.statistics()
+    for index, layer in enumerate(dsts.layers):
+        counts = torch.bincount(neuron[index], minlength=4)
+        share = counts / 15
+        assert torch.allclose(found.usage[index], share.double())
+        entropy = -sum(p * math.log2(p) for p in share.tolist() if p)
+        assert math.isclose(found.entropy[index].item(), entropy, rel_tol=1e-6)
+        assert found.dead[index] == (counts == 0).sum() and found.samples[index] == 15
+        soft = saturating_sigmoid(layer.gate.detach())
+        assert math.isclose(found.saturated[index].item(), ((soft <= 0) | (soft >= 1)).double().mean().item())
+        assert torch.allclose(found.spatial[index], (layer.gate > 0).double().mean(1))
+    assert torch.equal(torch.stack([r.neuron for r in monitor.last]), seen[-1])
+
+    monitor.reset()
+    assert found.samples.tolist() == [15, 15] and monitor.statistics().samples.tolist() == [0, 0]
+    monitor.enabled = False
+    dsts(torch.randn(5, 6, 2, 3, 3))
+    monitor.enabled = True
+    monitor.remove()
+    dsts(torch.randn(5, 6, 2, 3, 3))
+    assert monitor.statistics().samples.tolist() == [0, 0]
+
+
+def test_saturation_is_where_the_gradient_ends():
+    q = torch.tensor([SATURATION + 1e-3, SATURATION - 1e-3, -SATURATION - 1e-3], dtype=torch.float64)
+    assert [0 < r < 1 for r in saturating_sigmoid(q).tolist()] == [False, True, False]
+
+
+def test_balance_loss():
+    """1 where all is even, N where one neuron takes all; its gradient lowers the crowded neuron's scores."""
+    even = Routing(torch.arange(4), torch.zeros(4, 4), torch.empty(0))
+    assert balance_loss(even).item() == pytest.approx(1.0)
+    crowded = Routing(torch.zeros(2, 6, dtype=torch.int64), torch.tensor([50.0, 0, 0]).expand(2, 6, 3), torch.empty(0))
+    assert balance_loss(crowded).item() == pytest.approx(3.0)
+    scores = torch.tensor([[1.0, 0.0], [0.5, 0.2]], requires_grad=True)
+    balance_loss(Routing(torch.zeros(2, dtype=torch.int64), scores, torch.empty(0))).backward()
+    assert (scores.grad[:, 0] > 0).all() and (scores.grad[:, 1] < 0).all()
+    assert balance_loss(crowded, tau=1e4).item() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_balance_of_a_model():
+    """The monitor's term is differentiable: only scoring kernels and what lies before them get its gradient."""
+    net = Net()
+    monitor = RoutingMonitor(net, keep=True)
+    net(*batch(5)[0])
+    monitor.balance().backward()
+    assert net.dsts.layers[0].scoring.grad.abs().sum() > 0 and net.head.weight.grad is None
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="Linear without"):
+        RoutingMonitor(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"\[2, 3\] neurons"):
+        RoutingMonitor(nn.Sequential(DSTSLayer(2, num_neurons=2), DSTSLayer(2, num_neurons=3)))
+    with pytest.raises(RuntimeError, match="keep"):
+        RoutingMonitor(FusedDSTS(2)).balance()
+    with pytest.raises(ValueError, match="tau"):
+        balance_loss(Routing(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2), torch.empty(0)), tau=0)

@@ -1,0 +1,392 @@
+"""Algorithm 1: against itself written by hand, what stays of the virtual step, what is computed, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsts_kernels import reference
+from dsts_kernels.backends.cpu import CpuBackend
+from dsts_kernels.learning import UpstreamDownstream, downstream_parameters, upstream_parameters
+
+from .support import Net, batch, everything, learner, same, sgd
+
+RATE = 0.1
+
+
+def gradients(net: nn.Module, pair: tuple, side: list) -> tuple:
+    """Of one side, the other frozen: it rounds differently otherwise."""
+    for p in net.parameters():
+        p.requires_grad_(any(p is own for own in side))
+    found = torch.autograd.grad(F.cross_entropy(net(*pair[0]), pair[1]), side)
+    net.requires_grad_(True)
+    return found
+
+
+def by_hand(net: nn.Module, train: tuple, val: tuple) -> None:
+    """Lines 4, 6 and 8 with plain gradient descent, buffers as line 8 leaves them."""
+    u, d = upstream_parameters(net), downstream_parameters(net)
+    buffers = [b.clone() for b in net.buffers()]
+
+    def descend(parameters: list, found: tuple) -> None:
+        with torch.no_grad():
+            for p, g in zip(parameters, found, strict=True):
+                p.sub_(g, alpha=RATE)
+
+    def forget() -> None:
+        for b, old in zip(net.buffers(), buffers, strict=True):
+            b.copy_(old)
+
+    start = [p.detach().clone() for p in d]
+    descend(d, gradients(net, train, d))
+    forget()
+    upstream = gradients(net, val, u)
+    forget()
+    with torch.no_grad():
+        for p, old in zip(d, start, strict=True):
+            p.copy_(old)
+    descend(u, upstream)
+    descend(d, gradients(net, train, d))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": None, "skip": False}, {"routing_gradient": "all"}], ids=str)
+def test_step_is_algorithm_1(options):
+    """Three steps equal the algorithm by hand, bit for bit in float64: order of updates, start of line 8 and all."""
+    net = Net(**options)
+    hand = copy.deepcopy(net)
+    steps = learner(net)
+    for _ in range(3):
+        train, val = batch(5), batch(4)
+        steps.step(train, val)
+        by_hand(hand, train, val)
+    for (name, mine), theirs in zip(net.state_dict().items(), hand.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_result():
+    """Losses are those of lines 4 and 6, norms those of the gradients that lines 6 and 8 apply."""
+    net = Net(norm=None)
+    train, val = batch(5), batch(4)
+    before = copy.deepcopy(net)
+    result = learner(net).step(train, val)
+    assert result.train_loss == F.cross_entropy(before(*train[0]), train[1]).item()
+    moved = [b - p for p, b in zip(upstream_parameters(net), upstream_parameters(before), strict=True)]
+    assert math.isclose(
+        result.upstream_grad_norm, torch.cat([m.flatten() for m in moved]).norm().item() / RATE, rel_tol=1e-9
+    )
+    moved = [b - p for p, b in zip(downstream_parameters(net), downstream_parameters(before), strict=True)]
+    assert math.isclose(
+        result.downstream_grad_norm, torch.cat([m.flatten() for m in moved]).norm().item() / RATE, rel_tol=1e-9
+    )
+
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2),
+    "adamw, foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_leaks_from_the_virtual_step(name):
+    """Optimizer state, statistics and generators are those of a run that never took the virtual step.
+
+    The upstream gradient of such a run comes from a copy of everything that does take it.
+    """
+    make = OPTIMIZERS[name]
+    net, plain = (copy.deepcopy(Net()) for _ in range(2))
+    plain.load_state_dict(net.state_dict())
+    mine = {side: make(of(net)) for side, of in (("up", upstream_parameters), ("down", downstream_parameters))}
+    theirs = {side: make(of(plain)) for side, of in (("up", upstream_parameters), ("down", downstream_parameters))}
+    steps = UpstreamDownstream(net, F.cross_entropy, upstream_optimizer=mine["up"], downstream_optimizer=mine["down"])
+
+    def apply(optimizer: torch.optim.Optimizer, side: list, found: tuple) -> None:
+        for p, g in zip(side, found, strict=True):
+            p.grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def descend(module: nn.Module, pair: tuple, optimizer: torch.optim.Optimizer, side: list) -> None:
+        apply(optimizer, side, gradients(module, pair, side))
+
+    for _ in range(3):
+        train, val = (batch(5)[0][:1], batch(5)[1]), (batch(4)[0][:1], batch(4)[1])  # noise from torch's generator
+        start = torch.get_rng_state()
+        steps.step(train, val)
+        after = torch.get_rng_state()
+
+        torch.set_rng_state(start)
+        ghost, ghost_optimizer = copy.deepcopy((plain, theirs["down"]))
+        descend(ghost, train, ghost_optimizer, downstream_parameters(ghost))
+        torch.set_rng_state(start)
+        found = gradients(ghost, val, upstream_parameters(ghost))
+        apply(theirs["up"], upstream_parameters(plain), found)
+        descend(plain, train, theirs["down"], downstream_parameters(plain))
+        assert torch.equal(after, torch.get_rng_state())
+    assert same(everything(net, *mine.values()), everything(plain, *theirs.values()))
+
+
+def test_gradients_of_the_frozen_side_are_never_computed(monkeypatch):
+    """Operators' weight gradients: lines 4 and 8 only. Gates' and scores': line 6 only. Flags come back."""
+    net = Net(norm=None)
+    calls = []
+    run = CpuBackend.gated_conv3d_backward
+    hash_back = CpuBackend.semhash_gate_backward
+
+    def spy(self, grad, x, gate, neuron, spatial, temporal, needs):
+        calls.append(("conv", tuple(needs)))
+        return run(self, grad, x, gate, neuron, spatial, temporal, needs)
+
+    def spy_hash(self, *args):
+        calls.append(("semhash", ()))
+        return hash_back(self, *args)
+
+    monkeypatch.setattr(CpuBackend, "gated_conv3d_backward", spy)
+    monkeypatch.setattr(CpuBackend, "semhash_gate_backward", spy_hash)
+    net.stem.bias.requires_grad_(False)
+    up, down = upstream_parameters(net), [p for p in downstream_parameters(net) if p.requires_grad]
+    optimizers = torch.optim.SGD(up, 0.1), torch.optim.SGD(down, 0.1)
+    steps = UpstreamDownstream(
+        net, F.cross_entropy, upstream_optimizer=optimizers[0], downstream_optimizer=optimizers[1]
+    )
+    steps.step(batch(5), batch(4))
+    downstream = [("conv", (True, False, True, True))] * 2
+    # The first layer's input needs no gradient in line 6: all before it is frozen.
+    upstream = [
+        ("conv", (True, True, False, False)),
+        ("semhash", ()),
+        ("conv", (False, True, False, False)),
+        ("semhash", ()),
+    ]
+    assert calls == [*downstream, *upstream, *downstream]
+    assert [p.requires_grad for p in net.parameters()] == [p is not net.stem.bias for p in net.parameters()]
+
+
+@pytest.mark.parametrize("where", ["train_batch", "val_batch", "line 8"])
+def test_a_loss_that_is_not_finite_changes_nothing(where):
+    """Weights, buffers, both optimizers' states and the generator are bit for bit those before the step."""
+    net = Net()
+    optimizers = [OPTIMIZERS["adamw"](of(net)) for of in (upstream_parameters, downstream_parameters)]
+    seen = []
+
+    def loss(output, target):
+        seen.append(None)
+        return F.cross_entropy(output, target) * (math.nan if where == "line 8" and len(seen) % 3 == 0 else 1.0)
+
+    steps = UpstreamDownstream(net, loss, upstream_optimizer=optimizers[0], downstream_optimizer=optimizers[1])
+    train, val = batch(4), batch(4)
+    if where == "line 8":
+        seen.append(None)
+        seen.clear()
+    else:
+        steps.step(train, val)
+        {"train_batch": train, "val_batch": val}[where][0][0][1] = math.inf
+    before = everything(net, *optimizers)
+    with pytest.raises(FloatingPointError, match="val_batch" if where == "val_batch" else "train_batch"):
+        steps.step(train, val)
+    assert same(before, everything(net, *optimizers))
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_accumulation_is_one_large_batch():
+    """Micro-batches of one size give the step of their concatenation."""
+    net = Net(norm=None)
+    whole = copy.deepcopy(net)
+    parts = {side: [batch(3), batch(3)] for side in ("train", "val")}
+
+    def joined(pairs: list) -> tuple:
+        return tuple(map(torch.cat, zip(*(p[0] for p in pairs), strict=True))), torch.cat([p[1] for p in pairs])
+
+    mine = learner(net, accumulate=2).step(parts["train"], parts["val"])
+    theirs = learner(whole).step(joined(parts["train"]), joined(parts["val"]))
+    for a, b in zip(net.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_clipping():
+    """Each side moves by at most rate times the limit; the norms reported are those before."""
+    net = Net(norm=None)
+    before = copy.deepcopy(net)
+    result = learner(net, clip_norm=1e-3).step(batch(5), batch(4))
+    for of, norm in (
+        (upstream_parameters, result.upstream_grad_norm),
+        (downstream_parameters, result.downstream_grad_norm),
+    ):
+        moved = torch.cat([(a - b).flatten() for a, b in zip(of(net), of(before), strict=True)]).norm().item()
+        assert norm > 1e-3 and math.isclose(moved, RATE * 1e-3, rel_tol=1e-2)
+
+
+def test_gradient_scaling():
+    """A scaler changes nothing but its own scale where nothing overflows; where it does, only the scale changes."""
+    net = Net(dtype=torch.float32)
+    plain = copy.deepcopy(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    steps = learner(net, scaler=scaler)
+    train, val = (batch(5, dtype=torch.float32) for _ in range(2))
+    mine, theirs = steps.step(train, val), learner(plain).step(train, val)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(mine, theirs, strict=True))
+    assert scaler.get_scale() == 2.0**10
+    steps.step(train, val)  # four updates by now: lines 6 and 8 of two steps; virtual steps count for nothing
+    assert scaler.get_scale() == 2.0**11
+
+    before = everything(net)
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 1e38})
+    steps.loss_fn = lambda output, target: 1e3 * F.cross_entropy(output, target)
+    result = steps.step(train, val)
+    assert math.isinf(result.upstream_grad_norm) and math.isfinite(result.train_loss)
+    assert math.isclose(scaler.get_scale(), 0.5e38, rel_tol=1e-6)
+    assert same(before, everything(net))
+
+
+def test_autocast_and_balance():
+    """Passes run under autocast; the balance term moves scores only."""
+    net = Net(dtype=torch.float32, norm=None)
+    with_term = copy.deepcopy(net)
+    train, val = (batch(5, dtype=torch.float32) for _ in range(2))
+    result = learner(net, autocast=torch.bfloat16).step(train, val)
+    assert all(map(math.isfinite, result))
+    more = learner(with_term, autocast=torch.bfloat16, balance=0.5).step(train, val)
+    assert more.train_loss == result.train_loss and more.val_loss > result.val_loss
+    changed = {
+        n for (n, a), b in zip(net.named_parameters(), with_term.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert any("scoring" in name for name in changed)
+
+
+class Smooth(nn.Module):
+    """``loss = (u * d * x - y)^2``: every derivative is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.tensor([0.7, -0.4], dtype=torch.float64))
+        self.d = nn.Parameter(torch.tensor([1.1, 0.3], dtype=torch.float64))
+
+    def upstream_parameters(self) -> list[nn.Parameter]:
+        return [self.u]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.u * self.d * x
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_second_order(exact):
+    """Line 6 differentiated through line 4: the derivative of the whole composition, exact or as a difference."""
+    net = Smooth()
+    train, val = ((torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)) for _ in range(2))
+    u, d = net.u.detach().clone().requires_grad_(), net.d.detach().clone()
+    inner = d.clone().requires_grad_()
+    step = torch.autograd.grad(F.mse_loss(u * inner * train[0], train[1]), inner, create_graph=True)[0]
+    loss = F.mse_loss(u * (d - RATE * step) * val[0], val[1])
+    expected = u.detach() - RATE * torch.autograd.grad(loss, u)[0]
+    steps = UpstreamDownstream(net, F.mse_loss, **sgd(net), second_order=True)
+    steps._twice = exact
+    steps.step(train, val)
+    torch.testing.assert_close(net.u.detach(), expected, rtol=1e-12 if exact else 1e-4, atol=0)
+
+
+def test_second_order_of_our_ops_is_a_difference():
+    """Ops without a second derivative fall back; the literal module's are exact, and both agree.
+
+    Where scores depend on ``d`` they do not: a straight-through estimate is no function's derivative.
+    """
+    options = {"num_layers": 1, "num_neurons": 2, "norm": None, "activation": None, "routing_gradient": "selected"}
+    net = Net(**options)
+    net.stem.requires_grad_(False)
+    literal = copy.deepcopy(net)
+    literal.dsts = reference.DSTS(6, dtype=torch.float64, **options)
+    literal.load_state_dict(net.state_dict())
+    train, val = (batch(3, layers=1, neurons=2) for _ in range(2))
+    for inputs, _ in (train, val):
+        inputs[2].fill_(False)
+    mine, theirs = learner(net, second_order=True), learner(literal, second_order=True)
+    first = copy.deepcopy(net)
+    learner(first).step(train, val)
+    mine.step(train, val)
+    theirs.step(train, val)
+    assert not mine._twice and theirs._twice
+    gates = [m.dsts.layers[0].gate for m in (net, literal, first)]
+    term = (gates[2] - gates[1]).norm()
+    assert term > 0 and (gates[0] - gates[1]).norm() < 1e-3 * term
+
+
+def test_several_modules_and_inputs():
+    """All DSTS modules of a model are upstream; inputs may be a tensor, a tuple or named."""
+    net = nn.ModuleDict({"a": Net(), "b": Net()})
+    assert len(upstream_parameters(net)) == 8
+    assert {id(p) for p in upstream_parameters(net)}.isdisjoint({id(p) for p in downstream_parameters(net)})
+    single = Net()
+    x, y = batch(4)[0][0], batch(4)[1]
+    steps = learner(single)
+    for inputs in (x, (x,), {"x": x}):
+        steps.step((inputs, y), [inputs, y])
+
+
+def test_bad_input():
+    """Each mistake is named before anything moves."""
+    net = Net()
+    u, d = upstream_parameters(net), downstream_parameters(net)
+
+    def build(up: list, down: list, module: nn.Module = net, **options: object) -> UpstreamDownstream:
+        return UpstreamDownstream(
+            module,
+            F.cross_entropy,
+            upstream_optimizer=torch.optim.SGD(up, 0.1),
+            downstream_optimizer=torch.optim.SGD(down, 0.1),
+            **options,
+        )
+
+    with pytest.raises(ValueError, match="module: got Linear without a FusedDSTS"):
+        build(u, d, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"upstream_optimizer: owns .*head"):
+        build([*u, net.head.weight], d)
+    with pytest.raises(ValueError, match=r"upstream_optimizer: lacks dsts.layers.0.scoring"):
+        build(u[1:], d)
+    with pytest.raises(ValueError, match=r"downstream_optimizer: owns dsts.layers.0.gate"):
+        build(u, [*d, u[1]])
+    with pytest.raises(ValueError, match=r"downstream_optimizer: lacks stem.bias, stem.weight; wanted"):
+        build(u, d[2:])
+    with pytest.raises(ValueError, match="another module"):
+        build([*u, nn.Parameter(torch.zeros(1))], d)
+    with pytest.raises(TypeError, match="closure"):
+        UpstreamDownstream(
+            net,
+            F.cross_entropy,
+            upstream_optimizer=torch.optim.LBFGS(u),
+            downstream_optimizer=torch.optim.SGD(d, 0.1),
+        )
+    with pytest.raises(TypeError, match="upstream_optimizer"):
+        UpstreamDownstream(net, F.cross_entropy, upstream_optimizer=u, downstream_optimizer=torch.optim.SGD(d, 0.1))
+    for options, name in (
+        ({"accumulate": 0}, "accumulate"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"balance": -1}, "balance"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            build(u, d, **options)
+
+    steps = learner(net)
+    train, empty = batch(3), batch(0)
+    before = everything(net)
+    with pytest.raises(ValueError, match=r"val_batch: got inputs of shape \(0, 3"):
+        steps.step(train, empty)
+    with pytest.raises(ValueError, match="train_batch: got inputs of shape"):
+        steps.step(empty, train)
+    with pytest.raises(ValueError, match="val_batch: got NoneType None, wanted a pair"):
+        steps.step(train, None)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        net.eval()
+        steps.step(train, train)
+    net.train()
+    with pytest.raises(ValueError, match="loss_fn: returned a tensor of shape"):
+        UpstreamDownstream(net, lambda y, t: y, **sgd(net)).step(train, train)
+    assert same(before, everything(net))
