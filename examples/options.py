@@ -45,13 +45,13 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--scoring-kernel", type=kernel, default=(1, 1, 1))
     model.add_argument("--scoring-width", type=int, default=1)
     model.add_argument("--mixing-kernel", type=kernel, default=(1, 1, 1))
-    model.add_argument("--score-reduction", choices=("sum", "mean"), default="sum")
+    model.add_argument("--score-reduction", choices=("sum", "mean"), default="mean")
 
     learning = found.add_argument_group("learning")
     learning.add_argument(
         "--learning", choices=("joint", "upstream-downstream"), help="default: upstream-downstream with DSTS"
     )
-    learning.add_argument("--fraction", type=float, default=0.5, help="of the clips that train gates and scores")
+    learning.add_argument("--fraction", type=float, default=0.25, help="of the clips that train gates and scores")
     learning.add_argument("--second-order", action="store_true")
     learning.add_argument(
         "--balance", type=float, default=0.0, help="ours, not the paper's: weight of the balance term"
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     learning.add_argument("--epochs", type=int, default=20)
     learning.add_argument("--batch", type=int, default=32, help="clips a process and step, of each split")
     learning.add_argument("--rate", type=float, default=4e-3, help="AdamW's, at its highest")
-    learning.add_argument("--upstream-rate", type=float, default=4e-3, help="of gates and scoring kernels")
+    learning.add_argument("--upstream-rate", type=float, default=1e-3, help="of gates and scoring kernels")
     learning.add_argument("--weight-decay", type=float, default=1e-2, help="of downstream parameters")
     learning.add_argument("--clip-norm", type=float, default=5.0)
     learning.add_argument("--seed", type=int, default=0)

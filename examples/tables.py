@@ -15,7 +15,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -30,34 +29,33 @@ SEEDS = (0, 1, 2)
 BASE = "DSTS"
 
 
-class Row(NamedTuple):
-    """A row of a table: its title, and what it asks of ``examples/train.py`` beyond the defaults."""
-
-    title: str
-    options: tuple[str, ...] = ()
-
-
+# What each row asks of examples/train.py beyond the defaults.
 ROWS = {
-    "backbone": Row("backbone", ("--no-dsts",)),
-    BASE: Row("backbone with DSTS"),
-    "joint": Row("joint", ("--learning", "joint")),
-    "no skip": Row("without", ("--no-skip",)),
-    "scoring 1x3x3": Row("1x3x3", ("--scoring-kernel", "1x3x3")),
-    "scoring width 2": Row("1x1x1, twice the outputs", ("--scoring-width", "2")),
-    "mixing 1x3x3": Row("1x3x3", ("--mixing-kernel", "1x3x3")),
-    "mixing 3x1x1": Row("3x1x1", ("--mixing-kernel", "3x1x1")),
-    "sum": Row("sum (the paper)", ("--score-reduction", "sum")),
-    "sum, joint": Row("sum (the paper), joint", ("--score-reduction", "sum", "--learning", "joint")),
+    "backbone": ("--no-dsts",),
+    BASE: (),
+    "joint": ("--learning", "joint"),
+    "no skip": ("--no-skip",),
+    "scoring 1x3x3": ("--scoring-kernel", "1x3x3"),
+    "scoring width 2": ("--scoring-width", "2"),
+    "mixing 1x3x3": ("--mixing-kernel", "1x3x3"),
+    "mixing 3x1x1": ("--mixing-kernel", "3x1x1"),
+    "sum, joint": ("--score-reduction", "sum", "--learning", "joint"),
 }
-# Title, the title of the base's row in it, and the other rows.
+# Title, and its rows with the title each has there; the first is what the others are held against.
 TABLES = (
-    ("Table 4: DSTS beside the backbone", "backbone with DSTS, upstream-downstream", ("backbone", "joint")),
-    ("Table 1: skip connection", "with", ("no skip",)),
-    ("Table 2: scoring kernel", "1x1x1", ("scoring 1x3x3", "scoring width 2")),
-    ("Table 3: mixing kernel", "1x1x1", ("mixing 1x3x3", "mixing 3x1x1")),
-    ("Ours: what a score sums over", "mean", ("sum", "joint", "sum, joint")),
+    (
+        "Table 4: DSTS beside the backbone",
+        (("backbone", "backbone"), (BASE, "with DSTS, upstream-downstream"), ("joint", "with DSTS, joint")),
+    ),
+    ("Table 1: skip connection", ((BASE, "with"), ("no skip", "without"))),
+    (
+        "Table 2: scoring kernel",
+        ((BASE, "1x1x1"), ("scoring 1x3x3", "1x3x3"), ("scoring width 2", "1x1x1, twice the outputs")),
+    ),
+    ("Table 3: mixing kernel", ((BASE, "1x1x1"), ("mixing 1x3x3", "1x3x3"), ("mixing 3x1x1", "3x1x1"))),
+    ("Learning", (("joint", "joint"), (BASE, "upstream-downstream"))),
+    ("Ours: scale of the scores, joint", (("joint", "mean over positions"), ("sum, joint", "sum, as the paper"))),
 )
-IN_TABLE = {("joint", 0): "backbone with DSTS, joint", ("joint", 4): "mean, joint"}
 TIMED = {
     "backbone": ("--no-dsts",),
     "with DSTS, joint": ("--learning", "joint"),
@@ -70,7 +68,7 @@ TIMED = {
 def run_one(name: str, seed: int, runs: Path, extra: list[str]) -> list[dict]:
     """The history of one run, from disk where it is finished."""
     out = runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    command = ["--quiet", "--threads", "1", "--seed", str(seed), "--out", str(out), *ROWS[name].options, *extra]
+    command = ["--quiet", "--threads", "1", "--seed", str(seed), "--out", str(out), *ROWS[name], *extra]
     epochs = parse(command).epochs
     metrics = out / "metrics.json"
     found = json.loads(metrics.read_text()) if metrics.exists() else []
@@ -88,10 +86,10 @@ def time_steps(seconds: float, extra: list[str]) -> dict[str, float]:
     for name, options in TIMED.items():
         trainer = Trainer(parse(["--quiet", "--clips", "256", "--test-clips", "16", *options, *extra]))
         trainer.wrapped.train()
-        trainers[name] = trainer, [iter(()), False]
+        trainers[name] = trainer
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        for name, (trainer, _) in trainers.items():
+        for name, trainer in trainers.items():
             steps = trainer.losses()
             next(steps)  # reads ahead
             began = time.perf_counter()
@@ -128,14 +126,12 @@ def markdown(results: dict) -> str:
         "over seeds; *dead*: neurons that took no sample in the last epoch, over all layers.",
         "",
     ]
-    for index, (title, base, names) in enumerate(TABLES):
+    for title, listed in TABLES:
         lines += [f"## {title}", "", "| | top-1 % | against the first row | loss | dead | usage, bits |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        order = (names[0], BASE, *names[1:]) if names[0] == "backbone" else (BASE, *names)
-        first = rows[order[0]]["mean"]
-        for name in order:
+        first = rows[listed[0][0]]["mean"]
+        for name, shown in listed:
             own = rows[name]
-            shown = base if name == BASE else IN_TABLE.get((name, index), ROWS[name].title)
             health = f"{own['dead']:.1f} | {own['entropy']:.2f}" if "dead" in own else "- | -"
             lines.append(
                 f"| {shown} | {own['mean']:.1%} ± {own['spread']:.1%} | {(own['mean'] - first) * 100:+.1f} | "
