@@ -34,6 +34,8 @@ ROWS = {
     "backbone": ("--no-dsts",),
     BASE: (),
     "joint": ("--learning", "joint"),
+    "fast gates": ("--upstream-rate", "4e-3"),
+    "joint, fast gates": ("--upstream-rate", "4e-3", "--learning", "joint"),
     "no skip": ("--no-skip",),
     "scoring 1x3x3": ("--scoring-kernel", "1x3x3"),
     "scoring width 2": ("--scoring-width", "2"),
@@ -53,7 +55,15 @@ TABLES = (
         ((BASE, "1x1x1"), ("scoring 1x3x3", "1x3x3"), ("scoring width 2", "1x1x1, twice the outputs")),
     ),
     ("Table 3: mixing kernel", ((BASE, "1x1x1"), ("mixing 1x3x3", "1x3x3"), ("mixing 3x1x1", "3x1x1"))),
-    ("Learning", (("joint", "joint"), (BASE, "upstream-downstream"))),
+    (
+        "Learning, and the rate of gates and scores",
+        (
+            ("joint", "joint, 1e-3"),
+            (BASE, "upstream-downstream, 1e-3"),
+            ("joint, fast gates", "joint, 4e-3, the rate of the rest"),
+            ("fast gates", "upstream-downstream, 4e-3"),
+        ),
+    ),
     ("Ours: scale of the scores, joint", (("joint", "mean over positions"), ("sum, joint", "sum, as the paper"))),
 )
 TIMED = {

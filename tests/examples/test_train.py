@@ -198,7 +198,7 @@ def test_tables(tmp_path, monkeypatch, capfd):
     assert own["mean"] == pytest.approx(sum(own["top1"]) / 2) and len(own["top1"]) == 2
     assert results["step_ms"]["backbone"] > 0
     text = (tmp_path / "results.md").read_text()
-    assert "| backbone with DSTS, joint |" in text and "--epochs 1" in text
+    assert "| with DSTS, joint |" in text and "--epochs 1" in text
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
     assert len(times) == 6
     tables.main([*given, *toy, "--epochs", "1"])
