@@ -2,7 +2,8 @@
 
 Every row is trained with each seed by ``examples/train.py``, one process and thread a run, so runs side by side give
 the same numbers. What is finished is kept: interrupted, the command goes on where it was. Times are measured
-afterwards, alone, the variants taking turns. Results go to ``docs/results.json`` and ``docs/results.md``.
+afterwards, alone, the variants taking turns. Results go to ``docs/results.json`` and ``docs/results.md``, figures to
+``docs/training``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import describe
+from dsts_kernels import viz
+from dsts_kernels.learning import load_checkpoint
 from examples.options import parse
 from examples.train import Trainer
 
@@ -66,6 +69,19 @@ TABLES = (
     ),
     ("Ours: scale of the scores, joint", (("joint", "mean over positions"), ("sum, joint", "sum, as the paper"))),
 )
+TOLD = {  # rows whose routing is looked into
+    BASE: "upstream-downstream",
+    "joint": "joint",
+    "joint, fast gates": "joint, 4e-3",
+    "sum, joint": "joint, scores summed",
+}
+FIGURES = {
+    "gates": "Share of channels that each neuron sends to either operator",
+    "activation": "Neurons that each shape and timing activates",
+    "examples": "Test clips and the neurons that they activate",
+    "usage": "Neurons that training samples chose, by epoch",
+    "saturation": "Saturated gates and dead neurons, by epoch",
+}
 TIMED = {
     "backbone": ("--no-dsts",),
     "with DSTS, joint": ("--learning", "joint"),
@@ -75,9 +91,13 @@ TIMED = {
 }
 
 
+def folder(name: str, seed: int, runs: Path) -> Path:
+    return runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
 def run_one(name: str, seed: int, runs: Path, extra: list[str]) -> list[dict]:
     """The history of one run, from disk where it is finished."""
-    out = runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    out = folder(name, seed, runs)
     command = ["--quiet", "--threads", "1", "--seed", str(seed), "--out", str(out), *ROWS[name], *extra]
     epochs = parse(command).epochs
     metrics = out / "metrics.json"
@@ -123,6 +143,29 @@ def summary(histories: list[list[dict]]) -> dict:
     return found
 
 
+def specialization(names: list[str], seeds: list[int], runs: Path) -> dict[str, list[dict]]:
+    """By row and layer, the mean over seeds: bits that a test clip's neuron tells of its shape, timing and class."""
+    found = {}
+    for name in names:
+        tables = [
+            viz.information_table(load_checkpoint(folder(name, s, runs) / "checkpoint.pt")["routing"]) for s in seeds
+        ]
+        layers = sorted({row["layer"] for row in tables[0]})
+        found[name] = [
+            {
+                attribute: statistics.mean(
+                    row["bits"]
+                    for table in tables
+                    for row in table
+                    if (row["layer"], row["attribute"]) == (layer, attribute)
+                )
+                for attribute in ("shape", "timing", "class")
+            }
+            for layer in layers
+        ]
+    return found
+
+
 def markdown(results: dict) -> str:
     """``docs/results.md``."""
     rows, machine = results["rows"], results["machine"]
@@ -148,6 +191,20 @@ def markdown(results: dict) -> str:
                 f"{own['train_loss']:.2f} | {health} |".replace("%", "")
             )
         lines.append("")
+    lines += ["## What the neurons tell", "", "| | layer | shape, bits | timing, bits | class, bits |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for name, layers in results["specialization"].items():
+        for layer, own in enumerate(layers):
+            bits = " | ".join(f"{own[attribute]:.2f}" for attribute in ("shape", "timing", "class"))
+            lines.append(f"| {TOLD[name]} | {layer} | {bits} |")
+    lines += [
+        "",
+        "Mutual information of a test clip's neuron with its shape, timing (2 bits each) and class (4 bits): the "
+        "mean over seeds. Figures are of the first seed, upstream-downstream.",
+        "",
+        *(f"![{title}](training/{name}.png)" for name, title in FIGURES.items()),
+        "",
+    ]
     lines += ["## Training time", "", "| | ms a step | against the backbone |", "| --- | ---: | ---: |"]
     base_ms = results["step_ms"]["backbone"]
     for name, ms in results["step_ms"].items():
@@ -180,9 +237,11 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": describe(torch.device("cpu")),
         "options": {k: v for k, v in vars(chosen).items() if k not in ("out", "resume")},
         "rows": {name: summary(own) for name, own in histories.items()},
+        "specialization": specialization([n for n in TOLD if n in ROWS], given.seeds, given.runs),
         "step_ms": time_steps(given.timing, extra),
         "timing_threads": torch.get_num_threads(),
     }
+    viz.draw(load_checkpoint(folder(BASE, given.seeds[0], given.runs) / "checkpoint.pt"), given.out / "training")
     (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (given.out / "results.md").write_text(markdown(results))
     print(markdown(results))

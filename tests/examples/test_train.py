@@ -197,6 +197,8 @@ def test_tables(tmp_path, monkeypatch, capfd):
     own = results["rows"]["joint"]
     assert own["mean"] == pytest.approx(sum(own["top1"]) / 2) and len(own["top1"]) == 2
     assert results["step_ms"]["backbone"] > 0
+    assert {len(results["specialization"][name]) for name in (tables.BASE, "joint")} == {3}  # layers
+    assert all((tmp_path / "training" / f"{name}.png").exists() for name in tables.FIGURES)
     text = (tmp_path / "results.md").read_text()
     assert "| with DSTS, joint |" in text and "--epochs 1" in text
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
