@@ -255,6 +255,8 @@ class Trainer:
         path, writer = out / "checkpoint.pt", None
         if self.options.resume:
             self.load(path)
+            if self.rank == 0:
+                self.write_metrics(out)  # it may be an epoch behind the checkpoint
         if self.rank == 0 and not self.options.quiet:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -271,10 +273,15 @@ class Trainer:
             writer.close()
         return self.history[-1]
 
+    def write_metrics(self, out: Path) -> None:
+        """The history as ``metrics.json``, in one piece."""
+        (out / "metrics.json.part").write_text(json.dumps(self.history, indent=1))
+        os.replace(out / "metrics.json.part", out / "metrics.json")
+
     def report(self, writer: Any, out: Path) -> None:
         """The newest record: a line, TensorBoard, ``metrics.json``."""
         record = self.history[-1]
-        (out / "metrics.json").write_text(json.dumps(self.history, indent=1))
+        self.write_metrics(out)
         if self.options.quiet:
             return
         dead = "" if self.monitor is None else f", dead neurons {record['dead']}"

@@ -132,13 +132,16 @@ class UpstreamDownstream:
             raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
         self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
         self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
-        self.device = self.upstream[0].device
         self.distributed = isinstance(module, DistributedDataParallel)
         self._group = module.process_group if self.distributed else None
         self._weights = Tensors(lambda: self.upstream), Tensors(lambda: self.downstream)
         self._buffers = Tensors(module.buffers)
         self._balance = RoutingMonitor(module, keep=True) if balance else None
         self._twice = True  # until an op says that it has no second derivative
+
+    @property
+    def device(self) -> torch.device:
+        return self.upstream[0].device
 
     def step(self, train_batch: Any, val_batch: Any) -> StepResult:
         """One pass of Algorithm 1.
