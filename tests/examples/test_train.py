@@ -17,6 +17,7 @@ pytest.importorskip("torchmetrics")
 from dsts_kernels.cli import main as cli
 from dsts_kernels.learning import load_checkpoint
 from examples import tables, train
+from tests.data.videos import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--clips", "48", "--test-clips", "32", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
@@ -127,6 +128,51 @@ def test_two_processes(tmp_path):
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["epoch"] == 0 and len(state["generators"]) == 2
     assert not torch.equal(state["generators"][0]["cpu"], state["generators"][1]["cpu"])
+
+
+def test_diving48(tmp_path, capsys):
+    """From published annotations and videos to a checkpoint with figures; a missing and a broken clip are counted."""
+    pytest.importorskip("av")
+    names = [f"dive_{i:05}" for i in range(10)]
+    for name in names[:8]:
+        write_video(tmp_path / f"{name}.mp4", 12)
+    (tmp_path / f"{names[8]}.mp4").write_bytes(b"noise" * 50)
+    (tmp_path / "vocab.json").write_text(
+        json.dumps([["Back", "15som", "05Twis", "FREE"], ["Fwd", "25som", "NoTwis", "PIKE"]])
+    )
+    entries = [{"vid_name": n, "label": i % 2, "start_frame": 0, "end_frame": 12} for i, n in enumerate(names)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(entries))
+    given = ["--data", "diving48", "--videos", str(tmp_path), "--classes", str(tmp_path / "vocab.json")]
+    given += ["--annotation", str(tmp_path / "train.json"), "--test-annotation", str(tmp_path / "test.json")]
+    state = run(tmp_path / "out", *given, "--epochs", "1", "--batch", "2")
+    assert "2 of 10 clips left out" in capsys.readouterr().out
+    assert state["routing"]["neuron"].shape == (2, 8) and set(state["routing"]["attributes"]) >= {
+        "position",
+        "somersault",
+    }
+    assert cli(["plot", str(tmp_path / "out" / "checkpoint.pt")]) == 0
+
+
+def test_finegym(tmp_path, capsys):
+    """Elements cut out of a full video by their times; a class that the categories lack is an error."""
+    pytest.importorskip("av")
+    write_video(tmp_path / "abc.mp4", 60)
+    (tmp_path / "classes.txt").write_text(
+        "Clabel:   0; set:  1; Glabel:   1; (VT) one\nClabel:   1; set:  2; Glabel:   5; (FX) two\n"
+    )
+    segments = {f"A_{i:04}_{i + 1:04}": {"stages": 1, "timestamps": [[0.5 * i, 0.5 * i + 0.5]]} for i in range(4)}
+    event = {"event": 1, "timestamps": [[0.5, 2.9]], "segments": segments}
+    (tmp_path / "segments.json").write_text(json.dumps({"abc": {"E_000000_000003": event}}))
+    lines = [f"abc_E_000000_000003_{name} {i % 2}" for i, name in enumerate(segments)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    given = ["--data", "finegym", "--videos", str(tmp_path), "--classes", str(tmp_path / "classes.txt")]
+    given += ["--segments", str(tmp_path / "segments.json"), "--test-annotation", str(tmp_path / "train.txt")]
+    state = run(tmp_path / "out", *given, "--annotation", str(tmp_path / "train.txt"), "--epochs", "1", "--batch", "1")
+    assert state["routing"]["label"].tolist() == [0, 1, 0, 1]
+    (tmp_path / "other.txt").write_text(lines[0].replace(" 0", " 7"))
+    assert train.main([*TOY, *given, "--annotation", str(tmp_path / "other.txt"), "--out", str(tmp_path)]) == 2
+    assert "7" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_run(tmp_path, capsys):
