@@ -81,6 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.learning = "upstream-downstream" if options.dsts else "joint"
     if options.learning == "upstream-downstream" and not options.dsts:
         this.error("--learning: got upstream-downstream with --no-dsts, wanted joint: there is nothing upstream")
+    if options.second_order and options.learning == "joint":
+        this.error("--second-order: got it with --learning joint, wanted upstream-downstream")
     if options.balance and (not options.dsts or options.literal):
         this.error("--balance: got a weight without FusedDSTS, wanted none")
     for name in ("epochs", "batch", "clips", "test_clips", "frames", "size", "width", "layers", "neurons"):

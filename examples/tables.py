@@ -75,6 +75,7 @@ TOLD = {  # rows whose routing is looked into
     "joint, fast gates": "joint, 4e-3",
     "sum, joint": "joint, scores summed",
 }
+TOLD_OF = ("shape", "timing", "class")
 FIGURES = {
     "gates": "Share of channels that each neuron sends to either operator",
     "activation": "Neurons that each shape and timing activates",
@@ -102,6 +103,13 @@ def run_one(name: str, seed: int, runs: Path, extra: list[str]) -> list[dict]:
     epochs = parse(command).epochs
     metrics = out / "metrics.json"
     found = json.loads(metrics.read_text()) if metrics.exists() else []
+    if (out / "checkpoint.pt").exists():
+        kept, wanted = load_checkpoint(out / "checkpoint.pt")["options"], vars(parse(command))
+        changed = [k for k in wanted if k not in ("resume", "out") and kept.get(k) != wanted[k]]
+        if changed:
+            raise SystemExit(
+                f"error: {out} was trained with other options ({', '.join(changed)}); remove it or give --runs"
+            )
     if len(found) < epochs:
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
         subprocess.run([sys.executable, str(ROOT / "examples" / "train.py"), *command, *resume], check=True)
@@ -133,7 +141,8 @@ def summary(histories: list[list[dict]]) -> dict:
     """Mean and spread (standard deviation over seeds) of the last epoch, and how the routing ended."""
     last = [history[-1] for history in histories]
     found = {"top1": [record["top1"] for record in last]}
-    found["mean"], found["spread"] = statistics.mean(found["top1"]), statistics.stdev(found["top1"])
+    found["mean"] = statistics.mean(found["top1"])
+    found["spread"] = statistics.stdev(found["top1"]) if len(last) > 1 else 0.0
     found["mean_class_accuracy"] = statistics.mean(record["mean_class_accuracy"] for record in last)
     found["train_loss"] = statistics.mean(record["train_loss"] for record in last)
     if "dead" in last[0]:
@@ -153,13 +162,14 @@ def specialization(names: list[str], seeds: list[int], runs: Path) -> dict[str, 
         layers = sorted({row["layer"] for row in tables[0]})
         found[name] = [
             {
-                attribute: statistics.mean(
-                    row["bits"]
+                f"{attribute} {kind}": statistics.mean(
+                    row[column]
                     for table in tables
                     for row in table
                     if (row["layer"], row["attribute"]) == (layer, attribute)
                 )
-                for attribute in ("shape", "timing", "class")
+                for attribute in TOLD_OF
+                for kind, column in (("bits", "bits"), ("shuffled", "shuffled_bits"))
             }
             for layer in layers
         ]
@@ -176,7 +186,9 @@ def markdown(results: dict) -> str:
         f"{machine['torch']}, commit {machine.get('commit', 'unknown')}. "
         f"{results['options']['clips']} training and {results['options']['test_clips']} test clips of 16 classes, "
         f"{results['options']['epochs']} epochs. Top-1 of the last epoch on the test set, mean and standard deviation "
-        "over seeds; *dead*: neurons that took no sample in the last epoch, over all layers.",
+        "over seeds; *dead*: neurons that took no training sample in the last epoch, over all layers. With "
+        "upstream-downstream, gates and scores learn from a quarter of an epoch's clips and all else from the rest, so "
+        "its epoch has three quarters of the steps that joint's has.",
         "",
     ]
     for title, listed in TABLES:
@@ -195,12 +207,13 @@ def markdown(results: dict) -> str:
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for name, layers in results["specialization"].items():
         for layer, own in enumerate(layers):
-            bits = " | ".join(f"{own[attribute]:.2f}" for attribute in ("shape", "timing", "class"))
+            bits = " | ".join(f"{own[f'{a} bits']:.2f} ({own[f'{a} shuffled']:.2f})" for a in TOLD_OF)
             lines.append(f"| {TOLD[name]} | {layer} | {bits} |")
     lines += [
         "",
         "Mutual information of a test clip's neuron with its shape, timing (2 bits each) and class (4 bits): the "
-        "mean over seeds. Figures are of the first seed, upstream-downstream.",
+        "mean over seeds; in brackets what shuffled labels give by chance. Figures are of the first seed, "
+        "upstream-downstream.",
         "",
         *(f"![{title}](training/{name}.png)" for name, title in FIGURES.items()),
         "",
@@ -231,8 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
         found = list(pool.map(lambda one: run_one(*one, given.runs, extra), work))
     histories = {name: [h for (n, _), h in zip(work, found, strict=True) if n == name] for name in ROWS}
     chosen = parse(extra)
+    named = [] if tuple(given.seeds) == SEEDS else ["--seeds", *map(str, given.seeds)]
     results = {
-        "command": " ".join(["python examples/tables.py", *extra]),
+        "command": " ".join(["python examples/tables.py", *named, *extra]),
         "seeds": list(given.seeds),
         "machine": describe(torch.device("cpu")),
         "options": {k: v for k, v in vars(chosen).items() if k not in ("out", "resume")},

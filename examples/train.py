@@ -46,7 +46,7 @@ from examples.model import ActionNet, build_model
 from examples.options import dsts_options, parse
 
 WARM_UP = 0.15  # of the steps, to the full learning rate
-SHOWN = 16  # test clips whose frames go into a checkpoint
+SHOWN, ALIKE = 6, 2  # classes, and test clips of each, whose frames go into a checkpoint
 
 
 def rate_share(step: int, steps: int) -> float:
@@ -142,6 +142,8 @@ class Trainer:
                 yield result.train_loss, result.val_loss
                 continue
             loss = F.cross_entropy(self.wrapped(pairs[0][0]), pairs[0][1])
+            if not loss.isfinite():
+                raise FloatingPointError(f"loss: is {loss.item()} in epoch {self.epoch}; a lower --rate may help")
             total = loss + self.options.balance * self.monitor.balance() if self.options.balance else loss
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -193,23 +195,34 @@ class Trainer:
             labels.append(target.cpu())
             if self.monitor is not None:
                 neurons.append(torch.stack([r.neuron.cpu() for r in self.monitor.last]))
-        metrics = {"top1": top1.compute().item(), "class_accuracy": each.compute().tolist()}
-        metrics["mean_class_accuracy"] = sum(metrics["class_accuracy"]) / classes
-        return metrics, self.routing(torch.cat(neurons, 1), torch.cat(labels)) if neurons else None
+        label = torch.cat(labels)
+        there = torch.bincount(label, minlength=classes) > 0
+        by_class = [
+            found if any_ else None for found, any_ in zip(each.compute().tolist(), there.tolist(), strict=True)
+        ]
+        known = [found for found in by_class if found is not None]
+        metrics = {"top1": top1.compute().item(), "class_accuracy": by_class}
+        metrics["mean_class_accuracy"] = sum(known) / len(known)  # of classes that the test set has
+        return metrics, self.routing(torch.cat(neurons, 1), label) if neurons else None
 
     def routing(self, neuron: Tensor, label: Tensor) -> dict[str, Any]:
         """Which neurons the test set activated, with a few clips' frames, as ``dsts_kernels.viz`` draws them."""
-        shown = torch.linspace(0, len(label) - 1, min(SHOWN, len(label))).long()
-        if self.options.data == "synthetic":
-            shown = torch.arange(min(SHOWN, len(label)))  # classes in turn
+        classes = label.unique()
+        classes = classes[torch.linspace(0, len(classes) - 1, min(SHOWN, len(classes))).long()]
+        shown = torch.cat([(label == c).nonzero()[:ALIKE, 0] for c in classes])
         clips = torch.stack([self.test_set[int(i)][0] for i in shown])
         low, high = clips.amin((1, 2, 3, 4), keepdim=True), clips.amax((1, 2, 3, 4), keepdim=True)
+
+        def of_class(values: Tensor) -> Tensor:
+            """An attribute by class, not by clip: one that could not be read was replaced by another."""
+            return torch.zeros(self.test_set.num_classes, dtype=torch.int64).scatter(0, self.test_set.labels, values)
+
         frames = ((clips - low) / (high - low).clamp_min(1e-6) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
         return {
             "neuron": neuron,
             "label": label,
             "class_names": list(self.test_set.class_names),
-            "attributes": {name: values[: len(label)] for name, values in self.test_set.attributes.items()},
+            "attributes": {name: of_class(values)[label] for name, values in self.test_set.attributes.items()},
             "attribute_names": {name: list(values) for name, values in self.test_set.attribute_names.items()},
             "frames": frames.contiguous(),
             "frame_samples": shown,
@@ -227,6 +240,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "exact_second_order": self.learner is None or self.learner.exact_second_order,
                 "generators": generators,
                 "history": self.history,
             }
@@ -234,7 +248,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from the epoch after a checkpoint's."""
-        state = load_checkpoint(path, self.device)
+        state = load_checkpoint(path)
         mine = {k: v for k, v in vars(self.options).items() if k not in ("resume", "out", "quiet", "device", "workers")}
         changed = [k for k, v in mine.items() if state["options"].get(k) != v]
         if changed:
@@ -247,6 +261,8 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         restore_generators(state["generators"][self.rank], self.device)
+        if self.learner is not None:
+            self.learner.exact_second_order = state["exact_second_order"]
         self.epoch, self.history = state["epoch"] + 1, state["history"]
 
     def fit(self) -> dict[str, Any]:
@@ -271,6 +287,8 @@ class Trainer:
             self.epoch += 1
         if writer is not None:
             writer.close()
+        if self.rank == 0 and hasattr(self.test_set, "report"):
+            print(*(data.report() for data in (self.train_set, self.test_set)), sep="\n")
         return self.history[-1]
 
     def write_metrics(self, out: Path) -> None:
@@ -312,7 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted: {options.out} has the last whole epoch; --resume goes on from there", file=sys.stderr)
+        whole = (Path(options.out) / "checkpoint.pt").exists()
+        hint = f"{options.out} has the last whole epoch; --resume goes on from there" if whole else "no epoch was whole"
+        print(f"interrupted: {hint}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

@@ -3,7 +3,8 @@
 What separates dives is modelled: the class is a shape (how the straight body folds: pike, tuck, split, arch) times a
 timing (one turn or two, folded early or late in the flight). Two classes of one timing differ only in space: single
 frames tell them apart. Two of one shape differ only in time: the turn starts anywhere and is even, and *late* is
-*early* played backwards, with a turn of random sense, so every single frame is as likely under either.
+*early* played backwards, with a turn of random sense: a frame whose place in the clip is unknown is as likely under
+either.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def pair(name: str, batch: Any) -> tuple[Any, Any]:
         raise ValueError(f"{name}: got {found}, wanted a pair (inputs, targets)")
     inputs, targets = batch
     first = first_tensor(inputs)
-    if first is not None and (first.dim() == 0 or first.shape[0] == 0):
+    if first is not None and first.dim() and not first.shape[0]:
         raise ValueError(f"{name}: got inputs of shape {tuple(first.shape)}, wanted one sample at least")
     return inputs, targets
 

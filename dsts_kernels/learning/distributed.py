@@ -19,8 +19,13 @@ def average(value: Tensor, group: dist.ProcessGroup | None = None) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """The gradients of ``parameters`` become their means; one that is missing here counts as zero."""
+    """The gradients of ``parameters`` become their means.
+
+    One that is missing here counts as zero; one that every process lacks stays missing, so no optimizer moves it.
+    """
     waiting: dict[torch.dtype, list[Tensor]] = {}
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
 
     def send(gradients: list[Tensor]) -> None:
         flat = torch.cat([g.reshape(-1) for g in gradients])
@@ -30,7 +35,9 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
             g.copy_(flat[start : start + g.numel()].view(g.shape))
             start += g.numel()
 
-    for p in parameters:
+    for p, anywhere in zip(parameters, used.tolist(), strict=True):
+        if not anywhere:
+            continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         bucket = waiting.setdefault(p.grad.dtype, [])

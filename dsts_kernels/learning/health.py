@@ -74,8 +74,9 @@ class RoutingMonitor:
                 self._routed[index] = routing
             found = self._counts[index]
             if found is None or found.device != routing.neuron.device:
-                moved = torch.zeros(layer.num_neurons, dtype=torch.int64, device=routing.neuron.device)
-                found = self._counts[index] = moved if found is None else found.to(moved.device)
+                with torch.inference_mode(False):  # or training could not count on
+                    empty = torch.zeros(layer.num_neurons, dtype=torch.int64, device=routing.neuron.device)
+                    found = self._counts[index] = empty if found is None else empty.copy_(found)
             found.index_add_(0, routing.neuron, torch.ones_like(routing.neuron))
 
         return count

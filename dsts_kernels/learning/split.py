@@ -46,6 +46,8 @@ class EpochSplit(Dataset):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch: got {epoch!r}, wanted an int of at least 0")
         self._shuffle.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):  # whose randomness goes by epochs too
+            self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self._slice.stop - self._slice.start

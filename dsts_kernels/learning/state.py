@@ -18,18 +18,21 @@ class Tensors:
 
     def __init__(self, find: Callable[[], Iterable[Tensor]]) -> None:
         self.find = find
+        self.tensors: list[Tensor] = []
         self.copies: list[Tensor] = []
 
     def save(self) -> None:
-        tensors = [t.detach() for t in self.find()]
-        if [(t.shape, t.dtype, t.device) for t in tensors] != [(c.shape, c.dtype, c.device) for c in self.copies]:
-            self.copies = [torch.empty_like(t) for t in tensors]
-        if tensors:
-            torch._foreach_copy_(self.copies, tensors)
+        self.tensors = [t.detach() for t in self.find()]
+        shapes = [(t.shape, t.dtype, t.device) for t in self.tensors]
+        if shapes != [(c.shape, c.dtype, c.device) for c in self.copies]:
+            self.copies = [torch.empty_like(t) for t in self.tensors]
+        if self.tensors:
+            torch._foreach_copy_(self.copies, self.tensors)
 
     def restore(self) -> None:
-        if self.copies:
-            torch._foreach_copy_([t.detach() for t in self.find()], self.copies)
+        """What was saved, whatever came since."""
+        if self.tensors:
+            torch._foreach_copy_(self.tensors, self.copies)
 
 
 class OptimizerState:
@@ -40,12 +43,31 @@ class OptimizerState:
         self.state = {p: copied(own) for p, own in optimizer.state.items()}
         self.groups = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
+    @torch.no_grad()
     def restore(self) -> None:
-        """Any number of times: the optimizer gets copies of the copy."""
-        self.optimizer.state.clear()
-        self.optimizer.state.update({p: copied(own) for p, own in self.state.items()})
+        """Any number of times. Tensors stay the objects that they are: a learning rate, what a graph captured."""
+        state = self.optimizer.state
+        for p in [p for p in state if p not in self.state]:
+            del state[p]
+        for p, own in self.state.items():
+            put_back(state.setdefault(p, {}), own)
         for group, saved in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.update(copied(saved))
+            put_back(group, saved)
+
+
+def put_back(target: dict, saved: dict) -> None:
+    """The saved entries into ``target``, tensors in place where they fit."""
+    for key, value in saved.items():
+        now = target.get(key)
+        fits = (
+            isinstance(now, Tensor)
+            and isinstance(value, Tensor)
+            and (now.shape, now.dtype) == (value.shape, value.dtype)
+        )
+        if fits:
+            now.copy_(value)
+        else:
+            target[key] = copied(value)
 
 
 def copied(value: Any) -> Any:

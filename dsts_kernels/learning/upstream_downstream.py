@@ -84,7 +84,12 @@ class UpstreamDownstream:
         balance: weight of :func:`~dsts_kernels.learning.balance_loss` in line 6. **Ours, not the paper's.**
 
     Under ``DistributedDataParallel`` every process brings a part of each batch, all of one size. Passes run in
-    ``no_sync``, as DDP expects the gradient of every parameter; the trained side's gradients are averaged here.
+    ``no_sync``, as DDP expects the gradient of every parameter; the trained side's gradients are averaged here. DDP
+    then never broadcasts buffers: BatchNorm's running statistics are each process's own, as its batch statistics are
+    (``SyncBatchNorm`` shares both).
+
+    A ``scaler`` counts lines 6 and 8 towards its growth interval. What ``loss_fn`` keeps in itself sees all passes, and
+    hooks of the downstream optimizer both of its steps.
 
     Raises:
         ValueError: a module without DSTS; optimizers that own other parameters than these; an argument out of range.
@@ -132,12 +137,16 @@ class UpstreamDownstream:
             raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
         self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
         self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
-        self.distributed = isinstance(module, DistributedDataParallel)
-        self._group = module.process_group if self.distributed else None
+        self._ddp = getattr(module, "_orig_mod", module)  # torch.compile's wrapper around it
+        self.distributed = isinstance(self._ddp, DistributedDataParallel)
+        if not self.distributed and any(isinstance(part, DistributedDataParallel) for part in module.modules()):
+            raise ValueError(f"module: got DistributedDataParallel inside {type(module).__name__}, wanted it outermost")
+        self._group = self._ddp.process_group if self.distributed else None
+        self._layers = [part for part in module.modules() if isinstance(part, DSTSLayer)]
         self._weights = Tensors(lambda: self.upstream), Tensors(lambda: self.downstream)
         self._buffers = Tensors(module.buffers)
         self._balance = RoutingMonitor(module, keep=True) if balance else None
-        self._twice = True  # until an op says that it has no second derivative
+        self.exact_second_order = True  # until an op says that it has no second derivative
 
     @property
     def device(self) -> torch.device:
@@ -158,8 +167,8 @@ class UpstreamDownstream:
         """
         train = micro_batches("train_batch", train_batch, self.accumulate)
         val = micro_batches("val_batch", val_batch, self.accumulate)
-        if not self.module.training:
-            raise ValueError("module: is in evaluation mode, where scores get no gradient; wanted module.train()")
+        if not (self.module.training and all(layer.training for layer in self._layers)):
+            raise ValueError("module: DSTS is in evaluation mode, where scores get no gradient; wanted module.train()")
         states = OptimizerState(self.upstream_optimizer), OptimizerState(self.downstream_optimizer)
         start, scale = Generators(self.device), self.scaler.state_dict() if self.scaler else None
         for saved in (*self._weights, self._buffers):
@@ -174,6 +183,8 @@ class UpstreamDownstream:
             if isinstance(error, _Overflow):  # the lowered scale stays
                 return StepResult(*losses, math.inf, math.inf)
             if scale is not None:
+                with contextlib.suppress(AssertionError):  # that nothing was unscaled yet
+                    self.scaler.update()
                 self.scaler.load_state_dict(scale)
             raise
         finally:
@@ -211,7 +222,8 @@ class UpstreamDownstream:
     def _loss(self, batch: tuple[Any, Any], balance: float = 0.0) -> Tensor:
         """A micro-batch's share of the loss."""
         inputs, targets = batch
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        outer = contextlib.nullcontext()  # the caller's autocast, if any
+        with outer if self.autocast is None else torch.autocast(self.device.type, self.autocast):
             loss = self.loss_fn(call(self.module, inputs), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss_fn: returned {describe(loss)}, wanted a scalar tensor")
@@ -224,7 +236,7 @@ class UpstreamDownstream:
     ) -> float:
         """Gradients of ``parameters``, over all micro-batches and processes; the loss."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with self.module.no_sync() if self.distributed else contextlib.nullcontext():
+        with self._ddp.no_sync() if self.distributed else contextlib.nullcontext():
             for batch in batches:
                 loss = self._loss(batch, balance)
                 total += loss.detach().reshape(())
@@ -272,9 +284,9 @@ class UpstreamDownstream:
             self._buffers.restore()
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.upstream]
 
-        term = self._exact_term(train, start, direction) if self._twice and not self.distributed else None
+        term = self._exact_term(train, start, direction) if self.exact_second_order and not self.distributed else None
         if term is None:
-            self._twice = False
+            self.exact_second_order = False
             term = through.central_difference(gradient, self.downstream, direction)
         for p, own, more in zip(self.upstream, kept, term, strict=True):
             p.grad = -more if own is None else own - more
@@ -292,16 +304,18 @@ class UpstreamDownstream:
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model: both optimizers and the scaler."""
+        """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated."""
         found = {"upstream_optimizer": self.upstream_optimizer, "downstream_optimizer": self.downstream_optimizer}
         if self.scaler:
             found["scaler"] = self.scaler
-        return {name: part.state_dict() for name, part in found.items()}
+        state = {name: part.state_dict() for name, part in found.items()}
+        return {**state, "exact_second_order": self.exact_second_order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.upstream_optimizer.load_state_dict(state["upstream_optimizer"])
         self.downstream_optimizer.load_state_dict(state["downstream_optimizer"])
+        self.exact_second_order = state["exact_second_order"]
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
 

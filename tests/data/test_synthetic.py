@@ -36,15 +36,6 @@ def test_late_is_early_backwards():
     assert early[2] > 0.99 and early[6] < 0.01
 
 
-def test_turns_start_anywhere():
-    """A turn's angles in a frame are uniform for one turn and for two: mean vectors vanish alike."""
-    start = torch.rand(20000) * 2 * math.pi
-    for turns in (1, 2):
-        for share in (0.0, 0.3, 1.0):
-            angle = start + turns * 2 * math.pi * share
-            assert torch.stack((angle.sin(), angle.cos())).mean(1).norm() < 0.03
-
-
 def test_shapes_are_far_apart():
     """Folded bodies differ from one another and from the straight one by more than a pixel of 32."""
     poses = torch.cat((STRAIGHT[None], POSES)) * math.pi / 180

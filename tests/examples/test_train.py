@@ -90,10 +90,10 @@ def test_same_seed_same_run(tmp_path):
     assert first["history"] != other["history"]
 
 
-@pytest.mark.parametrize("learning", ["joint", "upstream-downstream"])
+@pytest.mark.parametrize("learning", [["joint"], ["upstream-downstream"], ["upstream-downstream", "--second-order"]])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, learning):
     """SIGKILL in the middle of an epoch; from the last whole one on, every bit is that of a run left alone."""
-    options = ["--epochs", "4", "--learning", learning]
+    options = ["--epochs", "4", "--learning", *learning]
     command = [
         sys.executable,
         str(ROOT / "examples" / "train.py"),
@@ -103,31 +103,40 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, learning):
         "--out",
         str(tmp_path / "a"),
     ]
-    with subprocess.Popen([*command, *options], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        until = time.monotonic() + 120
-        while not (tmp_path / "a" / "metrics.json").exists():
-            assert time.monotonic() < until and process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    killed_after_an_epoch([*command, *options], tmp_path / "a")
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["epoch"] < 3
     resumed = run(tmp_path / "a", *options, "--clips", "480", "--resume")
     alone = run(tmp_path / "b", *options, "--clips", "480")
     assert_same(comparable(resumed), comparable(alone))
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    """torchrun with two processes trains, resumes, and keeps one model."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / "train.py"), *TOY, "--out", str(tmp_path)]
+def killed_after_an_epoch(command: list[str], out: Path) -> None:
+    """Start a run, and kill it with all its processes in the middle of an epoch after the first."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for more in (["--epochs", "1"], ["--epochs", "1", "--resume"]):
-        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        until = time.monotonic() + 200
+        while not (out / "metrics.json").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(tmp_path):
+    """torchrun with two processes: killed and resumed is uninterrupted, each with noise of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "train.py"), *TOY, "--clips", "480", "--epochs", "3", "--out"]
+    killed_after_an_epoch([*command, str(tmp_path / "a")], tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["epoch"] < 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for given in ([str(tmp_path / "a"), "--resume"], [str(tmp_path / "b")]):
+        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    state = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert state["epoch"] == 0 and len(state["generators"]) == 2
-    assert not torch.equal(state["generators"][0]["cpu"], state["generators"][1]["cpu"])
+    resumed, alone = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab")
+    assert_same(comparable(resumed), comparable(alone))
+    first, second = (state["cpu"] for state in alone["generators"])
+    assert not torch.equal(first, second)
 
 
 def test_diving48(tmp_path, capsys):
@@ -187,9 +196,11 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
+    run(tmp_path / "some", "--epochs", "1")
     monkeypatch.setattr(train.Trainer, "run_epoch", stop)
-    assert train.main([*TOY, "--out", str(tmp_path)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    for out, says in (("some", "--resume"), ("none", "no epoch was whole")):
+        assert train.main([*TOY, "--out", str(tmp_path / out), "--epochs", "2"]) == 130
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,6 +208,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     [
         (["--no-dsts", "--learning", "upstream-downstream"], "there is nothing upstream"),
         (["--no-dsts", "--balance", "1"], "--balance"),
+        (["--learning", "joint", "--second-order"], "--second-order"),
         (["--epochs", "0"], "--epochs: got 0, wanted at least 1"),
         (["--scoring-kernel", "3"], "wanted a kernel such as 1x3x3"),
     ],
@@ -214,6 +226,7 @@ def test_options_that_do_not_fit(options, says, capsys):
         (["--scoring-kernel", "2x2x2"], "scoring_kernel: got (2, 2, 2)"),
         (["--batch", "4000"], "--batch: got 4000"),
         (["--fraction", "2"], "fraction: got 2.0"),
+        (["--learning", "joint", "--rate", "1e30"], "a lower --rate may help"),
     ],
 )
 def test_values_that_are_refused(options, says, tmp_path, capsys):
@@ -251,3 +264,5 @@ def test_tables(tmp_path, monkeypatch, capfd):
     assert len(times) == 6
     tables.main([*given, *toy, "--epochs", "1"])
     assert times == {path: path.stat().st_mtime_ns for path in times}
+    with pytest.raises(SystemExit, match=r"other options \(rate\)"):
+        tables.main([*given, *toy, "--epochs", "1", "--rate", "1"])

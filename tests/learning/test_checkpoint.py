@@ -42,6 +42,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, when):
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
+def test_what_a_killed_save_left_goes(tmp_path):
+    (tmp_path / ".checkpoint.pt.x1.part").write_bytes(b"half of one")
+    save_checkpoint(tmp_path / "checkpoint.pt", {"format": "of somebody else"})
+    assert os.listdir(tmp_path) == ["checkpoint.pt"] and load_checkpoint(tmp_path / "checkpoint.pt")
+
+
 def test_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_checkpoint(tmp_path / "none.pt")

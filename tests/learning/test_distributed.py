@@ -38,7 +38,17 @@ def run(rank: int, port: int, how: str, net: Net, batches: list, queue) -> None:
     try:
         module = DistributedDataParallel(net)
         results = []
-        if how == "joint":  # DDP's own synchronisation: no unused parameters, whatever neurons were chosen
+        if how == "spare":  # no process uses it: decay must not move it
+            net.spare = torch.nn.Linear(2, 2, dtype=torch.float64)
+            module = DistributedDataParallel(net)
+            before = net.spare.weight.detach().clone()
+            steps = UpstreamDownstream(module, F.cross_entropy, **sgd(module, weight_decay=0.1, momentum=0.9))
+            for train, val in batches:
+                steps.step(part(train, rank), part(val, rank))
+            assert torch.equal(before, net.spare.weight)
+            with pytest.raises(ValueError, match="DistributedDataParallel inside Sequential"):
+                UpstreamDownstream(torch.nn.Sequential(module), F.cross_entropy, **sgd(module))
+        elif how == "joint":  # DDP's own synchronisation: no unused parameters, whatever neurons were chosen
             optimizer = torch.optim.SGD(net.parameters(), 0.1)
             for train, _ in batches:
                 inputs, targets = part(train, rank)
@@ -58,11 +68,8 @@ def run(rank: int, port: int, how: str, net: Net, batches: list, queue) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how", ["upstream-downstream", "second order", "joint", "not finite"])
-def test_same_global_batch_same_parameters(how):
-    net = Net(norm=None)  # BatchNorm's statistics are each process's own, as everywhere under DDP
-    alone = copy.deepcopy(net)
-    batches = [(batch(6), batch(4)) for _ in range(STEPS)]
+def started(how: str, net: Net, batches: list) -> list:
+    """What each process found, in order of ranks."""
     context = torch.multiprocessing.get_context("spawn")
     queue, port = context.Queue(), free_port()
     workers = [context.Process(target=run, args=(rank, port, how, net, batches, queue)) for rank in range(WORLD)]
@@ -72,7 +79,20 @@ def test_same_global_batch_same_parameters(how):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
+    return found
 
+
+def test_a_parameter_that_nobody_uses_stays():
+    """As without DDP: no gradient, so neither decay nor momentum. DDP within another module is refused."""
+    started("spare", Net(norm=None), [(batch(4), batch(4)) for _ in range(STEPS)])
+
+
+@pytest.mark.parametrize("how", ["upstream-downstream", "second order", "joint", "not finite"])
+def test_same_global_batch_same_parameters(how):
+    net = Net(norm=None)  # BatchNorm's statistics are each process's own, as everywhere under DDP
+    alone = copy.deepcopy(net)
+    batches = [(batch(6), batch(4)) for _ in range(STEPS)]
+    found = started(how, net, batches)
     if how == "joint":
         optimizer = torch.optim.SGD(alone.parameters(), 0.1)
         for train, _ in batches:
@@ -81,7 +101,7 @@ def test_same_global_batch_same_parameters(how):
             optimizer.step()
     else:
         steps = learner(alone, second_order=how == "second order")
-        steps._twice = False
+        steps.exact_second_order = False
         expected = [steps.step(train, val) for train, val in batches]
         for _, results, _ in found:
             for mine, theirs in zip(results, expected, strict=True):

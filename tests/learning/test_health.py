@@ -56,6 +56,18 @@ def test_saturation_is_where_the_gradient_ends():
     assert [0 < r < 1 for r in saturating_sigmoid(q).tolist()] == [False, True, False]
 
 
+def test_counting_survives_inference_mode():
+    """An evaluation under ``torch.inference_mode`` comes first; training counts on."""
+    dsts = FusedDSTS(4, num_neurons=2)
+    monitor = RoutingMonitor(dsts)
+    with torch.inference_mode():
+        dsts.eval()(torch.randn(3, 4, 2, 3, 3))
+    dsts.train()(torch.randn(3, 4, 2, 3, 3)).sum().backward()
+    with torch.inference_mode():
+        dsts.eval()(torch.randn(3, 4, 2, 3, 3))
+    assert monitor.statistics().samples.tolist() == [9, 9, 9]
+
+
 def test_balance_loss():
     """1 where all is even, N where one neuron takes all; its gradient lowers the crowded neuron's scores."""
     even = Routing(torch.arange(4), torch.zeros(4, 4), torch.empty(0))

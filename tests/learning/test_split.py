@@ -33,6 +33,20 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert len(mixed) == 3  # not only the order: who is in which part
 
 
+def test_a_dataset_that_goes_by_epochs_is_told():
+    """Augmentation of a VideoClips changes from epoch to epoch in either part."""
+
+    class Data(list):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    data = Data(DATA)
+    split_train_val(data)[1].set_epoch(7)
+    assert data.epoch == 7
+
+
 def test_bad_input():
     for fraction in (0, 1, -0.5, 1.5, "half", True, float("nan")):
         with pytest.raises(ValueError, match="fraction"):

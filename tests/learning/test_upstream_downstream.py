@@ -178,15 +178,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(where):
 
     def loss(output, target):
         seen.append(None)
-        return F.cross_entropy(output, target) * (math.nan if where == "line 8" and len(seen) % 3 == 0 else 1.0)
+        return F.cross_entropy(output, target) * (math.nan if where == "line 8" and len(seen) == 6 else 1.0)
 
     steps = UpstreamDownstream(net, loss, upstream_optimizer=optimizers[0], downstream_optimizer=optimizers[1])
     train, val = batch(4), batch(4)
-    if where == "line 8":
-        seen.append(None)
-        seen.clear()
-    else:
-        steps.step(train, val)
+    steps.step(train, val)
+    if where != "line 8":
         {"train_batch": train, "val_batch": val}[where][0][0][1] = math.inf
     before = everything(net, *optimizers)
     with pytest.raises(FloatingPointError, match="val_batch" if where == "val_batch" else "train_batch"):
@@ -248,6 +245,55 @@ def test_gradient_scaling():
     assert same(before, everything(net))
 
 
+def test_a_scaler_goes_on_after_an_error(monkeypatch):
+    """An exception between unscaling and the step: scale and weights are back, and the next step runs."""
+    net = Net(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    steps = learner(net, scaler=scaler)
+    train, val = (batch(5, dtype=torch.float32) for _ in range(2))
+    before = everything(net)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(steps.downstream_optimizer, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        steps.step(train, val)
+    monkeypatch.undo()
+    assert same(before, everything(net)) and scaler.get_scale() == 2.0**10
+    assert all(map(math.isfinite, steps.step(train, val)))
+
+
+def test_tensors_of_an_optimizer_stay_the_same_objects():
+    """A learning rate that its owner changes, and states that a captured graph knows."""
+    net = Net()
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    up, down = upstream_parameters(net), downstream_parameters(net)
+    optimizer = torch.optim.Adam(down, lr=rate, foreach=False, capturable=False)
+    steps = UpstreamDownstream(
+        net, F.cross_entropy, upstream_optimizer=torch.optim.SGD(up, 0.1), downstream_optimizer=optimizer
+    )
+    steps.step(batch(4), batch(4))
+    average = optimizer.state[down[0]]["exp_avg"]
+    steps.step(batch(4), batch(4))
+    assert optimizer.param_groups[0]["lr"] is rate and rate == 0.1
+    assert optimizer.state[down[0]]["exp_avg"] is average
+
+
+def test_the_callers_autocast_holds():
+    net = Net(dtype=torch.float32)
+    seen = []
+
+    def loss(output, target):
+        seen.append(output.dtype)
+        return F.cross_entropy(output.float(), target)
+
+    steps = UpstreamDownstream(net, loss, **sgd(net))
+    with torch.autocast("cpu", torch.bfloat16):
+        steps.step(*(batch(4, dtype=torch.float32) for _ in range(2)))
+    assert seen == [torch.bfloat16] * 3
+
+
 def test_autocast_and_balance():
     """Passes run under autocast; the balance term moves scores only."""
     net = Net(dtype=torch.float32, norm=None)
@@ -289,7 +335,7 @@ def test_second_order(exact):
     loss = F.mse_loss(u * (d - RATE * step) * val[0], val[1])
     expected = u.detach() - RATE * torch.autograd.grad(loss, u)[0]
     steps = UpstreamDownstream(net, F.mse_loss, **sgd(net), second_order=True)
-    steps._twice = exact
+    steps.exact_second_order = exact
     steps.step(train, val)
     torch.testing.assert_close(net.u.detach(), expected, rtol=1e-12 if exact else 1e-4, atol=0)
 
@@ -313,7 +359,7 @@ def test_second_order_of_our_ops_is_a_difference():
     learner(first).step(train, val)
     mine.step(train, val)
     theirs.step(train, val)
-    assert not mine._twice and theirs._twice
+    assert not mine.exact_second_order and theirs.exact_second_order
     gates = [m.dsts.layers[0].gate for m in (net, literal, first)]
     term = (gates[2] - gates[1]).norm()
     assert term > 0 and (gates[0] - gates[1]).norm() < 1e-3 * term
@@ -385,6 +431,9 @@ def test_bad_input():
         steps.step(train, None)
     with pytest.raises(ValueError, match="evaluation mode"):
         net.eval()
+        steps.step(train, train)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        net.train().dsts.eval()
         steps.step(train, train)
     net.train()
     with pytest.raises(ValueError, match="loss_fn: returned a tensor of shape"):
