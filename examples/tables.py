@@ -29,6 +29,7 @@ from examples.options import parse
 from examples.train import Trainer
 
 SEEDS = (0, 1, 2)
+NOTES = "## What to make of it"  # what follows it in results.md is written by hand and kept
 BASE = "DSTS"
 
 
@@ -257,8 +258,10 @@ def main(arguments: list[str] | None = None) -> None:
     }
     viz.draw(load_checkpoint(folder(BASE, given.seeds[0], given.runs) / "checkpoint.pt"), given.out / "training")
     (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (given.out / "results.md").write_text(markdown(results))
-    print(markdown(results))
+    text, target = markdown(results), given.out / "results.md"
+    before = target.read_text() if target.exists() else ""
+    target.write_text(text + (before[before.index(NOTES) :] if NOTES in before else ""))
+    print(text)
 
 
 if __name__ == "__main__":
