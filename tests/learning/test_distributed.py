@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import socket
+import traceback
 
 import pytest
 import torch
@@ -64,8 +66,13 @@ def run(rank: int, port: int, how: str, net: Net, batches: list, queue) -> None:
                 with pytest.raises(FloatingPointError, match="train_batch"):
                     steps.step(part(train, rank), part(val, rank))
         queue.put((rank, results, [p.detach().numpy() for p in net.parameters()]))
-    finally:
-        dist.destroy_process_group()
+        queue.close()
+        queue.join_thread()
+        dist.barrier()
+        os._exit(0)  # gloo's threads may abort a process that ends while something still refers to its group
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def started(how: str, net: Net, batches: list) -> list:
