@@ -10,6 +10,7 @@ from dsts_kernels import Draws, FusedDSTS
 from dsts_kernels.learning import UpstreamDownstream, downstream_parameters, upstream_parameters
 
 CLASSES = 4
+RATE = 0.1
 
 
 class Net(nn.Module):
@@ -36,7 +37,7 @@ def batch(size: int, *, channels: int = 6, layers: int = 2, neurons: int = 3, dt
     return (torch.randn(size, 3, 2, 4, 4, dtype=dtype), noise, hard, gumbel), torch.arange(size) % CLASSES
 
 
-def sgd(module: nn.Module, rate: float = 0.1, **options: object) -> dict[str, torch.optim.Optimizer]:
+def sgd(module: nn.Module, rate: float = RATE, **options: object) -> dict[str, torch.optim.Optimizer]:
     sides = {"upstream_optimizer": upstream_parameters(module), "downstream_optimizer": downstream_parameters(module)}
     return {k: torch.optim.SGD([p for p in v if p.requires_grad], rate, **options) for k, v in sides.items()}
 
