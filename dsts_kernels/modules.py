@@ -162,9 +162,10 @@ class DSTSLayer(nn.Module):
                 checked and unused in evaluation.
             return_routing: also return :class:`Routing` with neuron ``(B,)``, scores ``(B, N)``, gate ``(B, C)``.
         """
-        check_input(x, self.in_channels, self.gate)
+        gate_logits = self.gate  # a parametrization works anew each time that it is asked
+        check_input(x, self.in_channels, gate_logits)
         if draws is not None:
-            draws = check_draws(draws, (x.shape[0],), self.in_channels, self.num_neurons, self.gate)
+            draws = check_draws(draws, (x.shape[0],), self.in_channels, self.num_neurons, gate_logits)
         elif self.training:
             sampled = sample_draws(
                 x.shape[0],
@@ -174,48 +175,69 @@ class DSTSLayer(nn.Module):
                 noise_std=self.noise_std,
                 hard_fraction=self.hard_fraction,
                 device=x.device,
-                dtype=self.gate.dtype,
+                dtype=x.dtype,
             )
             draws = Draws(*(field[0] for field in sampled))
 
         scores = ops.relevance_scores(x, self.scoring, reduction=self.score_reduction, backend=self.backend)
+        operators = self.spatial, self.temporal, self.mixing
         if self.training:
             noisy = scores + draws.gumbel.to(scores.dtype)
             neuron = noisy.argmax(dim=1)
-            gate = self._gate(neuron, draws)
-            z = self._weigh(self._operate(x, gate, neuron), x, neuron, noisy, draws)
+            gate = self._gate(gate_logits, neuron, draws)
+            z = self._operate(x, gate, neuron, operators)
+            if noisy.requires_grad:
+                z = self._weigh(z, x, neuron, noisy, draws, gate_logits, operators)
         else:
             neuron = scores.argmax(dim=1)
-            gate = self._gate(neuron, None)
-            z = self._operate(x, gate, neuron)
+            gate = self._gate(gate_logits, neuron, None)
+            z = self._operate(x, gate, neuron, operators)
         if self.norm is not None:
             z = self.norm(z)
         if self.activation == "relu":
-            z = F.relu(z, inplace=not torch.is_grad_enabled())  # large fresh memory costs more than the pass
+            z = F.relu(z, inplace=self._owns_output())  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z
 
-    def _gate(self, neuron: Tensor, draws: Draws | None) -> Tensor:
+    def _owns_output(self) -> bool:
+        """Whether nobody else holds what the norm returned: neither autograd nor a hook nor a norm of another kind."""
+        if torch.is_grad_enabled():
+            return False
+        norm = self.norm
+        hooks = torch.nn.modules.module._global_forward_hooks
+        return norm is None or (type(norm) is nn.BatchNorm3d and not (norm._forward_hooks or hooks))
+
+    def _gate(self, logits: Tensor, neuron: Tensor, draws: Draws | None) -> Tensor:
         noise, hard = (None, None) if draws is None else (draws.noise, draws.hard)
-        return ops.semhash_gate(self.gate, noise, hard, neuron=neuron, backend=self.backend)
+        return ops.semhash_gate(logits, noise, hard, neuron=neuron, backend=self.backend)
 
-    def _operate(self, x: Tensor, gate: Tensor, neuron: Tensor) -> Tensor:
+    def _operate(self, x: Tensor, gate: Tensor, neuron: Tensor, operators: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """A neuron's output ``z'``: gated convolution, then mixing."""
-        z = ops.gated_conv3d(x, gate, neuron, self.spatial, self.temporal, backend=self.backend)
-        return ops.mixing_conv3d(z, neuron, self.mixing, backend=self.backend)
+        spatial, temporal, mixing = operators
+        z = ops.gated_conv3d(x, gate, neuron, spatial, temporal, backend=self.backend)
+        return ops.mixing_conv3d(z, neuron, mixing, backend=self.backend)
 
-    def _weigh(self, z: Tensor, x: Tensor, neuron: Tensor, noisy: Tensor, draws: Draws) -> Tensor:
+    def _weigh(
+        self,
+        z: Tensor,
+        x: Tensor,
+        neuron: Tensor,
+        noisy: Tensor,
+        draws: Draws,
+        logits: Tensor,
+        operators: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
         """Give the router its gradient: ``z`` is unchanged in value."""
-        if not noisy.requires_grad:
-            return z
         shares = torch.softmax(noisy / self.gumbel_tau, dim=1)
+        # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
+        fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
         if self.routing_gradient == "selected":
-            return ops.selected_weight(z, shares.gather(1, neuron[:, None])[:, 0])
+            return ops.selected_weight(z, shares.gather(1, neuron[:, None])[:, 0], fresh=fresh)
         with torch.no_grad():
             others = []
             for i in range(self.num_neurons):
                 chosen = torch.full_like(neuron, i)
-                others.append(self._operate(x, self._gate(chosen, draws), chosen))
-        return ops.all_neurons_weight(z, shares, others)
+                others.append(self._operate(x, self._gate(logits, chosen, draws), chosen, operators))
+        return ops.all_neurons_weight(z, shares, others, fresh=fresh)
 
 
 class FusedDSTS(nn.Module):
@@ -311,10 +333,12 @@ class FusedDSTS(nn.Module):
             return_routing: also return :class:`Routing`.
         """
         first = self.layers[0]
-        check_input(x, first.in_channels, first.gate)
+        gate = first._parameters.get("gate")
+        # Parameters may be sharded or made up until a layer runs; then it is the layer that checks dtype and device.
+        check_input(x, first.in_channels, gate if type(gate) is nn.Parameter else None)
         size = (len(self.layers), x.shape[0])
         if draws is not None:
-            draws = check_draws(draws, size, first.in_channels, first.num_neurons, first.gate)
+            draws = check_draws(draws, size, first.in_channels, first.num_neurons, x)
         elif self.training:
             draws = sample_draws(
                 x.shape[0],
@@ -324,7 +348,7 @@ class FusedDSTS(nn.Module):
                 noise_std=first.noise_std,
                 hard_fraction=first.hard_fraction,
                 device=x.device,
-                dtype=first.gate.dtype,
+                dtype=x.dtype,
             )
         h, routings = x, []
         for index, layer in enumerate(self.layers):
@@ -359,11 +383,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last_3d if last else torch.contiguous_format
 
 
-def check_input(x: object, channels: int, like: Tensor) -> None:
-    """Refuse what is not ``(B, channels, T, H, W)`` features in the dtype and on the device of ``like``."""
-    x = _checks.features("x", x)
-    if x.shape[1] != channels:
-        raise ValueError(f"x: got {_checks.describe(x)}, wanted {channels} channels in dimension 1")
+def check_input(x: object, channels: int, like: Tensor | None) -> None:
+    """Refuse what is not ``(B, channels, T, H, W)`` features in the dtype and on the device of ``like``, if given."""
+    x = _checks.features("x", x, channels)
+    if like is None:
+        return
     if x.device != like.device:
         raise ValueError(f"x: got a tensor on {x.device}, wanted {like.device}, where the module is")
     if x.dtype != like.dtype and not autocast_on(x):

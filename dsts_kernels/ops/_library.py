@@ -1,45 +1,122 @@
 """The torch library that holds our ops, and the one way to define one.
 
-An op is a schema, an implementation that picks a backend, and a fake that gives shapes; autograd lives in an
-``autograd.Function`` outside, which costs half as much a call as ``torch.library.custom_op``.
+An op is a schema, an implementation that picks a backend, a fake that gives shapes and, where it has one, a derivative.
+:func:`define` registers all of it with the dispatcher, where compilers, exporters, tracers, modes and transforms find
+it, and gives back an :class:`Op`, which takes the short way past the dispatcher where nothing listens there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("dsts_kernels", "DEF")
 PLAIN = (Tensor, torch.nn.Parameter)
+NO_DERIVATIVE = "NoDerivative"  # how autograd's nodes of ops without one are called: learning.second_order asks
+
+
+class Derivative(NamedTuple):
+    """The derivative of an op: what its forward pass keeps, and what its backward pass does with it."""
+
+    setup_context: Callable[[Any, tuple, Any], None]  # (ctx, inputs, output)
+    backward: Callable[..., tuple]  # (ctx, *gradients), one gradient or None for every input
+
+
+def _modes() -> int:
+    """The dispatch keys that are on for every op of this thread, as an integer."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+def _quiet_modes() -> frozenset[int]:
+    """:func:`_modes` where nothing listens: in training, evaluation and inference mode."""
+    with torch.inference_mode():
+        inference = _modes()
+    with torch.inference_mode(False):
+        return frozenset((inference, _modes()))
+
+
+QUIET = _quiet_modes()
+
+
+def listened(args: Sequence[Any]) -> bool:
+    """Whether anything must see an op on ``args``, so that it has to go through the dispatcher.
+
+    Compilers and exporters; dispatch and function modes (a FLOP counter, a default device); transforms
+    (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta tensors; and tensors whose
+    memory does not hold their values: a lazy negative, a lazy zero.
+    """
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        return True
+    if _modes() not in QUIET or torch._C._is_torch_function_mode_enabled():
+        return True
+    for a in args:
+        if isinstance(a, Tensor):
+            ordinary = type(a) in PLAIN and (a.is_cpu or a.is_cuda)
+            if not ordinary or a.is_neg() or a._is_zerotensor():
+                return True
+    return False
+
+
+def tracked(args: Sequence[Any]) -> bool:
+    """Whether a derivative may be wanted: a gradient, or in forward mode a tangent."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 class Op:
     """A callable op: through the dispatcher where something listens there, straight to its implementation else.
 
-    The dispatcher costs 1 to 5 us a call, the more the more arguments, which a small layer feels. Compilers, exporters,
-    fake and meta tensors, subclasses and the profiler see the op; plain eager calls do not need it.
+    The dispatcher costs 1 to 5 us a call, the more the more arguments, which a small layer feels.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, run: Callable) -> None:
-        self.overload, self._run = overload, run
+    def __init__(self, overload: torch._ops.OpOverload, run: Callable, function: type | None) -> None:
+        self.overload, self._run, self._function = overload, run, function
 
     def __call__(self, *args):
-        x = args[0]
-        plain = not torch.compiler.is_compiling() and type(x) in PLAIN and not x.is_meta
-        if not plain or torch.autograd._profiler_enabled():
+        if listened(args):
             return self.overload(*args)
+        if self._function is not None and tracked(args):
+            return self._function.apply(*args)
         return self._run(*args)
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> Op:
-    """Define ``dsts_kernels::<schema>``, whose first argument is a tensor; returns the callable op."""
+def define(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    strided: tuple[str, ...] = (),
+    derivative: Derivative | None = None,
+    differentiable: bool = True,
+    flops: Callable[..., int] | None = None,
+) -> Op:
+    """Define ``dsts_kernels::<schema>``; returns the callable op.
+
+    Args:
+        implementation: of checked arguments. Every tensor is dense, but those named in ``strided``.
+        fake: shapes of what it returns, from the shapes of its arguments.
+        strided: arguments whose strides the implementation reads, any of them: features.
+        derivative: ``None`` refuses: an error names the op where a derivative is asked for.
+        differentiable: false for an op of inference, whose results are cut off from autograd.
+        flops: floating-point operations of a call, for ``torch.utils.flop_counter``: the op's arguments, and
+            ``out_val``, what it returned.
+    """
     name = schema.split("(", 1)[0]
+    dense = _dense_arguments(schema, strided)
 
     def run(*args):
+        args = list(args)
+        for i in dense:  # native code reads plain memory
+            if isinstance(args[i], Tensor) and not args[i].is_contiguous():
+                args[i] = args[i].contiguous()
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):
@@ -50,15 +127,122 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Op:
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"dsts_kernels::{name}", fake, lib=LIBRARY)
-    return Op(getattr(torch.ops.dsts_kernels, name).default, run)
+    packet = getattr(torch.ops.dsts_kernels, name)
+    function = _register_autograd(name, packet.default, run, derivative, differentiable)
+    op = Op(packet.default, run, function)
+    torch.library.register_vmap(f"dsts_kernels::{name}", _by_slices(packet.default), lib=LIBRARY)
+    if flops is not None:
+        register_flop_formula(packet, get_raw=True)(flops)
+    return op
 
 
-def apply(function: type[torch.autograd.Function], forward: Callable, *args):
-    """``function.apply(*args)`` where a gradient may be wanted, else ``forward(*args)``, which costs 3.5 us less."""
-    tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if tracked or torch.autograd.forward_ad._current_level >= 0:
-        return function.apply(*args)
-    return forward(*args)
+def _dense_arguments(schema: str, strided: tuple[str, ...]) -> tuple[int, ...]:
+    """Positions of the arguments that must be dense."""
+    arguments = [argument.split("=")[0].split() for argument in schema.split("(", 1)[1].split(")", 1)[0].split(",")]
+    names = [name for _, name in arguments]
+    assert set(strided) <= set(names), (strided, names)
+    return tuple(i for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor?") and name not in strided)
+
+
+def _register_autograd(
+    name: str, overload: torch._ops.OpOverload, run: Callable, derivative: Derivative | None, differentiable: bool
+) -> type | None:
+    """Registers what autograd does with an op; returns the ``autograd.Function`` of calls past the dispatcher."""
+
+    def below(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    if not differentiable:
+        LIBRARY.impl(name, below, "Autograd")
+        return None
+    kind = NO_DERIVATIVE if derivative is None else "Op"
+    derivative = derivative or _refused(name)
+    steps = _steps(name, derivative)
+    seen = type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(below, derivative)})
+    transformed = type(
+        f"{kind}_{name}",
+        (torch.autograd.Function,),
+        {
+            **steps,
+            "forward": staticmethod(below),
+            "setup_context": staticmethod(derivative.setup_context),
+            "vmap": staticmethod(_by_slices(overload)),
+        },
+    )
+
+    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+
+    def autograd(*args):
+        args += defaults[len(args) :]  # the dispatcher leaves out what is as the schema has it
+        if torch._C._are_functorch_transforms_active():
+            return transformed.apply(*args)
+        return seen.apply(*args) if tracked(args) else below(*args)
+
+    LIBRARY.impl(name, autograd, "Autograd")
+    return type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative)})
+
+
+def _refused(name: str) -> Derivative:
+    """The derivative of an op that has none: an error where one is asked for."""
+
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            f"dsts_kernels::{name} has no derivative: got a backward pass through it, as for a second derivative; "
+            "wanted first derivatives only (the literal dsts_kernels.reference.DSTS has second ones)"
+        )
+
+    return Derivative(lambda ctx, inputs, output: None, backward)
+
+
+def _keeping(forward: Callable, derivative: Derivative) -> staticmethod:
+    """A ``forward(ctx, ...)``, which costs half as much a call as a ``setup_context`` of its own."""
+
+    def forward_and_keep(ctx, *args):
+        output = forward(*args)
+        derivative.setup_context(ctx, args, output)
+        return output
+
+    return staticmethod(forward_and_keep)
+
+
+def _steps(name: str, derivative: Derivative) -> dict[str, staticmethod]:
+    """Both directions of an op's derivative, the second of which none has."""
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"dsts_kernels::{name} has no forward-mode derivative: got a tangent (torch.func.jvp, jacfwd or "
+            "torch.autograd.forward_ad), wanted reverse mode (torch.func.grad, vjp, jacrev or backward)"
+        )
+
+    return {"backward": staticmethod(derivative.backward), "jvp": staticmethod(jvp)}
+
+
+def _by_slices(op: Callable) -> Callable:
+    """A rule for ``torch.func.vmap``: the op on every slice, one after the other."""
+
+    def rule(info, in_dims, *args):
+        if not info.batch_size:
+            raise ValueError(f"vmap: got a dimension of size 0 over {op}, wanted one slice at least")
+        pairs = list(zip(args, in_dims, strict=True))
+        slices = [
+            op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in pairs))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(slices[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+        return torch.stack(slices), 0
+
+    return rule
+
+
+def apply(function: type[torch.autograd.Function], expression: Callable, *args):
+    """``function.apply(*args)`` where a gradient is wanted and nothing listens, else ``expression(*args)``.
+
+    The expression is plain torch and has the same value and gradient, as compilers and transforms want it; the function
+    is the faster of the two.
+    """
+    return function.apply(*args) if tracked(args) and not listened(args) else expression(*args)
 
 
 # Asked once: older versions of torch.compile cannot trace the question.

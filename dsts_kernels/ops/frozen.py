@@ -6,12 +6,14 @@ the next layer routes by while it does.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..backends import choose
 from ..backends.base import FrozenOptions, FrozenWeights
-from ._library import define
+from ._library import PLAIN, define
 
 
 def _frozen_layer(
@@ -64,12 +66,28 @@ def _frozen_layer_fake(
     )
 
 
+def _flops(x, sums, skip, scoring, channels, starts, filters, bias, mixing, *options, out_val, **named) -> int:
+    """Scores, and direct convolutions of the channels that each sample's neuron lists: two for every multiply-add."""
+    (b, c), positions = x.shape[:2], x.shape[2:].numel()
+    num_neurons, outputs = bias.shape
+    spatial = b * c  # all of them where neurons are not known: fake tensors
+    if type(starts) in PLAIN and not starts.is_meta:
+        spatial = int(starts.diff()[out_val[2]].sum())
+    taps = 9 * spatial + 3 * (b * c - spatial)
+    if mixing is not None:
+        taps += b * outputs * math.prod(options[1])
+    return 2 * (b * num_neurons * scoring.shape[1:].numel() + taps * outputs * positions)
+
+
 frozen_layer_op = define(
     "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor starts, "
     "Tensor filters, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
     "bool relu, str packing, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _frozen_layer,
     _frozen_layer_fake,
+    strided=("x", "skip"),
+    differentiable=False,
+    flops=_flops,
 )
 
 

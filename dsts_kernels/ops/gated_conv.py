@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import apply, autocast_features, autocast_on, define
+from ._library import PLAIN, Derivative, autocast_features, autocast_on, define
 
 
 def _forward(
@@ -50,34 +50,60 @@ def _backward_fake(grad, x, gate, neuron, spatial, temporal, needs, backend=None
     )
 
 
-forward_op = define(
-    "gated_conv3d(Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, str? backend=None) -> Tensor",
-    _forward,
-    _forward_fake,
-)
+def _listed(gate: Tensor) -> tuple[int, int]:
+    """Channels that gates send to either operator, over the batch; all where they are not known (fake tensors)."""
+    if type(gate) not in PLAIN or gate.is_meta:
+        return gate.numel(), gate.numel()
+    return int((gate != 0).sum()), int((gate != 1).sum())
+
+
+def _flops(x, gate, neuron, spatial, temporal, backend=None, *, out_val) -> int:
+    """Two for every multiply-add of direct convolutions of the listed channels."""
+    to_spatial, to_temporal = _listed(gate)
+    return 2 * (9 * to_spatial + 3 * to_temporal) * spatial.shape[1] * x.shape[2:].numel()
+
+
+def _backward_flops(grad, x, gate, neuron, spatial, temporal, needs, backend=None, *, out_val) -> int:
+    """Likewise; gates that train want the data gradient of every channel."""
+    to_spatial, to_temporal = _listed(gate)
+    taps = 9 * to_spatial * needs[2] + 3 * to_temporal * needs[3]
+    if needs[1]:
+        taps += 12 * gate.numel()
+    elif needs[0]:
+        taps += 9 * to_spatial + 3 * to_temporal
+    return 2 * taps * spatial.shape[1] * x.shape[2:].numel()
+
+
 backward_op = define(
     "gated_conv3d_backward(Tensor grad, Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, "
     "bool[] needs, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    strided=("grad", "x"),
+    flops=_backward_flops,
 )
 
 
-class GatedConv3d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gate, neuron, spatial, temporal, backend):
-        ctx.backend = backend
-        ctx.save_for_backward(x, gate, neuron, spatial, temporal)
-        return forward_op(x, gate, neuron, spatial, temporal, backend)
+def _keep(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, gate, neuron, spatial, temporal = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
-        found = backward_op(grad, x, gate, neuron, spatial, temporal, needs, ctx.backend)
-        dx, dgate, dspatial, dtemporal = (g if need else None for g, need in zip(found, needs, strict=True))
-        return dx, dgate, None, dspatial, dtemporal, None
+
+def _gradients(ctx, grad):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+    found = backward_op(grad, *ctx.saved_tensors, needs, ctx.backend)
+    dx, dgate, dspatial, dtemporal = (g if need else None for g, need in zip(found, needs, strict=True))
+    return dx, dgate, None, dspatial, dtemporal, None
+
+
+forward_op = define(
+    "gated_conv3d(Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, str? backend=None) -> Tensor",
+    _forward,
+    _forward_fake,
+    strided=("x",),
+    derivative=Derivative(_keep, _gradients),
+    flops=_flops,
+)
 
 
 def gated_conv3d(
@@ -112,4 +138,4 @@ def gated_conv3d(
     _checks.shaped("temporal", temporal, (num_neurons, outputs, channels, 3, 1, 1), dtypes)
     for name, value in (("gate", gate), ("spatial", spatial), ("temporal", temporal)):
         _checks.same_device(name, value, x.device)
-    return apply(GatedConv3d, forward_op, autocast_features(x), gate, neuron, spatial, temporal, backend)
+    return forward_op(autocast_features(x), gate, neuron, spatial, temporal, backend)

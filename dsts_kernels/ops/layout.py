@@ -9,35 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import apply
+from ._library import listened
 
-__all__ = ["identity", "to_memory_format"]
-
-
-def identity(z: Tensor) -> Tensor:
-    """``z`` as a new tensor on the same memory, with the strides it has.
-
-    ``view_as`` makes up the stride of a dimension of size 1, and torch's BatchNorm on a CPU, given a batch of one
-    with such a stride, computes its backward pass from the wrong elements (seen with torch 2.13).
-    """
-    return torch.ops.aten.alias.default(z)
+__all__ = ["to_memory_format"]
 
 
-def relaid(h: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return h.contiguous(memory_format=memory_format)
-
-
-class ToMemoryFormat(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, memory_format):
-        laid = relaid(h, memory_format)
-        return identity(h) if laid is h else laid
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.contiguous(memory_format=torch.channels_last_3d), None
+def _channels_last(grad: Tensor) -> Tensor:
+    return grad.contiguous(memory_format=torch.channels_last_3d)
 
 
 def to_memory_format(h: Tensor, memory_format: torch.memory_format) -> Tensor:
     """``h (B, C, T, H, W)`` in ``memory_format``, its gradient in ``torch.channels_last_3d``."""
-    return apply(ToMemoryFormat, relaid, h, memory_format)
+    if h.requires_grad and not listened((h,)):  # compilers lay out gradients by themselves
+        h.register_hook(_channels_last)
+    return h.contiguous(memory_format=memory_format)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import apply, autocast_features, autocast_on, define
+from ._library import Derivative, autocast_features, autocast_on, define
 
 MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
 
@@ -36,31 +35,44 @@ def _backward_fake(grad, z, neuron, mixing, needs, backend=None):
     )
 
 
-forward_op = define(
-    "mixing_conv3d(Tensor z, Tensor neuron, Tensor mixing, str? backend=None) -> Tensor", _forward, _forward_fake
-)
+def _flops(z, neuron, mixing, backend=None, *, out_val) -> int:
+    """Two for every multiply-add."""
+    return 2 * z.numel() * mixing.shape[2:].numel()
+
+
+def _backward_flops(grad, z, neuron, mixing, needs, backend=None, *, out_val) -> int:
+    return _flops(z, neuron, mixing, out_val=None) * sum(needs)
+
+
 backward_op = define(
     "mixing_conv3d_backward(Tensor grad, Tensor z, Tensor neuron, Tensor mixing, bool[] needs, "
     "str? backend=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    strided=("grad", "z"),
+    flops=_backward_flops,
 )
 
 
-class MixingConv3d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, neuron, mixing, backend):
-        ctx.backend = backend
-        ctx.save_for_backward(z, neuron, mixing)
-        return forward_op(z, neuron, mixing, backend)
+def _keep(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        z, neuron, mixing = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        dz, dmixing = backward_op(grad, z, neuron, mixing, needs, ctx.backend)
-        return dz if needs[0] else None, None, dmixing if needs[1] else None, None
+
+def _gradients(ctx, grad):
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    dz, dmixing = backward_op(grad, *ctx.saved_tensors, needs, ctx.backend)
+    return dz if needs[0] else None, None, dmixing if needs[1] else None, None
+
+
+forward_op = define(
+    "mixing_conv3d(Tensor z, Tensor neuron, Tensor mixing, str? backend=None) -> Tensor",
+    _forward,
+    _forward_fake,
+    strided=("z",),
+    derivative=Derivative(_keep, _gradients),
+    flops=_flops,
+)
 
 
 def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | None = None) -> Tensor:
@@ -91,4 +103,4 @@ def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | N
         raise TypeError(f"mixing: got {_checks.describe(mixing)}, wanted {z.dtype}")
     _checks.neurons(neuron, z.shape[0], z.device)
     _checks.same_device("mixing", mixing, z.device)
-    return apply(MixingConv3d, forward_op, autocast_features(z), neuron, mixing, backend)
+    return forward_op(autocast_features(z), neuron, mixing, backend)

@@ -40,10 +40,12 @@ class CollapseScoring(torch.autograd.Function):
         return summed_over_outputs(scoring)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         # Every output of a kernel has the same gradient. Autograd would store it by a copy into fresh small pages.
-        return spread_op(grad.contiguous(), ctx.saved_tensors[0])
+        (scoring,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return grad.reshape(scoring[:, :1].shape).expand(scoring.shape).to(scoring.dtype)
+        return spread_op(grad, scoring)
 
 
 def collapse_scoring(scoring: Tensor) -> Tensor:

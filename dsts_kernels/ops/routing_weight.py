@@ -1,8 +1,8 @@
 """The straight-through weight of the chosen neuron: value 1 exactly, gradient of its softmax share (DESIGN 1).
 
-The forward pass is the identity, so it costs nothing; the backward pass needs one inner product a sample,
-``<dz', z'>``, and none when the scores are frozen. These are plain tensor expressions: the norm that follows
-keeps ``z'`` anyway.
+The forward pass is the identity, so it costs nothing; the backward pass needs one inner product per sample,
+``<dz', z'>``, and none when the scores are frozen. The functions return what they were given, seen anew: the norm that
+follows keeps ``z'`` anyway. Where nothing follows, the caller asks for memory of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from ..backends.base import accumulate_dtype
-from .layout import identity
+from ._library import apply
+
+
+def identity(z: Tensor) -> Tensor:
+    """``z`` as a new tensor on the same memory, with the strides it has.
+
+    ``view_as`` makes up the stride of a dimension of size 1, and torch's BatchNorm on a CPU, given a batch of one
+    with such a stride, computes its backward pass from the wrong elements (seen with torch 2.13).
+    """
+    return torch.ops.aten.alias.default(z)
 
 
 def _inner(grad: Tensor, z: Tensor) -> Tensor:
-    """``<grad, z>`` a sample: ``(B,)`` in float32 or float64."""
+    """``<grad, z>`` per sample: ``(B,)`` in float32 or float64."""
     wide = accumulate_dtype(z.dtype)
     if z.dtype == wide and z.shape[0] == 1:
         # Both are channels-last here, so this is one dot product over memory as it lies.
@@ -36,33 +45,65 @@ class SelectedWeight(torch.autograd.Function):
         return identity(z)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return grad, _inner(grad, ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
 
 
 class AllNeuronsWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, shares, others):
+    def forward(ctx, z, shares, *others):
         ctx.save_for_backward(*others)
         return identity(z)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dshares = torch.stack([_inner(grad, other) for other in ctx.saved_tensors], dim=1)
-        return grad, dshares, None
+        if torch.is_grad_enabled():  # a second derivative is wanted, and `others` came without a graph
+            dshares = NoDerivativeOfOthers.apply(dshares.detach().requires_grad_())
+        return grad, dshares, *(None for _ in ctx.saved_tensors)
 
 
-def selected_weight(z: Tensor, share: Tensor) -> Tensor:
-    """``z * w`` with ``w = 1`` in value and ``share`` in gradient: ``z (B, O, T, H, W)``, ``share (B,)``."""
-    return SelectedWeight.apply(z, share)
+class NoDerivativeOfOthers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dshares):
+        return dshares.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(
+            "routing_gradient: got 'all' and a second derivative, wanted first derivatives only "
+            "(the literal dsts_kernels.reference.DSTS has second ones)"
+        )
 
 
-def all_neurons_weight(z: Tensor, shares: Tensor, others: list[Tensor]) -> Tensor:
+def _weighed(z: Tensor, share: Tensor) -> Tensor:
+    """``z`` times a straight-through 1, in plain torch and in memory of its own."""
+    wide = accumulate_dtype(z.dtype)
+    weight = (1 + (share - share.detach())).to(wide)
+    return (z.to(wide) * weight[:, None, None, None, None]).to(z.dtype)
+
+
+def _weighed_sum(z: Tensor, shares: Tensor, *others: Tensor) -> Tensor:
+    """``z`` plus nothing, with every share's gradient, in plain torch."""
+    wide = accumulate_dtype(z.dtype)
+    nothing = (shares - shares.detach()).to(wide)
+    for i, other in enumerate(others):
+        z = z + (other.to(wide) * nothing[:, i, None, None, None, None]).to(z.dtype)
+    return z
+
+
+def selected_weight(z: Tensor, share: Tensor, *, fresh: bool = False) -> Tensor:
+    """``z * w`` with ``w = 1`` in value and ``share`` in gradient: ``z (B, O, T, H, W)``, ``share (B,)``.
+
+    ``fresh`` results have memory of their own, which whoever gets them may change; others share that of ``z``.
+    """
+    return _weighed(z, share) if fresh else apply(SelectedWeight, _weighed, z, share)
+
+
+def all_neurons_weight(z: Tensor, shares: Tensor, others: list[Tensor], *, fresh: bool = False) -> Tensor:
     """``sum_i y_i z'_i`` with straight-through one-hot ``y``.
 
     ``z`` is the chosen neuron's output, the value of the sum; ``shares (B, N)`` the softmax, whose gradient is
     ``<dz', z'_i>`` with ``others``, every neuron's output.
     """
-    return AllNeuronsWeight.apply(z, shares, others)
+    return _weighed_sum(z, shares, *others) if fresh else apply(AllNeuronsWeight, _weighed_sum, z, shares, *others)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import apply, define
+from ._library import Derivative, define
 
 
 def _gate(
@@ -37,11 +37,6 @@ def _backward_fake(grad, logits, neuron, noise, backend=None):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-gate_op = define(
-    "semhash_gate(Tensor logits, Tensor? neuron, Tensor? noise, Tensor? hard, str? backend=None) -> Tensor",
-    _gate,
-    _gate_fake,
-)
 backward_op = define(
     "semhash_gate_backward(Tensor grad, Tensor logits, Tensor? neuron, Tensor? noise, str? backend=None) -> Tensor",
     _backward,
@@ -49,19 +44,22 @@ backward_op = define(
 )
 
 
-class SemHashGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, neuron, noise, hard, backend):
-        ctx.backend = backend
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logits, neuron, noise)
-        return gate_op(logits, neuron, noise, hard, backend)
+def _keep(ctx, inputs, output):
+    logits, neuron, noise, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, neuron, noise)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dlogits = backward_op(grad, *ctx.saved_tensors, ctx.backend) if ctx.needs_input_grad[0] else None
-        return dlogits, None, None, None, None
+
+def _gradients(ctx, grad):
+    dlogits = backward_op(grad, *ctx.saved_tensors, ctx.backend) if ctx.needs_input_grad[0] else None
+    return dlogits, None, None, None, None
+
+
+gate_op = define(
+    "semhash_gate(Tensor logits, Tensor? neuron, Tensor? noise, Tensor? hard, str? backend=None) -> Tensor",
+    _gate,
+    _gate_fake,
+    derivative=Derivative(_keep, _gradients),
+)
 
 
 def semhash_gate(
@@ -109,7 +107,7 @@ def semhash_gate(
     if hard is not None:
         _checks.shaped("hard", hard, (batch,), (torch.bool,))
         _checks.same_device("hard", hard, logits.device)
-    return apply(SemHashGate, gate_op, logits, neuron, noise, hard, backend)
+    return gate_op(logits, neuron, noise, hard, backend)
 
 
 def saturating_sigmoid(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -120,4 +118,4 @@ def saturating_sigmoid(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     x = _checks.floating("x", x)
     soft = torch.zeros(1, dtype=torch.bool, device=x.device)
-    return apply(SemHashGate, gate_op, x.reshape(1, -1), None, None, soft, backend).reshape(x.shape)
+    return gate_op(x.reshape(1, -1), None, None, soft, backend).reshape(x.shape)

@@ -6,14 +6,13 @@ A ``1x1x1`` kernel has one tap, which meets every position. A zero-padded ``1x3x
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backends import choose
 from ..backends.base import accumulate_dtype
 from ..backends.eager import valid_positions
 from . import _checks
-from ._library import apply, define
+from ._library import Derivative, define
 
 
 def _tap_sums(x: Tensor, taps: int, backend: str | None = None) -> Tensor:
@@ -24,26 +23,30 @@ def _tap_sums_fake(x, taps, backend=None):
     return x.new_empty(x.shape[0], x.shape[1], taps, dtype=accumulate_dtype(x.dtype))
 
 
-tap_sums_op = define("tap_sums(Tensor x, int taps, str? backend=None) -> Tensor", _tap_sums, _tap_sums_fake)
+def _keep(ctx, inputs, output):
+    x, ctx.taps, _ = inputs
+    ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
-class TapSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, taps, backend):
-        ctx.taps, ctx.shape, ctx.dtype = taps, x.shape, x.dtype
-        return tap_sums_op(x, taps, backend)
+def _gradients(ctx, grad):
+    # A position's gradient is the sum over the taps that meet it; broadcasting writes no full tensor.
+    b, c, _, h, w = ctx.shape
+    if ctx.taps == 1:
+        dx = grad[:, :, :, None, None]
+    else:
+        rows = valid_positions(h, grad.device, grad.dtype).t()  # (H, 3)
+        columns = valid_positions(w, grad.device, grad.dtype)  # (3, W)
+        dx = (rows @ grad.reshape(b, c, 3, 3) @ columns)[:, :, None]
+    return dx.to(ctx.dtype).expand(ctx.shape), None, None
 
-    @staticmethod
-    def backward(ctx, grad):
-        # A position's gradient is the sum over the taps that meet it; broadcasting writes no full tensor.
-        b, c, _, h, w = ctx.shape
-        if ctx.taps == 1:
-            dx = grad[:, :, :, None, None]
-        else:
-            rows = valid_positions(h, grad.device, grad.dtype).t()  # (H, 3)
-            columns = valid_positions(w, grad.device, grad.dtype)  # (3, W)
-            dx = (rows @ grad.view(b, c, 3, 3) @ columns)[:, :, None]
-        return dx.to(ctx.dtype).expand(ctx.shape), None, None
+
+tap_sums_op = define(
+    "tap_sums(Tensor x, int taps, str? backend=None) -> Tensor",
+    _tap_sums,
+    _tap_sums_fake,
+    strided=("x",),
+    derivative=Derivative(_keep, _gradients),
+)
 
 
 def tap_sums(x: Tensor, taps: int, *, backend: str | None = None) -> Tensor:
@@ -51,4 +54,4 @@ def tap_sums(x: Tensor, taps: int, *, backend: str | None = None) -> Tensor:
     x = _checks.features("x", x)
     if taps not in (1, 9):
         raise ValueError(f"taps: got {taps!r}, wanted 1 or 9")
-    return apply(TapSums, tap_sums_op, x, taps, backend)
+    return tap_sums_op(x, taps, backend)
