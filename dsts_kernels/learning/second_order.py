@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops._library import NO_DERIVATIVE
 from .state import Frozen, Tensors
 
 __all__ = ["central_difference", "exact_product", "learning_rates"]
@@ -52,7 +53,7 @@ def refuses(value: Tensor) -> bool:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name().endswith("autograd::Error"):
+        if node.name().startswith(NO_DERIVATIVE) or node.name().endswith("autograd::Error"):
             return True
         seen.add(node)
         waiting += [follower for follower, _ in node.next_functions]
