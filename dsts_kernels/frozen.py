@@ -18,7 +18,7 @@ from . import ops
 from .backends import choose
 from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
 from .backends.packing import pack, pack_mixing, places, unpack_at, unpack_mixing
-from .modules import DSTSLayer, check_input, memory_format
+from .modules import DSTSLayer, NotScripted, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
 
@@ -125,7 +125,7 @@ def _panels(layer: DSTSLayer, n: int, channels: Tensor, hard: Tensor, scale: Ten
         yield panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
 
 
-class FrozenDSTS(nn.Module):
+class FrozenDSTS(NotScripted):
     """A DSTS module for inference: same call as :class:`FusedDSTS`, no autograd, packed weights only.
 
     Made by :meth:`FusedDSTS.freeze`; independent of its source afterwards. It can be pickled, deep-copied,
@@ -204,7 +204,7 @@ class FrozenDSTS(nn.Module):
         check_input(x, self.in_channels, self.layers[0].filters)
         if torch.is_grad_enabled():  # asking costs less than entering
             with torch.no_grad():
-                return self._run(x.to(self.dtype), draws, return_routing)
+                return self._run(x if x.dtype == self.dtype else x.to(self.dtype), draws, return_routing)
         return self._run(x if x.dtype == self.dtype else x.to(self.dtype), draws, return_routing)
 
     def _run(self, x: Tensor, draws: Draws | None, return_routing: bool) -> Tensor | tuple[Tensor, Routing]:

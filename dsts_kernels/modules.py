@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, ops
 from .ops import _checks
-from .ops._library import autocast_on
+from .ops._library import autocast_on, listened
 from .ops.mixing import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
 from .routing import Draws, Routing, check_draws, sample_draws
@@ -57,7 +57,17 @@ def _kernel(name: str, value: object, choices: tuple) -> tuple[int, int, int]:
     return tuple(value)
 
 
-class DSTSLayer(nn.Module):
+class NotScripted(nn.Module):
+    """Refuses ``torch.jit.script``, whose language has no way to choose kernels, with one clear error."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script: got {type(self).__name__}, which chooses its kernels as it runs; wanted "
+            "torch.jit.trace, torch.export.export or torch.compile"
+        )
+
+
+class DSTSLayer(NotScripted):
     """One DSTS layer: route each sample to a neuron, gate its channels, convolve, mix, normalise, activate.
 
     Args:
@@ -195,12 +205,12 @@ class DSTSLayer(nn.Module):
         if self.norm is not None:
             z = self.norm(z)
         if self.activation == "relu":
-            z = F.relu(z, inplace=self._owns_output())  # large fresh memory costs more than the pass
+            z = F.relu(z, inplace=self._owns(z))  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z
 
-    def _owns_output(self) -> bool:
-        """Whether nobody else holds what the norm returned: neither autograd nor a hook nor a norm of another kind."""
-        if torch.is_grad_enabled():
+    def _owns(self, z: Tensor) -> bool:
+        """Whether nobody else holds what the norm returned: autograd, a hook, a norm of another kind, a tracer."""
+        if torch.is_grad_enabled() or listened((z,)):
             return False
         norm = self.norm
         hooks = torch.nn.modules.module._global_forward_hooks
@@ -240,7 +250,7 @@ class DSTSLayer(nn.Module):
         return ops.all_neurons_weight(z, shares, others, fresh=fresh)
 
 
-class FusedDSTS(nn.Module):
+class FusedDSTS(NotScripted):
     """The DSTS module: ``num_layers`` layers and a skip connection, same shape in and out.
 
     Args:

@@ -72,6 +72,10 @@ def sample_draws(
 
 def check_draws(draws: object, lead: tuple[int, ...], channels: int, num_neurons: int, like: Tensor) -> Draws:
     """``draws`` as :class:`Draws`, or an error that names the field. ``lead`` is ``(L, B)`` or ``(B,)``."""
+    if isinstance(draws, (tuple, list)) and len(draws) == len(
+        Draws._fields
+    ):  # torch.jit.trace makes plain tuples of them
+        draws = Draws(*draws)
     fields = tuple(getattr(draws, name, None) for name in Draws._fields)
     if any(field is None for field in fields):
         raise TypeError(f"draws: got {_checks.describe(draws)}, wanted Draws(noise, hard, gumbel)")

@@ -143,7 +143,7 @@ class CpuBackend(WinogradBackend):
 
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
         b, c, t, h, w = x.shape
-        out = torch.empty((b, c, taps), dtype=accumulate_dtype(x.dtype))
+        out = torch.empty((b, c, taps), dtype=accumulate_dtype(x.dtype), device=x.device)
         _C.tap_sums(
             x.data_ptr(),
             x.stride(),
@@ -175,7 +175,7 @@ class CpuBackend(WinogradBackend):
         nc = c if channels is None else channels.numel()
         dtype = dtype or src.dtype
         scale = _dense(scale)
-        panel = torch.empty((nb, nc, t, h, w) if first else (nb, t, h, w, nc), dtype=dtype)
+        panel = torch.empty((nb, nc, t, h, w) if first else (nb, t, h, w, nc), dtype=dtype, device=src.device)
         out = panel if first else panel.permute(0, 4, 1, 2, 3)
         _C.gather_panel(
             src.data_ptr(),
@@ -329,7 +329,7 @@ class CpuBackend(WinogradBackend):
         panel = dxs if dxs is not None else dxt
         gate = gate.to(x.dtype)
         gate = gate if gate.stride(1) == 1 else gate.contiguous()
-        found = None if dgate is None else torch.empty((b, c), dtype=x.dtype)
+        found = None if dgate is None else torch.empty((b, c), dtype=x.dtype, device=x.device)
         columns = [_columns(channels, c) for channels in lists]
         _C.gate_merge(
             _address(dxs),
@@ -386,8 +386,8 @@ def _columns(channels: Tensor | None, count: int) -> Tensor | None:
     """The panel column of every channel, -1 where it is not listed; ``None`` for all in order."""
     if channels is None:
         return None
-    columns = torch.full((count,), -1, dtype=torch.int32)
-    columns[channels.long()] = torch.arange(channels.numel(), dtype=torch.int32)
+    columns = torch.full((count,), -1, dtype=torch.int32, device="cpu")
+    columns[channels.long()] = torch.arange(channels.numel(), dtype=torch.int32, device="cpu")
     return columns
 
 

@@ -16,7 +16,7 @@ LAZY_ZEROS_BYTES = 1 << 20
 
 def lazy_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of any floating dtype; lazy on a CPU and from :data:`LAZY_ZEROS_BYTES` on."""
-    size = shape.numel() * torch.empty((), dtype=dtype).element_size()
+    size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or size < LAZY_ZEROS_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

@@ -63,7 +63,7 @@ def samples_by_neuron(neuron: Tensor, num_neurons: int, positions: int = 0) -> l
     batch = neuron.numel()
     most = max(1, CALL_POSITIONS // positions) if positions else max(1, batch)
     return [
-        (index, None if len(own) == batch <= most else torch.tensor(own[start : start + most]))
+        (index, None if len(own) == batch <= most else torch.tensor(own[start : start + most], device="cpu"))
         for index, own in sorted(rows.items())
         for start in range(0, len(own), most)
     ]
@@ -75,7 +75,7 @@ def in_calls(samples: Tensor | None, batch: int, positions: int) -> Iterator[Ten
     if samples is None and batch <= most:
         yield None
         return
-    yield from (torch.arange(batch) if samples is None else samples).split(most)
+    yield from (torch.arange(batch, device="cpu") if samples is None else samples).split(most)
 
 
 def group_samples(
@@ -138,7 +138,7 @@ def _place(clusters: list[_Cluster], single: _Cluster, cost: Callable[[_Cluster]
 def _group(neuron: int, cluster: _Cluster, batch: int) -> Group:
     return Group(
         neuron=neuron,
-        samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples),
+        samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples, device="cpu"),
         spatial=torch.from_numpy(cluster.spatial.nonzero()[0].astype(np.int32)),
         temporal=torch.from_numpy(cluster.temporal.nonzero()[0].astype(np.int32)),
         # Lists that partition the channels leave nothing to multiply: each gate on a list is exactly 1.

@@ -200,7 +200,7 @@ class WinogradBackend(DirectBackend):
                     panels.append(None)
                     continue
                 operator = Operator.data_gradient(weight[group.neuron], own)
-                panel = torch.empty((count, *x.shape[2:], channels), dtype=torch.float32)
+                panel = torch.empty((count, *x.shape[2:], channels), dtype=torch.float32, device=x.device)
                 pair = (operator, None) if kernel == SPATIAL else (None, operator)
                 self.winograd(grad, *pair, as_features(panel), x_samples=samples)
                 panels.append(panel)

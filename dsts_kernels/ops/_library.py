@@ -8,6 +8,7 @@ it, and gives back an :class:`Op`, which takes the short way past the dispatcher
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("dsts_kernels", "DEF")
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, Parameter)
 NO_DERIVATIVE = "NoDerivative"  # how autograd's nodes of ops without one are called: learning.second_order asks
 
 
@@ -29,24 +31,19 @@ class Derivative(NamedTuple):
     backward: Callable[..., tuple]  # (ctx, *gradients), one gradient or None for every input
 
 
-def _modes() -> int:
-    """The dispatch keys that are on for every op of this thread, as an integer."""
-    return torch._C._dispatch_tls_local_include_set().raw_repr()
+def _quiet() -> frozenset[int]:
+    """The dispatch keys that are on for every op of a thread where nothing listens, as integers: those of inference
+    mode, and those outside it."""
+    key = torch._C.DispatchKey
+    always = torch._C.DispatchKeySet(key.BackendSelect)
+    return frozenset((always.raw_repr(), (always | torch._C.DispatchKeySet(key.ADInplaceOrView)).raw_repr()))
 
 
-def _quiet_modes() -> frozenset[int]:
-    """:func:`_modes` where nothing listens: in training, evaluation and inference mode."""
-    with torch.inference_mode():
-        inference = _modes()
-    with torch.inference_mode(False):
-        return frozenset((inference, _modes()))
+QUIET = _quiet()
 
 
-QUIET = _quiet_modes()
-
-
-def listened(args: Sequence[Any]) -> bool:
-    """Whether anything must see an op on ``args``, so that it has to go through the dispatcher.
+def listened(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether anything must see an op on ``tensors``, so that it has to go through the dispatcher.
 
     Compilers and exporters; dispatch and function modes (a FLOP counter, a default device); transforms
     (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta tensors; and tensors whose
@@ -54,21 +51,25 @@ def listened(args: Sequence[Any]) -> bool:
     """
     if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return True
-    if _modes() not in QUIET or torch._C._is_torch_function_mode_enabled():
+    modes = torch._C._dispatch_tls_local_include_set().raw_repr()
+    if modes not in QUIET or torch._C._is_torch_function_mode_enabled():
         return True
-    for a in args:
-        if isinstance(a, Tensor):
-            ordinary = type(a) in PLAIN and (a.is_cpu or a.is_cuda)
-            if not ordinary or a.is_neg() or a._is_zerotensor():
+    for a in tensors:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            if a.is_neg():
                 return True
-    return False
+        elif a is not None:
+            return True
+    first = tensors[0]
+    return not (first.is_cpu or first.is_cuda) or first._is_zerotensor()
 
 
-def tracked(args: Sequence[Any]) -> bool:
+def tracked(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a derivative may be wanted: a gradient, or in forward mode a tangent."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class Op:
@@ -77,13 +78,16 @@ class Op:
     The dispatcher costs 1 to 5 us a call, the more the more arguments, which a small layer feels.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, run: Callable, function: type | None) -> None:
-        self.overload, self._run, self._function = overload, run, function
+    def __init__(self, overload: torch._ops.OpOverload, run: Callable, tensors: Callable, functions: tuple) -> None:
+        self.overload, self._run, self._tensors = overload, run, tensors
+        self._function, self._transformed = functions
 
     def __call__(self, *args):
-        if listened(args):
-            return self.overload(*args)
-        if self._function is not None and tracked(args):
+        tensors = self._tensors(args)
+        if listened(tensors):
+            transformed = self._transformed is not None and torch._C._are_functorch_transforms_active()
+            return self._transformed.apply(*args) if transformed else self.overload(*args)
+        if self._function is not None and tracked(tensors):
             return self._function.apply(*args)
         return self._run(*args)
 
@@ -110,13 +114,14 @@ def define(
             ``out_val``, what it returned.
     """
     name = schema.split("(", 1)[0]
-    dense = _dense_arguments(schema, strided)
+    names = _tensor_arguments(schema)
+    assert set(strided) <= set(names), (strided, names)
+    dense = tuple(i for name, i in names.items() if name not in strided)
 
     def run(*args):
-        args = list(args)
         for i in dense:  # native code reads plain memory
-            if isinstance(args[i], Tensor) and not args[i].is_contiguous():
-                args[i] = args[i].contiguous()
+            if args[i] is not None and not args[i].is_contiguous():
+                args = (*args[:i], args[i].contiguous(), *args[i + 1 :])
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):
@@ -128,26 +133,32 @@ def define(
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"dsts_kernels::{name}", fake, lib=LIBRARY)
     packet = getattr(torch.ops.dsts_kernels, name)
-    function = _register_autograd(name, packet.default, run, derivative, differentiable)
-    op = Op(packet.default, run, function)
+    pick = operator.itemgetter(*names.values()) if len(names) > 1 else lambda args: args[:1]
+    functions = _register_autograd(name, packet.default, run, pick, derivative, differentiable)
     torch.library.register_vmap(f"dsts_kernels::{name}", _by_slices(packet.default), lib=LIBRARY)
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(flops)
-    return op
+    return Op(packet.default, run, pick, functions)
 
 
-def _dense_arguments(schema: str, strided: tuple[str, ...]) -> tuple[int, ...]:
-    """Positions of the arguments that must be dense."""
+def _tensor_arguments(schema: str) -> dict[str, int]:
+    """Positions of the tensors among an op's arguments, by name."""
     arguments = [argument.split("=")[0].split() for argument in schema.split("(", 1)[1].split(")", 1)[0].split(",")]
-    names = [name for _, name in arguments]
-    assert set(strided) <= set(names), (strided, names)
-    return tuple(i for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor?") and name not in strided)
+    return {name: i for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor?")}
 
 
 def _register_autograd(
-    name: str, overload: torch._ops.OpOverload, run: Callable, derivative: Derivative | None, differentiable: bool
-) -> type | None:
-    """Registers what autograd does with an op; returns the ``autograd.Function`` of calls past the dispatcher."""
+    name: str,
+    overload: torch._ops.OpOverload,
+    run: Callable,
+    tensors: Callable,
+    derivative: Derivative | None,
+    differentiable: bool,
+) -> tuple[type | None, type | None]:
+    """Registers what autograd does with an op.
+
+    Returns the ``autograd.Function`` of calls past the dispatcher, and that of ``torch.func``.
+    """
 
     def below(*args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -155,7 +166,7 @@ def _register_autograd(
 
     if not differentiable:
         LIBRARY.impl(name, below, "Autograd")
-        return None
+        return None, None
     kind = NO_DERIVATIVE if derivative is None else "Op"
     derivative = derivative or _refused(name)
     steps = _steps(name, derivative)
@@ -176,11 +187,15 @@ def _register_autograd(
     def autograd(*args):
         args += defaults[len(args) :]  # the dispatcher leaves out what is as the schema has it
         if torch._C._are_functorch_transforms_active():
-            return transformed.apply(*args)
-        return seen.apply(*args) if tracked(args) else below(*args)
+            raise NotImplementedError(
+                f"dsts_kernels::{name}: got a torch.func transform of the registered op, as of an exported module; "
+                "wanted one of dsts_kernels.functional or of the module itself"
+            )
+        return seen.apply(*args) if tracked(tensors(args)) else below(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
-    return type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative)})
+    plain = type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative)})
+    return plain, transformed
 
 
 def _refused(name: str) -> Derivative:
@@ -253,6 +268,8 @@ AUTOCAST_DEVICES = frozenset(
 
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``, where there is such a thing."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # a tenth of what follows
+        return False
     device = x.device.type
     return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
