@@ -15,8 +15,8 @@ from dsts_kernels.testing import assert_close
 
 # What makes a tensor on the default device where no device is named; likes and new_... take that of a tensor.
 FACTORIES = frozenset(
-    "arange asarray as_tensor empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn randperm "
-    "scalar_tensor tensor tril_indices triu_indices zeros".split()
+    "arange asarray as_tensor empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn "
+    "randperm scalar_tensor tensor tril_indices triu_indices zeros".split()
 )
 
 

@@ -83,6 +83,8 @@ class Op:
         self._function, self._transformed = functions
 
     def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
         tensors = self._tensors(args)
         if listened(tensors):
             transformed = self._transformed is not None and torch._C._are_functorch_transforms_active()

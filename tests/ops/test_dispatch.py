@@ -1,4 +1,4 @@
-"""Whatever listens sees every op: modes, tracers, exporters, transforms, lazy bits. Where nothing does, none is asked."""
+"""Whatever listens sees every op: modes, tracers, exporters, transforms, lazy bits; else nothing is asked."""
 
 from __future__ import annotations
 
@@ -144,14 +144,12 @@ def test_modes_see_every_op(name):
 @pytest.mark.parametrize("name", OPS)
 def test_lazy_bits(name, which):
     """An operand whose memory does not hold its values: x.conj().imag, and zeros that were never written."""
-    args, ours, literal, wanted, names = case(name)
-    for i in range(len(args)):
+    args, ours, literal, _, names = case(name)
+    for i in range(len(args) if which == "negative" else 1):  # zeros come as features, and as gradients
         lazy = list(args)
-        lazy[i] = (
-            torch._neg_view(args[i]) if which == "negative" else torch._efficientzerotensor(args[i].shape).double()
-        )
-        if which == "zero" and not lazy[i]._is_zerotensor():
-            lazy[i] = torch._efficientzerotensor(args[i].shape, dtype=torch.float64)
+        zeros = torch._efficientzerotensor(args[i].shape, dtype=torch.float64)
+        lazy[i] = torch._neg_view(args[i]) if which == "negative" else zeros
+        assert lazy[i].is_neg() or lazy[i]._is_zerotensor()
         dense = [a + 0 for a in lazy]
         assert_close(ours(*lazy), literal(*dense), factor=10, name=f"{names[i]}, no gradient")
 
@@ -228,7 +226,7 @@ REFUSED = ("gated_conv3d", "mixing_conv3d", "semhash_gate", "saturating_sigmoid"
 @pytest.mark.parametrize("listening", [False, True])
 @pytest.mark.parametrize("name", OPS)
 def test_second_derivatives(name, listening):
-    """Refused by name where there is none, whatever the loss and though unused inputs are allowed; else the right one."""
+    """Refused by name where there is none, whatever the loss, unused inputs allowed or not; else the right one."""
     args, ours, literal, wanted, names = case(name)
     for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
         results = []
@@ -242,6 +240,8 @@ def test_second_derivatives(name, listening):
                 with Recorder() if listening and run is ours else torch.enable_grad():
                     first = torch.autograd.grad(loss(run(*inputs)), leaves, create_graph=True)
                     total = sum((g * torch.arange(1.0, g.numel() + 1).view(g.shape)).sum() for g in first)
+                    if not total.requires_grad:  # a linear op under a linear loss
+                        return [None] * len(leaves)
                     return torch.autograd.grad(total, leaves, allow_unused=True)
 
             if run is ours and name in REFUSED:
@@ -328,7 +328,7 @@ def test_traced_exported_and_saved(frozen, tmp_path):
     """In evaluation, for other batches and sizes than the one that was traced; from a file too."""
     fused, literal, x, _ = pair()
     literal.eval()
-    module = fused.eval().freeze() if frozen else fused
+    module = fused.eval().freeze() if frozen else fused.eval()
     traced = torch.jit.trace(module, (x,))  # which runs it again and compares
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -353,7 +353,8 @@ def test_traced_routing_of_another_size():
     fused, literal, x, _ = pair()
     other = torch.randn(2, 6, 3, 5, 6, dtype=torch.float64)
     expected = literal.eval()(other, return_routing=True)[1].scores
-    for module in (fused.eval(), fused.freeze()):
+    fused.eval()
+    for module in (fused, fused.freeze()):
         assert_close(torch.jit.trace(Scores(module), (x,))(other), expected, factor=10)
 
 
@@ -404,8 +405,9 @@ def test_flops_are_those_that_gates_let_through():
     assert count(fused.freeze(), x) == operators + scores
     asked = []
     mine = {torch.ops.dsts_kernels.frozen_layer: lambda *a, **k: asked.append(a) or 7}
+    fast = fused.freeze()
     with FlopCounterMode(display=False, custom_mapping=mine) as counter:
-        fused.freeze()(x)
+        fast(x)
     assert asked and counter.get_total_flops() == 7
 
     soft = draws._replace(hard=torch.zeros_like(draws.hard), noise=torch.zeros_like(draws.noise))
