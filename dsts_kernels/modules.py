@@ -203,6 +203,9 @@ class DSTSLayer(NotScripted):
             gate = self._gate(gate_logits, neuron, None)
             z = self._operate(x, gate, neuron, operators)
         if self.norm is not None:
+            weight = getattr(self.norm, "weight", None)
+            if isinstance(weight, Tensor) and not weight.is_contiguous():
+                z = z.contiguous()  # BatchNorm on a CPU reads such a weight wrongly beside channels-last features
             z = self.norm(z)
         if self.activation == "relu":
             z = F.relu(z, inplace=self._owns(z))  # large fresh memory costs more than the pass

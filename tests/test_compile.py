@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsts_kernels import FusedDSTS, functional
+from dsts_kernels import FusedDSTS, functional, reference
 from dsts_kernels.ops import mixing_conv3d, tap_sums
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
@@ -75,3 +75,18 @@ def test_frozen_compiles():
     fast = FusedDSTS(6, num_neurons=2).eval().freeze()
     x = torch.randn(2, 6, 2, 4, 5)
     assert_close(torch.compile(fast, fullgraph=True)(x), fast(x))
+
+
+def test_dynamic_shapes():
+    """One graph for clips of any size: every gradient is that of float64, whatever the shape."""
+    options = dict(num_layers=2, num_neurons=3, score_reduction="mean", dtype=torch.float64)
+    dsts, literal = FusedDSTS(16, **options), reference.DSTS(16, **options)
+    literal.load_state_dict(dsts.state_dict())
+    compiled = torch.compile(dsts, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((2, 16, 4, 7, 7), (3, 16, 4, 6, 5), (5, 16, 2, 8, 8), (4, 16, 3, 7, 9), (6, 16, 8, 5, 5)):
+        x, draws = torch.randn(size, dtype=torch.float64), sample_draws(size[0], 16, 3, 2, dtype=torch.float64)
+        for run, module in ((compiled, dsts), (literal, literal)):
+            module.zero_grad()
+            run(x, draws).square().sum().backward()
+        for (name, p), q in zip(dsts.named_parameters(), literal.parameters(), strict=True):
+            assert_close(p.grad, q.grad, name=f"{size}: gradient of {name}", factor=100)

@@ -217,6 +217,8 @@ def _keeping(forward: Callable, derivative: Derivative) -> staticmethod:
 
     def forward_and_keep(ctx, *args):
         output = forward(*args)
+        if type(output) is Tensor and output._is_view():  # or nobody could change it in place
+            output = output.data
         derivative.setup_context(ctx, args, output)
         return output
 
@@ -260,6 +262,13 @@ def apply(function: type[torch.autograd.Function], expression: Callable, *args):
     is the faster of the two.
     """
     return function.apply(*args) if tracked(args) and not listened(args) else expression(*args)
+
+
+def empty_features(x: Tensor, outputs: int) -> Tensor:
+    """``(B, O, T, H, W)`` like ``x``, channels-last: what fakes of convolutions return."""
+    b, _, t, h, w = x.shape
+    last = torch.channels_last_3d
+    return torch.empty((b, outputs, t, h, w), dtype=x.dtype, device=x.device, memory_format=last)
 
 
 # Asked once: older versions of torch.compile cannot trace the question.

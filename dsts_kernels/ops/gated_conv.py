@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import PLAIN, Derivative, autocast_features, autocast_on, define
+from ._library import PLAIN, Derivative, autocast_features, autocast_on, define, empty_features
 
 
 def _forward(
@@ -22,8 +22,7 @@ def _forward(
 
 
 def _forward_fake(x, gate, neuron, spatial, temporal, backend=None):
-    b, _, t, h, w = x.shape
-    return x.new_empty(b, t, h, w, spatial.shape[1]).permute(0, 4, 1, 2, 3)
+    return empty_features(x, spatial.shape[1])
 
 
 def _backward(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..backends import choose
 from . import _checks
-from ._library import Derivative, autocast_features, autocast_on, define
+from ._library import Derivative, autocast_features, autocast_on, define, empty_features
 
 MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
 
@@ -16,8 +16,7 @@ def _forward(z: Tensor, neuron: Tensor, mixing: Tensor, backend: str | None = No
 
 
 def _forward_fake(z, neuron, mixing, backend=None):
-    b, _, t, h, w = z.shape
-    return z.new_empty(b, t, h, w, mixing.shape[1]).permute(0, 4, 1, 2, 3)
+    return empty_features(z, mixing.shape[1])
 
 
 def _backward(
@@ -28,9 +27,8 @@ def _backward(
 
 
 def _backward_fake(grad, z, neuron, mixing, needs, backend=None):
-    b, o, t, h, w = z.shape
     return (
-        z.new_empty(b, t, h, w, o).permute(0, 4, 1, 2, 3) if needs[0] else z.new_empty(0),
+        empty_features(z, z.shape[1]) if needs[0] else z.new_empty(0),
         mixing.new_empty(mixing.shape) if needs[1] else z.new_empty(0),
     )
 
