@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,15 @@ class BuildError(Exception):
 
 
 @contextlib.contextmanager
-def only_one() -> Iterator[None]:
-    """One install of this tree at a time, as all write into it: another waits. The lock ends with its process."""
+def build_directory() -> Iterator[Path]:
+    """Where a build leaves its files, for one install at a time: ``build``, or elsewhere where sources are read-only.
+
+    All installs of a tree write into it, so another waits. The lock ends with its process.
+    """
+    if not os.access(ROOT, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="dsts_kernels-") as directory:
+            yield Path(directory).resolve()
+        return
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "lock", "w") as file:
         if fcntl is not None:
@@ -41,7 +49,7 @@ def only_one() -> Iterator[None]:
             except BlockingIOError:
                 print("dsts_kernels: waiting for another install of this tree to end", file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield ROOT / "build"
 
 
 def tool(name: str, attribute: str) -> str:
@@ -93,13 +101,13 @@ def run(*command: str) -> None:
         raise BuildError(own_words("".join(said)))
 
 
-def build_module(cuda: str) -> tuple[Path, str]:
+def build_module(cuda: str, base: Path) -> tuple[Path, str]:
     """Configure and build with ``DSTS_WITH_CUDA=cuda``: the module's path, and why it has no CUDA kernels if so."""
     # A CMake cache is bound to its source directory, Python and compilers: each combination has its own. The Python of
     # an isolated build is another each time; what it is made from is not.
     python = os.path.realpath(sys.executable)
     key = "|".join([str(ROOT), python, *(os.environ.get(name, "") for name in KEPT)])
-    directory = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
+    directory = base / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
     cmake = tool("cmake", "CMAKE_BIN_DIR")
     defines = [
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}",

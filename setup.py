@@ -20,7 +20,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT))  # an isolated build does not have it
 
-from native_build import BuildError, build_module, only_one  # noqa: E402
+from native_build import BuildError, build_directory, build_module  # noqa: E402
 
 CHOICES = ("auto", "none", "cpu", "cuda")
 # One tree may be installed in several Pythons, each with its module and its record beside it.
@@ -34,13 +34,13 @@ def chosen_build() -> str:
     return value
 
 
-def native(choice: str) -> tuple[str, str, Path | None]:
+def native(choice: str, base: Path) -> tuple[str, str, Path | None]:
     """What was built (``cuda``, ``cpu`` or ``none``), why nothing more, and the module."""
     reason = "DSTS_BUILD=none"
     # auto tries for both kinds of kernels, then for those of the CPU.
     for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}.get(choice, ()):
         try:
-            module, no_cuda = build_module(cuda)
+            module, no_cuda = build_module(cuda, base)
         except (BuildError, OSError) as error:
             if choice != "auto":
                 raise CompileError(f"DSTS_BUILD={choice}: {error}") from error
@@ -68,7 +68,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib)) / "dsts_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        built, reason, module = native(chosen_build())
+        built, reason, module = native(chosen_build(), Path(self.get_finalized_command("build").build_base).resolve())
         if built != "cuda":
             lacking = "native" if built == "none" else "CUDA"
             print(f"dsts_kernels: installing without {lacking} kernels: {reason}", file=sys.stderr, flush=True)
@@ -98,5 +98,6 @@ class BuildNative(build_ext):
 chosen_build()
 sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()] + [ROOT / "CMakeLists.txt"]
 module = Extension("dsts_kernels._C", [], depends=sorted(str(path.relative_to(ROOT)) for path in sources))
-with only_one():
-    setup(ext_modules=[module], cmdclass={"build": Build, "build_ext": BuildNative})
+with build_directory() as base:
+    places = {} if ROOT in base.parents else {"build": {"build_base": str(base)}, "egg_info": {"egg_base": str(base)}}
+    setup(ext_modules=[module], cmdclass={"build": Build, "build_ext": BuildNative}, options=places)

@@ -50,7 +50,8 @@ def resolve(python: str, name: str, extras: str, *more: str) -> bool:
         if run(*command, f".[{extras}]", *more, cwd=ROOT) != 0:
             print(f"{name}: does not resolve", flush=True)
             return False
-        found = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
+        metadata = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    found = {package["name"]: package["version"] for package in metadata}
     print(f"{name}: torch {found['torch']}, triton {found.get('triton', 'none')}, {len(found)} packages", flush=True)
     return True
 
