@@ -1,16 +1,32 @@
 # Each target is one command of README.md, CONTRIBUTING.md or docs/gpu.md.
 PYTHON ?= python3
 
-.PHONY: test lint bench gpu
+.PHONY: test versions lint bench sdist wheel clean gpu
 
 test:
 	$(PYTHON) -m pytest
+
+# The oldest torch and the newest; options in VERSIONS, such as: make versions VERSIONS='2.9.1 --python python3.13'
+versions:
+	$(PYTHON) -m tests.versions $(VERSIONS)
 
 lint:
 	ruff check . && ruff format --check .
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+sdist:
+	$(PYTHON) -c "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+
+# For other machines. Torch's OpenMP runtime is the module's, so no other goes in. Needs the extra dev.
+wheel:
+	rm -rf build/wheel
+	$(PYTHON) -m pip wheel . --no-deps -w build/wheel $(PIP)
+	$(PYTHON) -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
+
+clean:
+	rm -rf build dist *.egg-info dsts_kernels/_C.* dsts_kernels/_build.*
 
 # Everything that needs a GPU; options in GPU, such as: make gpu GPU='--parts tests,bench --minutes 5'
 gpu:

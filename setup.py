@@ -1,119 +1,103 @@
-"""Build of the native module: calls CMake, and records what came of it in ``dsts_kernels/_build.py``.
+"""Build of the package for one Python: the native module by ``native_build``, and a record of what came of it.
 
 The one build variable is ``DSTS_BUILD``: ``auto`` (default) builds what this machine can, CPU and CUDA kernels, and
 installs without those it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the install fails.
 Everything else (sources, flags, instruction sets) is described in ``CMakeLists.txt``.
 """
 
+import json
 import os
 import shutil
-import subprocess
 import sys
-import zlib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT))  # an isolated build does not have it
+
+from native_build import BuildError, build_directory, build_module  # noqa: E402
+
 CHOICES = ("auto", "none", "cpu", "cuda")
+# One tree may be installed in several Pythons, each with its module and its record beside it.
+RECORD = Path(f"_build{EXTENSION_SUFFIXES[0]}").with_suffix(".json").name
 
 
 def chosen_build() -> str:
-    value = os.environ.get("DSTS_BUILD", "auto")
+    value = os.environ.get("DSTS_BUILD") or "auto"
     if value not in CHOICES:
         raise SystemExit(f"error: DSTS_BUILD is {value!r}; wanted one of {', '.join(CHOICES)}")
     return value
 
 
-def tool(name: str, attribute: str) -> str:
-    """Path of cmake or ninja: of its PyPI package where installed, as that need not be on PATH."""
-    try:
-        found = shutil.which(name, path=getattr(__import__(name), attribute))
-    except (ImportError, AttributeError):
-        found = None
-    found = found or shutil.which(name)
-    if found is None:
-        raise RuntimeError(f"{name} not found; install it, or build with isolation")
-    return found
+def native(choice: str, base: Path) -> tuple[str, str, Path | None]:
+    """What was built (``cuda``, ``cpu`` or ``none``), why nothing more, and the module."""
+    reason = "DSTS_BUILD=none"
+    # auto tries for both kinds of kernels, then for those of the CPU.
+    for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}.get(choice, ()):
+        try:
+            module, no_cuda = build_module(cuda, base)
+        except (BuildError, OSError) as error:
+            if choice != "auto":
+                raise CompileError(f"DSTS_BUILD={choice}: {error}") from error
+            reason = str(error)
+            continue
+        reason = "DSTS_BUILD=cpu" if choice == "cpu" else no_cuda or (reason if cuda == "OFF" else "")
+        return "cpu" if reason else "cuda", reason, module
+    return "none", reason, None
 
 
-def first_error(output: str) -> str:
-    """The first error of a build log with the lines that explain it, as one line."""
-    lines = [line.strip() for line in output.splitlines()]
-    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 3))
-    message = []
-    for line in lines[start : start + 12]:
-        if message and line.startswith(("Call Stack", "-- ", "CMake Error", "[")):
-            break
-        if line:
-            message.append(line)
-    return " ".join(message)[:400] or "the build failed without a message"
+class Build(build):
+    """Begins with an empty directory: a module that left the sources would stay in every wheel."""
 
-
-def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout, flush=True)
-    if done.returncode != 0:
-        raise RuntimeError(first_error(done.stdout))
-
-
-def build_module(cuda: str) -> tuple[Path, str]:
-    """Configure and build, incrementally; returns the module's path, and why it has no CUDA kernels if it has none."""
-    # A CMake cache is bound to its source directory, Python and compiler: each combination has its own.
-    key = "|".join([str(ROOT), sys.executable, *(os.environ.get(v, "") for v in ("CXX", "CXXFLAGS", "CUDACXX"))])
-    directory = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
-    cmake = tool("cmake", "CMAKE_BIN_DIR")
-    defines = [
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DDSTS_WITH_CUDA={cuda}",
-    ]
-    for old in directory.glob("_C*"):
-        old.unlink()
-    run(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(directory), *defines)
-    run(cmake, "--build", str(directory), "--target", "_C")
-    module = next(path for path in directory.glob("_C*") if path.suffix in (".so", ".pyd"))
-    return module, (directory / "no_cuda.txt").read_text()
+    def run(self) -> None:
+        for left in (*(ROOT / "build").glob("lib*"), *(ROOT / "build").glob("bdist.*")):
+            shutil.rmtree(left)
+        super().run()
 
 
 class BuildNative(build_ext):
+    """Puts the native module and its record where this Python imports them."""
+
+    placed: tuple[str, ...] = ()
+
     def run(self) -> None:
-        choice = chosen_build()
         package = (ROOT if self.inplace else Path(self.build_lib)) / "dsts_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_C*"):
-            if stale.suffix in (".so", ".pyd"):
-                stale.unlink()
-        build, reason = "none", "DSTS_BUILD=none"
-        # auto tries for both kinds of kernels, then for those of the CPU.
-        for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}.get(choice, ()):
-            try:
-                module, no_cuda = build_module(cuda)
-                reason = "DSTS_BUILD=cpu" if choice == "cpu" else no_cuda or (reason if cuda == "OFF" else "")
-                build = "cpu" if reason else "cuda"
-                shutil.copy2(module, package)
-                break
-            except (RuntimeError, OSError) as error:
-                if choice != "auto":
-                    raise CompileError(f"DSTS_BUILD={choice}: {error}") from error
-                reason = str(error)
-        if build != "cuda":
-            lacking = "native" if build == "none" else "CUDA"
+        built, reason, module = native(chosen_build(), Path(self.get_finalized_command("build").build_base).resolve())
+        if built != "cuda":
+            lacking = "native" if built == "none" else "CUDA"
             print(f"dsts_kernels: installing without {lacking} kernels: {reason}", file=sys.stderr, flush=True)
-        record = '"""Written by setup.py: what the native build gave, and why."""\n\n'
-        record += f"BUILD = {build!r}\nREASON = {reason!r}\n"
-        (package / "_build.py").write_text(record, encoding="utf-8")
-
-    def get_outputs(self) -> list[str]:
-        return []
+        # All that this Python would import, and only that; and the record as version 0.1.0 first wrote it.
+        for stale in (*(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES), RECORD, "_build.py"):
+            if module is None or stale != module.name:
+                (package / stale).unlink(missing_ok=True)
+        self.placed = (RECORD,)
+        if module is not None:
+            # In one step, as a process may have the last one open.
+            shutil.copy2(module, package / f"{module.name}.new")
+            os.replace(package / f"{module.name}.new", package / module.name)
+            self.placed = (RECORD, module.name)
+        record = {"build": built, "reason": reason}
+        (package / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}
+        """Of an editable install: what would lie in a wheel, and where it lies in the sources."""
+        place = Path(self.build_lib) / "dsts_kernels"
+        inplace = {str(place / name): str(Path("dsts_kernels", name)) for name in self.placed}
+        return inplace if self.inplace else {}
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, "dsts_kernels", name)) for name in self.placed]
 
 
 chosen_build()
 sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()] + [ROOT / "CMakeLists.txt"]
 module = Extension("dsts_kernels._C", [], depends=sorted(str(path.relative_to(ROOT)) for path in sources))
-setup(ext_modules=[module], cmdclass={"build_ext": BuildNative})
+with build_directory() as base:
+    places = {} if ROOT in base.parents else {"build": {"build_base": str(base)}, "egg_info": {"egg_base": str(base)}}
+    setup(ext_modules=[module], cmdclass={"build": Build, "build_ext": BuildNative}, options=places)

@@ -90,5 +90,5 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "cudnn": str(torch.backends.cudnn.version() or ""),
         "python": platform.python_version(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

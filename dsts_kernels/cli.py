@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy
 import torch
 
 from . import __version__, backends, viz
-from .backends.cpu import build_details
+from .backends.build import build_details
 from .learning import load_checkpoint
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
 
@@ -129,7 +131,8 @@ def plot(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def answer(arguments: Sequence[str] | None) -> str:
+    """What a command has to say; argparse's SystemExit for one that it does not know."""
     parser = argparse.ArgumentParser(prog="python -m dsts_kernels", description="Fused kernels for DSTS.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, the native build, and backends with reasons")
@@ -141,7 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plot(plotting)
     given = parser.parse_args(arguments)
     if given.command == "plot":
-        print(plot(plotting, given))
-    else:
-        print(info() if given.command == "info" else roofline(predicting, given))
+        return plot(plotting, given)
+    return info() if given.command == "info" else roofline(predicting, given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. A reader that wants no more of the output, such as ``head``, ends it; that is no error."""
+    try:
+        try:
+            print(answer(arguments))
+        finally:  # after --help too, and not at the interpreter's end, where nothing catches it
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
     return 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsts_kernels import backends
-from dsts_kernels.backends.cpu import build_record
+from dsts_kernels.backends.build import build_record
 from dsts_kernels.testing import poisoned_memory
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsts_kernels import FusedDSTS, backends
-from dsts_kernels.backends import BACKENDS, OPS, available, choose, explain, use_backend
+from dsts_kernels.backends import BACKENDS, OPS, available, build, choose, explain, use_backend
 from dsts_kernels.backends.cuda import refusal
 from dsts_kernels.backends.memory import LAZY_ZEROS_BYTES, lazy_zeros
 
@@ -68,10 +69,8 @@ def test_a_named_backend_that_cannot_run_is_an_error():
 
 def test_missing_native_module(monkeypatch):
     """Without the native module the reason of the install is given and plain PyTorch takes over."""
-    from dsts_kernels.backends import cpu
-
-    monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "no compiler was found"))
+    monkeypatch.setattr(build, "_C", None)
+    monkeypatch.setattr(build, "build_record", lambda: ("none", "no compiler was found"))
     assert "cpu" not in available() and available()[-1] == "eager"
     assert choose("gated_conv3d", CPU, torch.float32).name == "eager"
     assert "no compiler was found" in explain("gated_conv3d", "cpu", torch.float32)
@@ -81,18 +80,28 @@ def test_missing_native_module(monkeypatch):
 
 def test_a_failed_build_is_announced(monkeypatch):
     """A build that was wanted and failed warns on import; one that was not wanted, or worked, does not."""
-    import warnings
-
-    from dsts_kernels.backends import cpu
-
-    monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "no compiler was found"))
-    with pytest.warns(RuntimeWarning, match="without its native kernels.*no compiler was found"):
-        cpu.warn_if_missing()
-    monkeypatch.setattr(cpu, "build_record", lambda: ("none", "DSTS_BUILD=none"))
+    monkeypatch.setattr(build, "_C", None)
+    monkeypatch.setattr(build, "build_record", lambda: ("none", "no compiler was found"))
+    with pytest.warns(RuntimeWarning, match="without its native kernels.*no compiler was found.*--no-cache-dir"):
+        build.warn_if_missing()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cpu.warn_if_missing()
+        monkeypatch.setattr(build, "build_record", lambda: ("none", "DSTS_BUILD=none"))
+        build.warn_if_missing()
+        monkeypatch.undo()
+        build.warn_if_missing()
+
+
+def test_a_module_that_does_not_load(monkeypatch):
+    """Built with CUDA kernels and not to be loaded is what every report says, not that it was built without them."""
+    monkeypatch.setattr(build, "_C", None)
+    monkeypatch.setattr(build, "_IMPORT_ERROR", "libgomp.so.1: cannot open shared object file")
+    monkeypatch.setattr(build, "build_record", lambda: ("cuda", ""))
+    says = r"was built, with CPU and CUDA kernels, but does not load \(libgomp.so.1: cannot open shared object file\)"
+    with pytest.warns(RuntimeWarning, match=says):
+        build.warn_if_missing()
+    for text in (*(BACKENDS[name].missing() for name in ("cpu", "cuda")), build.build_details()["native build"]):
+        assert re.search(says, text) and "without CUDA" not in text and "not built" not in text
 
 
 def test_triton_says_why_not(monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+
 import pytest
 import torch
 
@@ -75,3 +79,27 @@ def test_plot_into_a_file(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["plot", str(tmp_path / "last.pt"), "--out", str(tmp_path / "last.pt")])
     assert stop.value.code == 2 and "last.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["info", "roofline", "plot", "--help", "roofline --help"])
+def test_a_reader_that_left(capsys, monkeypatch, tmp_path, command, buffered):
+    """Output into a pipe that nobody reads any more (``| head -1``) is no error, for any command, and nothing is left
+    to be written when the interpreter ends."""
+    arguments = command.split()
+    if command == "plot":
+        pytest.importorskip("matplotlib")
+        routing = {"neuron": torch.tensor([[0, 1]]), "label": torch.tensor([0, 1]), "class_names": ["a", "b"]}
+        torch.save(checkpoint(routing=routing), tmp_path / "last.pt")
+        arguments.append(str(tmp_path / "last.pt"))
+    read, write = os.pipe()
+    os.close(read)
+    with io.TextIOWrapper(open(write, "wb", buffering=-1 if buffered else 0), write_through=not buffered) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        try:
+            code = main(arguments)
+        except SystemExit as stop:  # of --help
+            code = stop.code
+        pipe.flush()
+    monkeypatch.undo()
+    assert code == 0 and capsys.readouterr().err == ""

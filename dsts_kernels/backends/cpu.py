@@ -6,67 +6,17 @@ what it returns. Convolutions are fast ones where :mod:`.winograd` has them, els
 
 from __future__ import annotations
 
-import importlib
-import warnings
-
 import torch
 from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
+from .build import _C, warn_if_missing, why_no_module
 from .plan import check_neurons
 from .winograd import Operator, WinogradBackend, tile_sizes
 
-try:
-    _C = importlib.import_module("dsts_kernels._C")
-    _IMPORT_ERROR = None
-except ImportError as error:
-    _C, _IMPORT_ERROR = None, str(error)
-
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
 NO_STRIDES = (0, 0, 0, 0, 0)
 NO_OPERATOR = (0,) * 12
-
-
-def build_record() -> tuple[str, str]:
-    """What the install built, and why nothing more: ``("cuda", "cpu" or "none", reason)``."""
-    try:
-        record = importlib.import_module("dsts_kernels._build")
-    except ImportError:
-        return "none", "the package was not installed by its setup.py, so nothing was built"
-    return record.BUILD, record.REASON
-
-
-def warn_if_missing() -> None:
-    """One line on import where a native build was wanted and failed: pip shows nothing of a build that succeeds."""
-    built, reason = build_record()
-    if _C is None and (built != "none" or reason != NOT_WANTED):
-        why = _IMPORT_ERROR if built != "none" else reason
-        warnings.warn(
-            f"dsts_kernels runs without its native kernels, through plain PyTorch: {why}. "
-            "'python -m dsts_kernels info' says more; DSTS_BUILD=none at install silences this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def build_details() -> dict[str, str]:
-    """The native build for a report: kind, compiler, instruction sets; or the reason why there is none."""
-    built, reason = build_record()
-    if _C is None:
-        return {"native build": f"none: {_IMPORT_ERROR if built != 'none' else reason}"}
-    facts = _C.build_info()
-    return {
-        "native build": f"{built}, {facts['compiler']} {facts['version']}, OpenMP {'yes' if facts['openmp'] else 'no'}",
-        "CUDA kernels": _cuda_details(facts["cuda"], reason),
-        "instructions": f"{_C.get_isa()} in use, this machine supports {', '.join(_C.supported_isas())}",
-    }
-
-
-def _cuda_details(facts: dict | None, reason: str) -> str:
-    if facts is None:
-        return f"none: {reason}"
-    return f"nvcc {facts['version']}, for compute capability {', '.join(f'{t / 10:.1f}' for t in facts['targets'])}"
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -85,11 +35,8 @@ class CpuBackend(WinogradBackend):
     remark = "native kernels: fast convolution in float32, half types computed so; float64 around oneDNN"
 
     def missing(self) -> str | None:
-        if _C is not None:
-            return None
-        built, reason = build_record()
-        why = _IMPORT_ERROR if built != "none" else reason
-        return f"the native module is not built ({why}); plain PyTorch runs instead, with more passes over memory"
+        why = why_no_module()
+        return None if why is None else f"{why}; plain PyTorch runs instead, with more passes over memory"
 
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":

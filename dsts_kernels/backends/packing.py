@@ -42,6 +42,8 @@ def packed_size(packing: str, outputs: int, taps: int, channels: int, dtype: tor
 def pack(panel: Tensor, packing: str) -> Tensor:
     """A filter ``(O, taps, c)`` packed, flat."""
     outputs, taps, channels = panel.shape
+    if channels == 0:  # F.pad refuses a tensor without elements before torch 2.10
+        return panel.reshape(-1)
     if packing == "blocked":
         padded = F.pad(panel, (0, 0, 0, 0, 0, -outputs % BLOCK))
         return padded.view(-(-outputs // BLOCK), BLOCK, taps, channels).permute(0, 3, 2, 1).reshape(-1)

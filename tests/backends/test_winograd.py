@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from dsts_kernels import FusedDSTS, functional
 from dsts_kernels.backends import BACKENDS, cpu
+from dsts_kernels.backends.build import _C, build_details, build_record
 from dsts_kernels.backends.convolution import SPATIAL, TEMPORAL
 from dsts_kernels.backends.packing import Place, pack, unpack
 from dsts_kernels.backends.winograd import TEMPORAL_TILES, TILES, Operator, tile_sizes
 from dsts_kernels.testing import TOLERANCES, assert_close, poisoned_memory
 
-_C = cpu._C
 if _C is None:
-    assert cpu.build_record()[0] == "none", cpu.build_details()  # a build that does not import fails, it is not skipped
+    assert build_record()[0] == "none", build_details()  # a build that does not import fails, it is not skipped
     pytest.skip("built without native kernels", allow_module_level=True)
 
 M_PERTURB = -6  # glibc: fill allocated memory with the complement of a byte; 0x7f7f7f7f is 3.4e38 as a float

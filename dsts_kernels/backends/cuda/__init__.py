@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from ..cpu import _C, build_record
+from ..build import _C, build_record, why_no_module
 from ..gpu import GpuBackend, Kernels
 from ..gpu.measured import capability
 from . import kernels
@@ -85,6 +85,8 @@ class CudaBackend(GpuBackend):
         return kernels
 
     def missing(self) -> str | None:
+        if (why := why_no_module()) is not None:
+            return f"{why}; DSTS_BUILD=cuda at install says why when the build fails"
         if native_targets() is None:
             built, reason = build_record()
             why = f": {reason}" if reason else ""

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from dsts_kernels.backends import cpu
+from dsts_kernels.backends.build import _C
 
 BINDINGS = Path(__file__).parents[3] / "csrc/cuda/bindings.cpp"
 
@@ -21,9 +21,9 @@ def functions(module: ModuleType) -> set[str]:
 
 def test_there_where_the_build_says_so():
     """``_C.cuda`` with every function of the sources where a toolkit built it, and else none."""
-    if cpu._C is None:
+    if _C is None:
         pytest.skip("the native module is not built")
-    built = cpu._C.build_info()["cuda"] is not None
-    assert hasattr(cpu._C, "cuda") == built
+    built = _C.build_info()["cuda"] is not None
+    assert hasattr(_C, "cuda") == built
     if built:
-        assert functions(cpu._C.cuda) == set(re.findall(r'm\.def\("(\w+)"', BINDINGS.read_text()))
+        assert functions(_C.cuda) == set(re.findall(r'm\.def\("(\w+)"', BINDINGS.read_text()))
