@@ -132,15 +132,15 @@ class FrozenLayer(nn.Module):
         self._stamp = self._now()
 
     def _now(self) -> tuple:
-        """Changes when somebody writes to the gates, or puts other buffers in place."""
+        """Changes when somebody writes to the gates, or puts other buffers, or other memory, in place."""
         own = self._buffers
+        gate, filters, mixing = own["gate"], own["filters"], own["mixing"]
         try:
-            version = own["gate"]._version
+            version = gate._version
         except RuntimeError:  # put in place in inference mode, past every way we know
             version = 0
-        mixing = own["mixing"]
-        dtypes = own["scoring"].dtype, own["filters"].dtype, own["bias"].dtype, None if mixing is None else mixing.dtype
-        return version, *dtypes, *map(id, own.values())
+        dtypes = filters.dtype, own["scoring"].dtype, own["bias"].dtype, None if mixing is None else mixing.dtype
+        return version, gate.data_ptr(), filters.data_ptr(), *dtypes, *map(id, own.values())
 
     def _unsound(self) -> str | None:
         """Why kernels must not see these buffers; ``None`` where they may."""

@@ -422,6 +422,15 @@ def test_called_with_the_buffers_of_another():
         assert torch.equal(fast(x), mine)
 
 
+def test_swapped_with_the_buffers_of_another():
+    """torch.utils.swap_tensors gives one module the buffers of another: then it is the other."""
+    fast, other, x = live().freeze(), live().freeze(), torch.randn(SIZE)
+    mine, theirs = fast(x), other(x)
+    for one, two in zip(fast.buffers(), other.buffers(), strict=True):
+        torch.utils.swap_tensors(one, two)
+    assert torch.equal(fast(x), theirs) and torch.equal(other(x), mine)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_checkpoint(tmp_path):
