@@ -1,4 +1,4 @@
-"""Files: whole or not there (tests/learning/test_checkpoint.py), every bit checked, newer ones told from foreign ones."""
+"""Files: whole or not there (tests/learning/test_checkpoint.py), every bit checked, newer told from foreign."""
 
 from __future__ import annotations
 

@@ -308,8 +308,9 @@ def test_sharded():
         fully_shard(dsts, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(TypeError, match=r"layers.0.gate: got a DTensor, .* call unshard\(\) first"):
             dsts.freeze()
-        dsts.unshard()
-        assert torch.equal(dsts.freeze()(x), plain.freeze()(x))
+        if hasattr(torch.cpu.Stream, "record_event"):  # FSDP of torch 2.6 calls it on a CPU, which has none there
+            dsts.unshard()
+            assert torch.equal(dsts.freeze()(x), plain.freeze()(x))
 
 
 class OwnForward(DSTSLayer):

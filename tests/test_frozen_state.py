@@ -472,12 +472,14 @@ def test_pickles_of_version_0_1():
     assert_close(other(answer["x"]), answer["y"])
 
 
-def test_copies_of_strided_buffers():
-    """A copy or a pickle of a module whose buffers somebody replaced by strided ones has dense ones."""
+def test_strided_buffers():
+    """Gates that somebody replaced by strided ones list the same channels; a copy or a pickle has dense buffers."""
     fast, x, file = live().freeze(), torch.randn(SIZE), io.BytesIO()
     y = fast(x)
     for layer in fast.layers:
         layer.gate = layer.gate.t().contiguous().t()
+    assert torch.equal(fast(x), y) and all(layer.channels.is_contiguous() for layer in fast.layers)
+    for layer in fast.layers:
         layer.bias = layer.bias.t().contiguous().t()
     torch.save(fast, file)
     file.seek(0)
