@@ -158,7 +158,7 @@ def trace(architecture: str, shape: str, dtype: torch.dtype) -> list[Launch]:
                 empty(n, c, taps), empty(n, c, dtype=torch.int32), empty(n + 1, dtype=torch.int64),
                 empty(n * 2 * c * c * 6, dtype=dtype), empty(n, c), None,
             )  # fmt: skip
-            options = FrozenOptions(1, [1, 1, 1], True, "tiled", taps)
+            options = FrozenOptions(0, [1, 1, 1], True, "tiled", taps)
             first = x.contiguous()
             launch.frozen_layer(first, None, None, weights, options)
             launch.frozen_layer(x, empty(b, c, taps), None, weights, options)

@@ -92,7 +92,7 @@ class Operands:
             args = x, self.neuron, self.mixing
             return (run.mixing_conv3d(*args), *run.mixing_conv3d_backward(self.grad, *args, [True] * 2))
         layer = self.frozen
-        return run.frozen_layer(x, None, None, layer.weights(), layer.options(x, 1))[:1]
+        return run.frozen_layer(x, None, None, layer.weights(), layer.options(1))[:1]
 
 
 def median_ms(steps: Sequence[Step]) -> float:

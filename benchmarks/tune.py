@@ -43,7 +43,7 @@ def frozen_call(
     layer = dsts.freeze(dtype=dtype, backend="triton").layers[0]
     x = features(size, batch, channels, dtype)
     weights: FrozenWeights = layer.weights()
-    options: FrozenOptions = layer.options(x, 1)
+    options: FrozenOptions = layer.options(1)
     sums = x.sum((2, 3, 4), dtype=torch.float32)[:, :, None]
     run = TritonBackend().frozen_layer
     return lambda: run(x, sums, None, weights, options)[0]

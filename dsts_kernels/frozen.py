@@ -2,23 +2,27 @@
 
 At inference a layer is linear up to its activation and its gates are hard, so mixing and BatchNorm fold into the
 operators, and each neuron keeps only the weights its gates let through: ``9*|b| + 3*(C - |b|)`` taps an output
-instead of ``12*C + O``. Folding is done in float64 and rounded once.
+instead of ``12*C + O``. :mod:`.freezing` makes the layers (:mod:`.frozen_layer`), :mod:`.frozen_state` reads states;
+here they run, move, are kept in files and come back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import files, frozen_state, ops
 from .backends import choose
-from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
-from .backends.packing import pack, pack_mixing, places, unpack_at, unpack_mixing
-from .modules import DSTSLayer, NotScripted, check_input, memory_format
+from .backends.packing import Layout
+from .freezing import freeze_layer, read_source
+from .frozen_layer import FrozenLayer, dense, has_values, plain_tensors, relaid
+from .frozen_state import ALGORITHMS, BUFFERS, Description
+from .modules import NotScripted, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
 
@@ -27,109 +31,34 @@ if TYPE_CHECKING:
 
 __all__ = ["FrozenDSTS", "FrozenLayer"]
 
-ALGORITHMS = ("auto", "direct", "winograd")
-
-
-class FrozenLayer(nn.Module):
-    """The packed weights of one layer, as buffers: see :class:`~dsts_kernels.backends.base.FrozenWeights`."""
-
-    def __init__(self, layer: DSTSLayer, dtype: torch.dtype, packing: str) -> None:
-        super().__init__()
-        self.packing = packing
-        wide = accumulate_dtype(dtype)
-        scale, shift = _norm_affine(layer)
-        folds = layer.mixing_kernel == (1, 1, 1)
-        hard = layer.gate > 0
-        self.score_elements = layer.scoring.shape[1] if layer.score_reduction == "mean" else 0
-        self.relu = layer.activation == "relu"
-        self.mixing_kernel = list(layer.mixing_kernel)
-
-        # A stable sort of "not spatial" lists the spatial channels first, each part in order.
-        channels = (~hard).to(torch.int8).sort(dim=1, stable=True).indices
-        packed = [
-            pack(panel.to(dtype), packing)
-            for n in range(len(hard))
-            for panel in _panels(layer, n, channels[n], hard[n], scale if folds else None)
-        ]
-        self.register_buffer("scoring", ops.collapse_scoring(layer.scoring).to(wide))
-        self.register_buffer("gate", hard)
-        self.register_buffer("channels", channels.to(torch.int32))
-        self.register_buffer("starts", torch.nn.functional.pad(hard.sum(1).cumsum(0), (1, 0)))
-        self.register_buffer("filters", torch.cat(packed))
-        self.register_buffer("bias", shift.to(wide).expand(len(hard), -1).clone())
-        mixing = None
-        if not folds:
-            scaled = layer.mixing.double() * scale[None, :, None, None, None, None]
-            panels = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
-            mixing = torch.stack([pack_mixing(panel, packing) for panel in panels])
-        self.register_buffer("mixing", mixing)
-
-    def _apply(self, fn, recurse: bool = True) -> FrozenLayer:
-        """Moves to another device; scores and biases keep their dtype when a parent module is cast."""
-        exact = {name: getattr(self, name) for name in ("scoring", "bias")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
-
-    def repack(self, packing: str) -> None:
-        """Lays filters out for another device's kernels, bit for bit the same."""
-        if packing == self.packing:
-            return
-        outputs, channels = self.bias.shape[1], self.channels.shape[1]
-        where = places(self.starts.tolist(), channels, outputs, self.packing, self.filters.dtype)
-        panels = [
-            unpack_at(self.filters, place, self.packing, outputs, taps)
-            for pair in where
-            for place, taps in zip(pair, (9, 3), strict=True)
-        ]
-        self.filters = torch.cat([pack(panel, packing) for panel in panels])
-        if self.mixing is not None:
-            taps = math.prod(self.mixing_kernel)
-            panels = [unpack_mixing(mixing, self.packing, outputs, taps) for mixing in self.mixing]
-            self.mixing = torch.stack([pack_mixing(panel, packing) for panel in panels])
-        self.packing = packing
-
-    def weights(self) -> FrozenWeights:
-        return FrozenWeights(*map(self._buffers.get, FrozenWeights._fields))
-
-    def options(self, x: Tensor, next_taps: int) -> FrozenOptions:
-        positions = x.shape[2] * x.shape[3] * x.shape[4]
-        return FrozenOptions(
-            self.score_elements * positions or 1, self.mixing_kernel, self.relu, self.packing, next_taps
-        )
-
-
-def _norm_affine(layer: DSTSLayer) -> tuple[Tensor, Tensor]:
-    """BatchNorm at inference as ``scale*z + shift``: two ``(O,)`` in float64."""
-    norm = layer.norm
-    if norm is None:
-        ones = torch.ones(layer.out_channels, dtype=torch.float64, device=layer.gate.device)
-        return ones, torch.zeros_like(ones)
-    if norm.running_mean is None:
-        raise ValueError("norm: got a BatchNorm without running statistics, wanted one that tracks them")
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
-
-
-def _panels(layer: DSTSLayer, n: int, channels: Tensor, hard: Tensor, scale: Tensor | None) -> Iterator[Tensor]:
-    """Neuron ``n``'s two panels ``(O, taps, c)`` in float64; folded with mixing and norm where ``scale`` is given."""
-    split = int(hard.sum())
-    fold = None if scale is None else layer.mixing[n].flatten(1).double() * scale[:, None]
-    for weight, own in ((layer.spatial, channels[:split]), (layer.temporal, channels[split:])):
-        panel = weight[n].index_select(1, own).flatten(2).transpose(1, 2).double()  # (O, taps, c)
-        yield panel if fold is None else (fold @ panel.flatten(1)).view(panel.shape)
+FORMAT = "dsts_kernels frozen 1"
+OLD_FILES = (
+    "; FrozenDSTS.save() writes them. What version 0.1 wrote with torch.save(frozen) is brought over by "
+    "torch.load(path, weights_only=False).save(new_path), where you trust the file; what it wrote with "
+    "torch.save(frozen.state_dict()) does not say how it is packed: freeze its source again"
+)
 
 
 class FrozenDSTS(NotScripted):
     """A DSTS module for inference: same call as :class:`FusedDSTS`, no autograd, packed weights only.
 
-    Made by :meth:`FusedDSTS.freeze`; independent of its source afterwards. It can be pickled, deep-copied,
-    moved to another device and exported with ``torch.export``. It behaves as the source does in evaluation.
+    Made by :meth:`FusedDSTS.freeze` or :meth:`load`; independent of its source afterwards. It can be pickled,
+    deep-copied and exported with ``torch.export``. It behaves as the source does in evaluation.
+
+    **Moved or cast**, by itself or with a module that holds it, it follows: ``.to("cuda")`` packs for the other device;
+    ``.half()``, ``.bfloat16()``, ``.float()``, ``.double()`` and ``.to(dtype)`` convert the packed weights, and the
+    features it takes are of that dtype from then on. Scores and biases stay float32 (float64 in float64). A cast
+    rounds what was rounded before; ``freeze(dtype=...)`` rounds once. A cast to any other dtype leaves it as it is. A
+    backend that was asked for by name and cannot run the new dtype or device says so at the next call.
+
+    **A state** (``state_dict()``) says what it is: besides tensors, ``_extra_state`` holds packing, options and sizes.
+    ``load_state_dict``, of this module or of one that holds it, takes a state as a whole or leaves this module as it
+    was. The gates, and with them the sizes of the buffers, are the state's. Its packing is converted to this module's;
+    so is its dtype, unless with ``assign=True``, which takes dtype and device from the state. ``backend`` and
+    ``algorithm`` stay. Refused are a state of another ``in_channels``, ``num_neurons``, number of layers, scoring
+    kernel, ``score_reduction`` (with the outputs a mean is over), mixing kernel, activation or ``skip``
+    (:meth:`load` takes any); one whose parts do not fit one another; one of a newer version; and one of version 0.1,
+    which does not say how it is packed.
 
     Args:
         source: the module to freeze.
@@ -139,8 +68,10 @@ class FrozenDSTS(NotScripted):
         backend: the name of a backend; ``None`` keeps the source's choice.
 
     Raises:
-        TypeError: ``dtype`` is not a floating dtype we run in.
-        ValueError: a BatchNorm of the source has no running statistics, or ``algorithm`` is unknown or cannot run.
+        TypeError: ``dtype`` is not a floating dtype we run in; a layer is no :class:`DSTSLayer`, a norm no BatchNorm, a
+            weight no plain tensor.
+        ValueError: ``algorithm`` is unknown or cannot run; a BatchNorm has no running statistics; a layer or norm has
+            forward hooks; weights are on the meta device; layers differ in size, device or backend.
     """
 
     def __init__(
@@ -151,26 +82,139 @@ class FrozenDSTS(NotScripted):
         algorithm: str = "auto",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        first = source.layers[0]
-        dtype = first.gate.dtype if dtype is None else dtype
-        if dtype not in _checks.FLOATS:
+        if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _checks.FLOATS))}")
-        self.in_channels, self.num_neurons = first.in_channels, first.num_neurons
-        self.dtype, self.skip = dtype, source.skip
-        self.backend = first.backend if backend is None else backend
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: got {algorithm!r}, wanted {' or '.join(map(repr, ALGORITHMS))}")
-        device = first.gate.device
-        chosen = choose("frozen_layer", device, dtype, self.backend)
-        reason = chosen.why_not_fast(device, dtype)
-        if algorithm == "winograd" and reason is not None:
-            raise ValueError(f"algorithm: got 'winograd', wanted 'auto' or 'direct' for {dtype} on {device}: {reason}")
-        self.algorithm = algorithm
-        packing = chosen.packing(device, dtype, algorithm)
-        with torch.no_grad():
-            self.layers = nn.ModuleList(FrozenLayer(layer, dtype, packing) for layer in source.layers)
+        with plain_tensors():
+            sources = read_source(source)
+            gate = sources[0].gate
+            dtype, device = dtype or gate.dtype, gate.device
+            names = {own.layer.backend for own in sources}
+            if backend is None and len(names) > 1:
+                names = " and ".join(sorted(map(repr, names)))
+                raise ValueError(f"backend: got layers with {names}, wanted one for all: freeze(backend=...)")
+            backend = names.pop() if backend is None else backend
+            chosen = choose("frozen_layer", device, dtype, backend)
+            reason = chosen.why_not_fast(device, dtype)
+            if algorithm == "winograd" and reason is not None:
+                raise ValueError(
+                    f"algorithm: got 'winograd', wanted 'auto' or 'direct' for {dtype} on {device}: {reason}"
+                )
+            packing = chosen.packing(device, dtype, algorithm)
+            layers = [freeze_layer(own, dtype, packing) for own in sources]
+            n, c = gate.shape
+            about = Description(c, n, dtype, source.skip, algorithm, backend, tuple(layer for layer, _ in layers))
+            self._fill(about, [{name: dense(own[name]) for name in BUFFERS} for _, own in layers])
+
+    def _fill(self, about: Description, tensors: list[dict[str, Tensor | None]]) -> None:
+        """What every way to make one ends with."""
+        super().__init__()
+        self.in_channels, self.num_neurons, self.dtype, self.skip, self.algorithm, self.backend, layers = about
+        self.layers = nn.ModuleList(FrozenLayer(*pair, self.dtype) for pair in zip(layers, tensors, strict=True))
         super().train(False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, map_location: torch.device | str | None = None) -> FrozenDSTS:
+        """A module from a file of :meth:`save`, packed for the device it is put on; nothing in the file is executed.
+
+        Args:
+            path: of the file.
+            map_location: the device to put it on; ``None`` means the CPU, wherever it was saved.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is damaged, cut off, something else, or of a newer version, and what to do about
+                one of version 0.1; a ``map_location`` that is no device of this machine.
+
+        >>> dsts.freeze().save("dsts.pt")
+        >>> fast = FrozenDSTS.load("dsts.pt")
+        """
+        try:
+            device = torch.empty(0, device="cpu" if map_location is None else map_location).device
+        except (AssertionError, RuntimeError, TypeError) as error:  # torch without CUDA raises the first
+            raise ValueError(
+                f"map_location: got {map_location!r}, wanted a device of this machine ({error})"
+            ) from error
+        content = files.read(path, FORMAT, "a file of FrozenDSTS.save()", hint=OLD_FILES)
+        try:
+            about, tensors = frozen_state.read(content.get("state", {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"path: got {str(path)!r}, whose content does not load: {error}") from error
+        self = cls.__new__(cls)
+        with plain_tensors():
+            self._fill(about, [{name: dense(own[name]) for name in BUFFERS} for own in tensors])
+            return self._apply(lambda t: t.to(device))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the whole module to a file for :meth:`load`: the old one or the new one is there, never half of one."""
+        if not all(has_values(layer.gate) for layer in self.layers):
+            raise RuntimeError("save(path): got a module without weights, wanted one that has loaded a state")
+        files.write(path, {"state": {key: value.cpu() for key, value in self.state_dict().items()}}, FORMAT)
+
+    def describe(self) -> Description:
+        layers = tuple(layer.describe() for layer in self.layers)
+        return Description(
+            self.in_channels, self.num_neurons, self.dtype, self.skip, self.algorithm, self.backend, layers
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """What a state says of itself, as a tensor, which every tool can carry."""
+        return frozen_state.encode(self.describe())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refused unless it says what this module is: by itself it changes nothing, :meth:`load_state_dict` does."""
+        theirs = frozen_state.decode(state)
+        if theirs != self.describe():
+            raise ValueError(f"state: got {theirs}, wanted {self.describe()}: load_state_dict() a whole state")
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        own = {key.removeprefix(prefix): state_dict[key] for key in list(state_dict) if key.startswith(prefix)}
+        wanted = self.describe().keys()
+        missing_keys += [prefix + key for key in wanted if key not in own]
+        unexpected_keys += [prefix + key for key in own if key not in wanted]
+        for key in own:  # its layers find nothing left to load
+            del state_dict[prefix + key]
+        if not any(key in own for key in wanted):
+            return
+        try:
+            with plain_tensors():
+                self._take(*frozen_state.read(own), local_metadata.get("assign_to_params_buffers", False))
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix or 'state_dict.'}{error} (nothing of this frozen module was loaded)")
+
+    def _take(self, theirs: Description, tensors: list[dict[str, Tensor | None]], assign: bool) -> None:
+        """Everything of a checked state, or nothing."""
+        wrong = frozen_state.differences(theirs, self.describe())
+        if wrong:
+            raise ValueError(f"{'; '.join(wrong)}: the state is of another module; FrozenDSTS.load() takes any")
+        device = (tensors[0]["filters"] if assign else self.layers[0].filters).device
+        if device.type == "meta":
+            raise ValueError("assign: got False for a module on the meta device, wanted True, or to_empty(device=...)")
+        dtype = theirs.dtype if assign else self.dtype
+        new = Layout(self._packing(device, dtype), dtype)
+        found = []
+        for own, about in zip(tensors, theirs.layers, strict=True):
+            here = {name: None if own[name] is None else own[name].to(device) for name in BUFFERS}
+            found.append(relaid(here, math.prod(about.mixing_kernel), Layout(about.packing, theirs.dtype), new))
+        if all(layer.fits(own, new) for layer, own in zip(self.layers, found, strict=True)):
+            for layer, own in zip(self.layers, found, strict=True):
+                layer.write(own)
+        else:
+            for layer, own in zip(self.layers, found, strict=True):
+                layer.put({name: None if t is None else t.clone() for name, t in own.items()}, new)
+        self.dtype = dtype
+
+    def _packing(self, device: torch.device, dtype: torch.dtype) -> str:
+        """How to pack there; as it is where nothing can run there, which the next call says."""
+        try:
+            return choose("frozen_layer", device, dtype, self.backend).packing(device, dtype, self.algorithm)
+        except (RuntimeError, ValueError):
+            return self.layers[0].packing
 
     def train(self, mode: bool = True) -> FrozenDSTS:
         """Refused for ``mode=True``: a frozen module has nothing to train."""
@@ -178,20 +222,18 @@ class FrozenDSTS(NotScripted):
             raise RuntimeError("train(mode): got True, wanted False: a frozen module only infers; train its source")
         return super().train(False)
 
-    def _apply(self, fn, recurse: bool = True) -> FrozenDSTS:
-        probe = fn(self.layers[0].filters[:0])
-        got = probe.dtype
-        if got != self.dtype:
-            raise TypeError(
-                f"dtype: got a conversion from {self.dtype} to {got}, wanted none: freeze the source with "
-                f"freeze(dtype={got}), which rounds once"
-            )
-        if probe.is_meta:
-            return super()._apply(fn, recurse)
-        chosen = choose("frozen_layer", probe.device, got, self.backend)  # an error here spoils nothing
-        super()._apply(fn, recurse)
-        for layer in self.layers:
-            layer.repack(chosen.packing(probe.device, got, self.algorithm))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenDSTS:
+        """Follows a move or a cast, all layers or none; never raises of itself, or a parent would be left half cast."""
+        if not recurse:
+            return self
+        with plain_tensors():
+            probe = fn(torch.empty(0, dtype=self.dtype, device=self.layers[0].filters.device))
+            dtype = probe.dtype if probe.dtype in _checks.FLOATS else self.dtype
+            packing = self.layers[0].packing if probe.is_meta else self._packing(probe.device, dtype)
+            found = [layer.moved(fn, Layout(packing, dtype)) for layer in self.layers]
+            for layer, own in zip(self.layers, found, strict=True):
+                layer.put(own, Layout(packing, dtype))
+        self.dtype = dtype
         return self
 
     def extra_repr(self) -> str:
@@ -221,7 +263,7 @@ class FrozenDSTS(NotScripted):
                 sums,
                 x if self.skip and index == last else None,
                 layer.weights(),
-                layer.options(x, next_taps),
+                layer.options(next_taps),
                 backend=self.backend,
             )
             if return_routing:

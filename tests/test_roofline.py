@@ -188,7 +188,7 @@ def run_frozen(launch, case: Case) -> None:
     h = x
     for layer in range(case.layers):
         last = layer == case.layers - 1
-        options = FrozenOptions(1, [1, 1, 1], True, "tiled", 0 if last else 1)
+        options = FrozenOptions(0, [1, 1, 1], True, "tiled", 0 if last else 1)
         h, sums, _, _ = launch.frozen_layer(h, sums, x if last else None, weights, options)
 
 

@@ -37,13 +37,17 @@ class FrozenWeights(NamedTuple):
 
 
 class FrozenOptions(NamedTuple):
-    """What a frozen layer does besides: divisor of the scores, mixing kernel, activation, packing, what comes next."""
+    """What a frozen layer does besides: means of scores, mixing kernel, activation, packing, what comes next."""
 
-    score_divisor: int
+    score_elements: int  # of a position that a mean is taken over: outputs of a scoring kernel; 0 for a sum
     mixing_kernel: list[int]
     relu: bool
     packing: str  # one of packing.PACKINGS
     next_taps: int  # taps of the next layer's scoring kernel: 0 when no layer follows
+
+    def score_divisor(self, x: Tensor) -> int:
+        """What turns sums into scores of ``x (B, C, T, H, W)``; of this clip, not of one that was traced."""
+        return self.score_elements * x.shape[2:].numel() or 1
 
 
 class Backend(ABC):

@@ -293,8 +293,9 @@ class DirectBackend(Backend):
         num_neurons, outputs = w.bias.shape
         sums = self.tap_sums(x, w.scoring.shape[2]) if sums is None else sums
         scores = F.linear(sums.flatten(1), w.scoring.flatten(1))
-        if options.score_divisor != 1:
-            scores = scores / options.score_divisor
+        divisor = options.score_divisor(x)
+        if divisor != 1:
+            scores = scores / divisor
         neuron = scores.argmax(dim=1)
 
         y = torch.empty_like(skip) if skip is not None else as_features(empty_rows(x, outputs))

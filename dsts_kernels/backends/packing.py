@@ -79,6 +79,21 @@ def unpack_mixing(packed: Tensor, packing: str, outputs: int, taps: int) -> Tens
     return unpack(packed.flatten(), packing, outputs, taps, outputs)
 
 
+def mixing_shape(packing: str, outputs: int, taps: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of a packed mixing kernel."""
+    return (taps, outputs, outputs) if packing == "tiled" else (packed_size(packing, outputs, taps, outputs, dtype),)
+
+
+def channel_lists(hard: Tensor) -> tuple[Tensor, Tensor]:
+    """``channels (N, C)`` int32 and ``starts (N + 1,)`` int64 of hard gates ``(N, C)`` bool; dense, however they lie.
+
+    A stable sort of "not spatial" lists the spatial channels first, each part in order. ``starts`` sums up how many
+    are spatial.
+    """
+    channels = (~hard).to(torch.int8).sort(dim=1, stable=True).indices.to(torch.int32)
+    return channels.contiguous(), F.pad(hard.sum(1).cumsum(0), (1, 0)).contiguous()
+
+
 class Place(NamedTuple):
     """Where one filter lies in a layer's flat tensor: its first element, how many channels it has."""
 
@@ -104,3 +119,32 @@ def unpack_at(filters: Tensor, place: Place, packing: str, outputs: int, taps: i
     """The filter ``(O, taps, c)`` that lies at ``place``."""
     size = packed_size(packing, outputs, taps, place.channels, filters.dtype)
     return unpack(filters[place.start : place.start + size], packing, outputs, taps, place.channels)
+
+
+def filters_size(starts: list[int], channels: int, outputs: int, packing: str, dtype: torch.dtype) -> int:
+    """Elements of a layer's flat tensor."""
+    last = places(starts, channels, outputs, packing, dtype)[-1][1]
+    return last.start + packed_size(packing, outputs, 3, last.channels, dtype)
+
+
+class Layout(NamedTuple):
+    """What a packing depends on: its name, and the dtype, by which a tile has so many channels."""
+
+    packing: str
+    dtype: torch.dtype
+
+
+def repack_filters(filters: Tensor, starts: list[int], channels: int, outputs: int, old: Layout, new: Layout) -> Tensor:
+    """A layer's flat tensor laid out anew, every value rounded once where the dtype changes."""
+    panels = [
+        unpack_at(filters, place, old.packing, outputs, taps).to(new.dtype)
+        for pair in places(starts, channels, outputs, *old)
+        for place, taps in zip(pair, (9, 3), strict=True)
+    ]
+    return torch.cat([pack(panel, new.packing) for panel in panels])
+
+
+def repack_mixing(mixing: Tensor, outputs: int, taps: int, old: Layout, new: Layout) -> Tensor:
+    """A layer's mixing kernels ``(N, ...)`` laid out anew."""
+    panels = [unpack_mixing(own, old.packing, outputs, taps).to(new.dtype) for own in mixing]
+    return torch.stack([pack_mixing(panel, new.packing) for panel in panels])

@@ -26,7 +26,7 @@ def _frozen_layer(
     filters: Tensor,
     bias: Tensor,
     mixing: Tensor | None,
-    score_divisor: int,
+    score_elements: int,
     mixing_kernel: list[int],
     relu: bool,
     packing: str,
@@ -34,7 +34,7 @@ def _frozen_layer(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = FrozenWeights(scoring, channels, starts, filters, bias, mixing)
-    options = FrozenOptions(score_divisor, mixing_kernel, relu, packing, next_taps)
+    options = FrozenOptions(score_elements, mixing_kernel, relu, packing, next_taps)
     return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
 
 
@@ -48,7 +48,7 @@ def _frozen_layer_fake(
     filters,
     bias,
     mixing,
-    score_divisor,
+    score_elements,
     mixing_kernel,
     relu,
     packing,
@@ -81,7 +81,7 @@ def _flops(x, sums, skip, scoring, channels, starts, filters, bias, mixing, *opt
 
 frozen_layer_op = define(
     "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor starts, "
-    "Tensor filters, Tensor bias, Tensor? mixing, SymInt score_divisor, int[] mixing_kernel, "
+    "Tensor filters, Tensor bias, Tensor? mixing, int score_elements, int[] mixing_kernel, "
     "bool relu, str packing, int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _frozen_layer,
     _frozen_layer_fake,

@@ -112,5 +112,5 @@ def test_opcheck_frozen(gpu_backend, options):
     x = randn(*SIZE, dtype=HALF)
     for skip, taps in ((None, 1), (x, 0)):
         torch.library.opcheck(
-            frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(x, taps), gpu_backend)
+            frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(taps), gpu_backend)
         )

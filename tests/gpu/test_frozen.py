@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from dsts_kernels import FusedDSTS
+from dsts_kernels import FrozenDSTS, FusedDSTS
 from dsts_kernels.testing import assert_close
 
 from .support import (
@@ -150,6 +150,44 @@ def test_moves_between_devices(mixing_kernel):
     there = dsts.to(DEVICE).freeze()
     assert_close(there(x.to(DEVICE)).cpu(), wanted)
     assert_close(there.cpu()(x), wanted)
+
+
+@pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (3, 1, 1)], ids=str)
+def test_files_and_states_of_the_other_device(mixing_kernel, tmp_path):
+    """A file or a state from one device is packed for the other, bit for bit, either way."""
+    dsts = FusedDSTS(40, num_neurons=3, mixing_kernel=mixing_kernel, score_reduction="mean")
+    enliven(dsts)
+    x, here = torch.randn(SIZE), dsts.eval().freeze()
+    wanted = here(x)
+    here.save(tmp_path / "here.pt")
+    there = FrozenDSTS.load(tmp_path / "here.pt", DEVICE)
+    assert {layer.packing for layer in there.layers} == {"tiled"}
+    assert_close(there(x.to(DEVICE)).cpu(), wanted)
+    there.save(tmp_path / "there.pt")
+    back = FrozenDSTS.load(tmp_path / "there.pt")
+    assert torch.equal(back(x), wanted)
+    enliven(dsts)
+    other = dsts.freeze()
+    back.load_state_dict(there.state_dict())
+    there.load_state_dict(other.state_dict())
+    assert torch.equal(back(x), wanted)
+    assert_close(there(x.to(DEVICE)).cpu(), other(x))
+
+
+def test_cast_with_its_model(gpu_backend):
+    """A model cast to half precision on the GPU takes its frozen module along, tiles laid out anew."""
+    ref, fused = pair(gpu_backend, 40, torch.float32, num_layers=1, mixing_kernel=(1, 3, 3))
+    x = features_for(ref, randn(*SIZE, dtype=HALF))
+    model = torch.nn.Sequential(torch.nn.Identity(), fused.eval().freeze()).to(HALF)
+    assert_close(model(x), reference_output(ref, x)[0])
+
+
+def test_refuses_layers_on_two_devices():
+    """A layer elsewhere than the first is named."""
+    dsts = FusedDSTS(40, num_neurons=3).eval()
+    dsts.layers[1].to(DEVICE)
+    with pytest.raises(ValueError, match=r"layers.1.gate: got a tensor on cuda:0, wanted cpu"):
+        dsts.freeze()
 
 
 def test_copies(gpu_backend):

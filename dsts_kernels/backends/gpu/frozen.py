@@ -37,7 +37,7 @@ def frozen_layer(
         parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
         problem = kernels.conv_problem(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
         flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
-        panel, plan = kernels.route_and_pack(x, parts, w, options.score_divisor, neuron, scores, flags)
+        panel, plan = kernels.route_and_pack(x, parts, w, options.score_divisor(x), neuron, scores, flags)
         filters = w.filters.view(-1, block_k)
         if folds:
             kernels.conv(panel, filters, "packed", plan, y, problem, epilogue=last._replace(flags=flags))

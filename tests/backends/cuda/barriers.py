@@ -63,8 +63,8 @@ def frozen(dtype: torch.dtype, taps: int, processors: int, channels: int, size: 
     with torch.no_grad():
         dsts.layers[0].gate.normal_()
     layer, x = dsts.freeze(backend=BACKEND.name).layers[0], torch.randn(2, channels, *size).to(dtype)
-    y, sums, *_ = frozen_layer(x, None, x, layer.weights(), layer.options(x, taps), backend=BACKEND.name)
-    z, *_ = frozen_layer(y, sums, y, layer.weights(), layer.options(y, taps), backend=BACKEND.name)
+    y, sums, *_ = frozen_layer(x, None, x, layer.weights(), layer.options(taps), backend=BACKEND.name)
+    z, *_ = frozen_layer(y, sums, y, layer.weights(), layer.options(taps), backend=BACKEND.name)
     dsts = dsts.double()
     assert_close(y, dsts(x.double()), factor=2)
     assert_close(z, dsts(y.double()), factor=2)

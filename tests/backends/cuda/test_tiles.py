@@ -214,7 +214,7 @@ def test_frozen_layer(taps, kernel, count, dtype, skip, multiprocessors, launche
     multiprocessors(count)
 
     def run() -> tuple[Tensor, ...]:
-        return frozen_layer(x, None, x, layer.weights(), layer.options(x, taps), backend=BACKEND.name)
+        return frozen_layer(x, None, x, layer.weights(), layer.options(taps), backend=BACKEND.name)
 
     y, sums, *_ = found = run()
     assert_close(y, dsts.double()(x.double()), factor=2)

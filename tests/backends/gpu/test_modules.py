@@ -206,7 +206,7 @@ def test_opcheck():
         (semhash.gate_op, (gate, neuron, torch.randn(2, 8), torch.tensor([True, False]))),
         (semhash.backward_op, (gate, gate, neuron, None)),
         (tap_sums_op, (x, 9)),
-        (frozen.frozen_layer_op, (x, None, x, *layer.weights(), *layer.options(x, 0))),
+        (frozen.frozen_layer_op, (x, None, x, *layer.weights(), *layer.options(0))),
     ):
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(op.overload, (*arguments, BACKEND.name), test_utils=tests)

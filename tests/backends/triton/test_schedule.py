@@ -178,7 +178,7 @@ def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors,
         dsts.layers[0].gate.normal_()
         dsts.layers[0].norm.bias.normal_()
     layer, x = dsts.freeze(backend="triton").layers[0], torch.randn(2, 40, 2, 5, 3)
-    arguments = (layer.weights(), layer.options(x, taps))
+    arguments = (layer.weights(), layer.options(taps))
     wanted, skip = dsts.double()(x.double()) - x, SKIPS[skip](x)
     monkeypatch.setattr(tuning, "LEAST_BLOCKS", 2)
     multiprocessors(count)

@@ -59,7 +59,7 @@ def test_conv(tile, dtype, monkeypatch, multiprocessors):
         dz, _ = BACKEND.mixing_conv3d_backward(z, z, neuron, mixing, [True, False])
         assert_close(dz, literal_mixing(*wide([z, neuron, mixing.transpose(1, 2)])))
         multiprocessors(1)
-        y, sums, *_ = frozen_layer(z, None, z, layer.weights(), layer.options(z, taps), backend="triton")
+        y, sums, *_ = frozen_layer(z, None, z, layer.weights(), layer.options(taps), backend="triton")
     assert_close(y, dsts.double()(z.double()))
     assert_close(sums, BACKENDS["eager"].tap_sums(y.double(), taps), dtype=torch.float32)
 

@@ -1,0 +1,97 @@
+"""Files that survive a kill and say when they are not whole: what checkpoints and frozen modules are kept in.
+
+A file is written beside the old one, synced, then renamed over it. Reading checks every record's checksum, executes
+nothing, and wants the format that the writer put in: a name that ends in a number, which counts up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["read", "write"]
+
+
+@contextlib.contextmanager
+def _checksums() -> Iterator[None]:
+    """A block in which torch.save writes checksums, also where they were switched off (torch 2.6 has no switch)."""
+    options = getattr(torch.serialization, "get_crc32_options", lambda: True)()
+    if options:
+        yield
+        return
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(False)
+
+
+def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> None:
+    """Write ``content`` (tensors and plain Python values): the old file or the new one is there, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.part"):  # of a save that was killed
+        stale.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file, _checksums():
+            torch.save({**content, "format": form}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)  # mkstemp keeps the file to its owner
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(
+    path: str | os.PathLike, form: str, what: str, *, map_location: torch.device | str = "cpu", hint: str = ""
+) -> dict[str, Any]:
+    """The content of a file of :func:`write`; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        form: the format wanted.
+        what: the kind of file, for errors.
+        map_location: where its tensors go.
+        hint: what to do about a file that is none of ours, for errors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, cut off, something else, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: got {str(path)!r}, wanted {what}; there is no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"record {damaged} is damaged")
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise a dozen types for bytes that are something else
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+        raise ValueError(f"path: got {str(path)!r}, which torch.load cannot read ({reason}){hint}") from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if isinstance(content, dict) and found == form:
+        return content
+    if _newer(found, form):
+        hint = "; a newer version of dsts_kernels wrote it: install that one, or save the file again with this one"
+    raise ValueError(f"path: got {str(path)!r}, whose format is {found!r}, wanted {form!r}{hint}")
+
+
+def _newer(found: object, form: str) -> bool:
+    """Whether a format is ours with a larger number."""
+    name, number = form.rsplit(" ", 1)
+    kind, _, theirs = found.rpartition(" ") if isinstance(found, str) else ("", "", "")
+    return kind == name and theirs.isdecimal() and int(theirs) > int(number)
