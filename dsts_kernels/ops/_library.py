@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 LIBRARY = torch.library.Library("dsts_kernels", "DEF")
 PLAIN = (Tensor, Parameter)
@@ -72,6 +73,23 @@ def tracked(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+FLOPS: dict[Any, Callable[..., int]] = {}  # formulas by op
+
+
+def offer_formulas() -> None:
+    """Hand :data:`FLOPS` to torch's counter where one counts; what a user gave it comes first.
+
+    Registered ahead they would import it, and it imports Triton, which takes half a second.
+    """
+    if "torch.utils.flop_counter" not in sys.modules:
+        return
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(registry, dict):
+            for packet, formula in FLOPS.items():
+                registry.setdefault(packet, formula)
+
+
 class Op:
     """A callable op: through the dispatcher where something listens there, straight to its implementation else.
 
@@ -87,6 +105,7 @@ class Op:
             return self.overload(*args)
         tensors = self._tensors(args)
         if listened(tensors):
+            offer_formulas()
             transformed = self._transformed is not None and torch._C._are_functorch_transforms_active()
             return self._transformed.apply(*args) if transformed else self.overload(*args)
         if self._function is not None and tracked(tensors):
@@ -139,7 +158,7 @@ def define(
     functions = _register_autograd(name, packet.default, run, pick, derivative, differentiable)
     torch.library.register_vmap(f"dsts_kernels::{name}", _by_slices(packet.default), lib=LIBRARY)
     if flops is not None:
-        register_flop_formula(packet, get_raw=True)(flops)
+        FLOPS[packet] = flops
     return Op(packet.default, run, pick, functions)
 
 
@@ -166,8 +185,12 @@ def _register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
+    def cut_off(*args):
+        offer_formulas()
+        return below(*args)
+
     if not differentiable:
-        LIBRARY.impl(name, below, "Autograd")
+        LIBRARY.impl(name, cut_off, "Autograd")
         return None, None
     kind = NO_DERIVATIVE if derivative is None else "Op"
     derivative = derivative or _refused(name)
@@ -187,6 +210,7 @@ def _register_autograd(
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
     def autograd(*args):
+        offer_formulas()
         args += defaults[len(args) :]  # the dispatcher leaves out what is as the schema has it
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
