@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..modules import DSTSLayer
 from ..ops._checks import describe
+from ..sides import LAYERS, downstream_parameters, upstream_parameters
 from . import second_order as through
 from .batches import call, micro_batches
 from .distributed import average, average_gradients
@@ -48,24 +48,6 @@ class StepResult(NamedTuple):
 
 class _Overflow(Exception):
     """Scaled gradients are not finite."""
-
-
-def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Scoring kernels and gates of every DSTS layer in ``module``, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        own = getattr(part, "upstream_parameters", None)
-        if isinstance(part, DSTSLayer):
-            found.update((id(p), p) for p in (part.scoring, part.gate))
-        elif callable(own):  # FusedDSTS, the literal reference, and what offers the same
-            found.update((id(p), p) for p in own())
-    return list(found.values())
-
-
-def downstream_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Every other parameter of ``module``."""
-    upstream = {id(p) for p in upstream_parameters(module)}
-    return [p for p in module.parameters() if id(p) not in upstream]
 
 
 class UpstreamDownstream:
@@ -142,7 +124,7 @@ class UpstreamDownstream:
         if not self.distributed and any(isinstance(part, DistributedDataParallel) for part in module.modules()):
             raise ValueError(f"module: got DistributedDataParallel inside {type(module).__name__}, wanted it outermost")
         self._group = self._ddp.process_group if self.distributed else None
-        self._layers = [part for part in module.modules() if isinstance(part, DSTSLayer)]
+        self._layers = [part for part in module.modules() if isinstance(part, LAYERS)]
         self._weights = Tensors(lambda: self.upstream), Tensors(lambda: self.downstream)
         self._buffers = Tensors(module.buffers)
         self._balance = RoutingMonitor(module, keep=True) if balance else None
