@@ -324,13 +324,19 @@ class FusedDSTS(NotScripted):
         )
 
     def upstream_parameters(self) -> list[nn.Parameter]:
-        """What Upstream-Downstream Learning trains on the validation split: scoring kernels and gates."""
-        return [p for layer in self.layers for p in (layer.scoring, layer.gate)]
+        """What Upstream-Downstream Learning trains on the validation split: scoring kernels and gates.
+
+        As :func:`dsts_kernels.learning.upstream_parameters`: leaves, each once, those of a parametrization too.
+        """
+        from .sides import upstream_parameters
+
+        return upstream_parameters(self)
 
     def downstream_parameters(self) -> list[nn.Parameter]:
         """Everything else: operators, mixing and norms."""
-        upstream = {id(p) for p in self.upstream_parameters()}
-        return [p for p in self.parameters() if id(p) not in upstream]
+        from .sides import downstream_parameters
+
+        return downstream_parameters(self)
 
     def extra_repr(self) -> str:
         return f"skip={self.skip}"

@@ -6,13 +6,15 @@ Counted on the device as layers run, without a host synchronisation; read when w
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..modules import DSTSLayer
 from ..routing import Routing
+from .sharded import whole
 
 __all__ = ["SATURATION", "RoutingMonitor", "RoutingStatistics", "balance_loss"]
 
@@ -40,11 +42,33 @@ class RoutingStatistics(NamedTuple):
     spatial: Tensor
 
 
+class _Hook:
+    """A layer's forward hook. It counts for its monitor alone: what a copy of the layer carries does nothing.
+
+    Copied or pickled together, monitor and hook keep to each other.
+    """
+
+    def __init__(self, index: int, monitor: RoutingMonitor | None = None) -> None:
+        self.index, self.monitor = index, monitor
+
+    def __call__(self, layer: DSTSLayer, inputs: tuple, output: object) -> None:
+        if self.monitor is not None and isinstance(output, tuple):
+            self.monitor._count(self.index, layer.num_neurons, output[1])
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (self.index,)
+
+
 class RoutingMonitor:
     """Counts the neurons that every DSTS layer of ``model`` chooses, from now on, by forward hooks.
 
     Layers must agree in ``num_neurons``. Each pass counts, in training and evaluation, but while ``enabled`` is false.
     With ``keep`` the last pass's routing stays, in training with its graph, for :attr:`last` and :meth:`balance`.
+
+    Hooks stay until :meth:`remove`, or the end of a ``with`` block of the monitor's. A copy of the model (``deepcopy``,
+    ``AveragedModel``, ``torch.save``) has hooks that do nothing; a copy of model and monitor in one is watched by that
+    monitor, which goes on from the same counts. Counts are those of this process; where parameters are sharded all
+    processes must ask for :meth:`statistics`, as gates are gathered for it.
 
     >>> monitor = RoutingMonitor(model)
     >>> loss = model(clips).sum()
@@ -61,25 +85,40 @@ class RoutingMonitor:
         self.enabled, self.keep = True, keep
         self._counts: list[Tensor | None] = [None] * len(self.layers)
         self._routed: dict[int, Routing] = {}
-        self._handles = [
-            layer.register_forward_hook(self._hook(index)) for index, layer in enumerate(self.layers.values())
-        ]
+        self._hooks = [_Hook(index, self) for index in range(len(self.layers))]
+        self._handles: list[RemovableHandle] = []
+        self._watching = False
+        self.__enter__()
 
-    def _hook(self, index: int):
-        def count(layer: DSTSLayer, inputs: tuple, output: object) -> None:
-            if not (self.enabled and isinstance(output, tuple)):
-                return
-            routing: Routing = output[1]
-            if self.keep:
-                self._routed[index] = routing
-            found = self._counts[index]
-            if found is None or found.device != routing.neuron.device:
-                with torch.inference_mode(False):  # or training could not count on
-                    empty = torch.zeros(layer.num_neurons, dtype=torch.int64, device=routing.neuron.device)
-                    found = self._counts[index] = empty if found is None else empty.copy_(found)
-            found.index_add_(0, routing.neuron, torch.ones_like(routing.neuron))
+    def __enter__(self) -> RoutingMonitor:
+        if not self._watching:
+            watched = zip(self.layers.values(), self._hooks, strict=True)
+            self._handles = [layer.register_forward_hook(hook) for layer, hook in watched]
+            self._watching = True
+        return self
 
-        return count
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_routed": {}}  # a graph can be neither copied nor saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for hook in self._hooks:
+            hook.monitor = self
+
+    def _count(self, index: int, neurons: int, routing: Routing) -> None:
+        if not (self.enabled and self._watching):  # compiled code goes on calling a hook that it was traced with
+            return
+        if self.keep:
+            self._routed[index] = routing
+        found = self._counts[index]
+        if found is None or found.device != routing.neuron.device:
+            with torch.inference_mode(False):  # or training could not count on
+                empty = torch.zeros(neurons, dtype=torch.int64, device=routing.neuron.device)
+                found = self._counts[index] = empty if found is None else empty.copy_(found)
+        found.index_add_(0, routing.neuron, torch.ones_like(routing.neuron))
 
     def reset(self) -> None:
         """Count from zero."""
@@ -88,19 +127,27 @@ class RoutingMonitor:
                 count.zero_()
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model; a ``with`` block of the monitor's puts them back."""
         for handle in self._handles:
             handle.remove()
+        self._handles, self._watching = [], False
+
+    def forget(self) -> None:
+        """Let go of the last pass's routing, and of its graph."""
+        self._routed = {}
 
     def statistics(self) -> RoutingStatistics:
         """What was counted since the last reset; this waits for the device."""
         layers = list(self.layers.values())
         counts = torch.stack(
-            [torch.zeros(m.num_neurons) if c is None else c.cpu() for m, c in zip(layers, self._counts, strict=True)]
-        ).to(torch.int64)
+            [
+                torch.zeros(layer.num_neurons, dtype=torch.int64, device="cpu") if count is None else count.cpu()
+                for layer, count in zip(layers, self._counts, strict=True)
+            ]
+        )
         usage = counts.double() / counts.sum(1, keepdim=True)
         entropy = -(torch.special.xlogy(usage, usage)).sum(1) / math.log(2.0)
-        gates = [layer.gate.detach() for layer in layers]
+        gates = [whole(layer.gate.detach()) for layer in layers]
         saturated = torch.stack([(g.abs() >= SATURATION).double().mean() for g in gates]).cpu()
         spatial = torch.stack([(g > 0).double().mean(1) for g in gates]).cpu()
         return RoutingStatistics(counts.sum(1), usage, entropy, (counts == 0).sum(1), saturated, spatial)

@@ -12,13 +12,14 @@ are those of line 4.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._library import NO_DERIVATIVE
+from .distributed import norm
+from .sharded import local
 from .state import Frozen, Tensors
 
 __all__ = ["central_difference", "exact_product", "learning_rates"]
@@ -64,15 +65,15 @@ def central_difference(
     gradient: Callable[[], list[Tensor]], downstream: Sequence[nn.Parameter], direction: Sequence[Tensor]
 ) -> list[Tensor]:
     """The same product from ``gradient()``, which is ``grad_u loss`` at the parameters' present values."""
-    length = math.sqrt(sum(float(w.double().square().sum()) for w in direction))
-    kept = Tensors(lambda: downstream)
-    kept.save()
+    length = norm(direction)
+    kept = Tensors()
+    kept.save(downstream)
     sides = []
     try:
         for sign in (1.0, -1.0):
             step = sign * STEP / length if length else 0.0
             with torch.no_grad(), Frozen(downstream):
-                torch._foreach_add_([p.detach() for p in downstream], list(direction), alpha=step)
+                torch._foreach_add_([local(p.detach()) for p in downstream], [local(w) for w in direction], alpha=step)
             sides.append(gradient())
             kept.restore()
     finally:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import generator_states, restore_generators
+from .sharded import local
 
 __all__ = ["Frozen", "Generators", "OptimizerState", "Tensors"]
 
 
 class Tensors:
-    """Copies of the tensors that ``find()`` gives, in memory that is kept from one step to the next."""
+    """Copies of tensors, of sharded ones this process's part, in memory that is kept from one step to the next."""
 
-    def __init__(self, find: Callable[[], Iterable[Tensor]]) -> None:
-        self.find = find
+    def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.copies: list[Tensor] = []
 
-    def save(self) -> None:
-        self.tensors = [t.detach() for t in self.find()]
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = [local(t.detach()) for t in tensors]
         shapes = [(t.shape, t.dtype, t.device) for t in self.tensors]
         if shapes != [(c.shape, c.dtype, c.device) for c in self.copies]:
             self.copies = [torch.empty_like(t) for t in self.tensors]
@@ -65,7 +65,7 @@ def put_back(target: dict, saved: dict) -> None:
             and (now.shape, now.dtype) == (value.shape, value.dtype)
         )
         if fits:
-            now.copy_(value)
+            local(now).copy_(local(value))
         else:
             target[key] = copied(value)
 

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..modules import DSTSLayer
 from ..ops._checks import describe
+from ..sides import LAYERS, downstream_parameters, upstream_parameters
 from . import second_order as through
 from .batches import call, micro_batches
-from .distributed import average, average_gradients
+from .distributed import average, average_gradients, clip, process_groups, reshard
 from .health import RoutingMonitor
+from .named import load_optimizer_state, optimizer_state
+from .sharded import is_sharded
 from .state import Frozen, Generators, OptimizerState, Tensors
 
 __all__ = ["StepResult", "UpstreamDownstream", "downstream_parameters", "upstream_parameters"]
@@ -46,26 +49,17 @@ class StepResult(NamedTuple):
     downstream_grad_norm: float
 
 
+# Compiled code of these versions does not see that a parameter has become frozen, or no longer is, and gives gradients
+# as it was traced. So nothing is frozen there: all gradients are computed, and those of the other side dropped.
+OLD_COMPILER = torch.__version__ < (2, 13)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 class _Overflow(Exception):
     """Scaled gradients are not finite."""
-
-
-def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Scoring kernels and gates of every DSTS layer in ``module``, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        own = getattr(part, "upstream_parameters", None)
-        if isinstance(part, DSTSLayer):
-            found.update((id(p), p) for p in (part.scoring, part.gate))
-        elif callable(own):  # FusedDSTS, the literal reference, and what offers the same
-            found.update((id(p), p) for p in own())
-    return list(found.values())
-
-
-def downstream_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Every other parameter of ``module``."""
-    upstream = {id(p) for p in upstream_parameters(module)}
-    return [p for p in module.parameters() if id(p) not in upstream]
 
 
 class UpstreamDownstream:
@@ -133,24 +127,37 @@ class UpstreamDownstream:
         self.second_order, self.clip_norm, self.autocast = bool(second_order), clip_norm, autocast
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulate, self.balance = accumulate, balance
+        reshard(module)
+        self._groups = process_groups(module)
         if not upstream_parameters(module):
             raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
         self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
         self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
-        self._ddp = getattr(module, "_orig_mod", module)  # torch.compile's wrapper around it
-        self.distributed = isinstance(self._ddp, DistributedDataParallel)
-        if not self.distributed and any(isinstance(part, DistributedDataParallel) for part in module.modules()):
-            raise ValueError(f"module: got DistributedDataParallel inside {type(module).__name__}, wanted it outermost")
-        self._group = self._ddp.process_group if self.distributed else None
-        self._layers = [part for part in module.modules() if isinstance(part, DSTSLayer)]
-        self._weights = Tensors(lambda: self.upstream), Tensors(lambda: self.downstream)
-        self._buffers = Tensors(module.buffers)
-        self._balance = RoutingMonitor(module, keep=True) if balance else None
+        self._layers = [part for part in module.modules() if isinstance(part, LAYERS)]
+        self._weights, self._buffers = (Tensors(), Tensors()), Tensors()
+        self._balance = None
+        self._compiled = any(map(is_compiled, module.modules()))
+        if self._compiled and OLD_COMPILER and any(map(is_sharded, self.upstream)):
+            raise ValueError(
+                f"module: got torch.compile with fully_shard in torch {torch.__version__}, whose compiled code does "
+                "not see which side is frozen; wanted torch 2.13 or later, or one of them"
+            )
+        if balance:
+            self._balance = RoutingMonitor(module, keep=True)
+            self._balance.enabled = False
+            if self._compiled:  # whose hooks are traced once
+                weakref.finalize(self, self._balance.remove).atexit = False
+            else:
+                self._balance.remove()
         self.exact_second_order = True  # until an op says that it has no second derivative
 
     @property
     def device(self) -> torch.device:
-        return self.upstream[0].device
+        """Where passes run."""
+        first = self.upstream[0]
+        if is_sharded(first) and first.device_mesh.device_type == "cuda":  # shards may lie on the CPU
+            return torch.device("cuda", torch.cuda.current_device())
+        return first.device
 
     def step(self, train_batch: Any, val_batch: Any) -> StepResult:
         """One pass of Algorithm 1.
@@ -171,12 +178,14 @@ class UpstreamDownstream:
             raise ValueError("module: DSTS is in evaluation mode, where scores get no gradient; wanted module.train()")
         states = OptimizerState(self.upstream_optimizer), OptimizerState(self.downstream_optimizer)
         start, scale = Generators(self.device), self.scaler.state_dict() if self.scaler else None
-        for saved in (*self._weights, self._buffers):
-            saved.save()
+        for saved, tensors in zip(self._weights, (self.upstream, self.downstream), strict=True):
+            saved.save(tensors)
+        self._buffers.save(self.module.buffers())
         self._clear_gradients()
         losses = [math.nan, math.nan]
         try:
-            norms = self._lines(train, val, states[1], start, scale, losses)
+            with self._watched():
+                norms = self._lines(train, val, states[1], start, scale, losses)
         except BaseException as error:
             for saved in (*self._weights, self._buffers, *states, start):
                 saved.restore()
@@ -191,11 +200,29 @@ class UpstreamDownstream:
             self._clear_gradients()
         return StepResult(*losses, *norms)
 
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A block in which the routing is seen, where the balance term needs it; no graph outlives it."""
+        if self._balance is None:
+            yield
+            return
+        self._balance.enabled = True
+        try:
+            with contextlib.nullcontext() if self._compiled else self._balance:
+                yield
+        finally:
+            self._balance.enabled = False
+            self._balance.forget()
+
+    def _frozen(self, side: Iterable[nn.Parameter]) -> Frozen:
+        """A block in which passes give ``side`` no gradient; see :data:`OLD_COMPILER`."""
+        return Frozen(() if self._compiled and OLD_COMPILER else side)
+
     def _lines(
         self, train: list, val: list, state: OptimizerState, start: Generators, scale: dict | None, losses: list[float]
     ) -> tuple[float, float]:
         """Lines 4, 6 and 8; ``losses`` is filled, and the gradient norms of 6 and 8 are returned."""
-        with Frozen(self.upstream):  # line 4
+        with self._frozen(self.upstream):  # line 4
             losses[0] = self._backward("train_batch", train, self.downstream)
             self._update(self.downstream_optimizer, self.downstream)
         self._clear_gradients()
@@ -204,7 +231,7 @@ class UpstreamDownstream:
         if scale is not None:
             self.scaler.load_state_dict(scale)
 
-        with Frozen(() if self.second_order else self.downstream):  # line 6
+        with self._frozen(() if self.second_order else self.downstream):  # line 6
             sides = (*self.upstream, *self.downstream) if self.second_order else self.upstream
             losses[1] = self._backward("val_batch", val, sides, self.balance)
         self._weights[1].restore()
@@ -215,7 +242,7 @@ class UpstreamDownstream:
         upstream_norm = self._update(self.upstream_optimizer, self.upstream)
         self._clear_gradients()
 
-        with Frozen(self.upstream):  # line 8
+        with self._frozen(self.upstream):  # line 8
             self._backward("train_batch", train, self.downstream)
             return upstream_norm, self._update(self.downstream_optimizer, self.downstream)
 
@@ -236,14 +263,18 @@ class UpstreamDownstream:
     ) -> float:
         """Gradients of ``parameters``, over all micro-batches and processes; the loss."""
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        with self._ddp.no_sync() if self.distributed else contextlib.nullcontext():
+        inputs = list(parameters) if self._compiled and OLD_COMPILER else None
+        reshard(self.module)
+        outermost = getattr(self.module, "_orig_mod", self.module)  # torch.compile's wrapper
+        is_ddp = isinstance(outermost, DistributedDataParallel)
+        with outermost.no_sync() if is_ddp else contextlib.nullcontext():
             for batch in batches:
                 loss = self._loss(batch, balance)
                 total += loss.detach().reshape(())
-                (self.scaler.scale(loss) if self.scaler else loss).backward()
-        if self.distributed:
-            average(total, self._group)
-            average_gradients(parameters, self._group)
+                (self.scaler.scale(loss) if self.scaler else loss).backward(inputs=inputs)
+        if self._groups:
+            average(total, self._groups)
+            average_gradients(parameters, self._groups)
         value = total.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"{name}: its loss is {value}; everything is as before the step")
@@ -254,7 +285,7 @@ class UpstreamDownstream:
         if self.scaler:
             self.scaler.unscale_(optimizer)
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = clip(parameters, limit)
         if not math.isfinite(norm) and not self.scaler:
             raise FloatingPointError(f"gradients: their norm is {norm}; everything is as before the step")
         if self.scaler:
@@ -279,12 +310,13 @@ class UpstreamDownstream:
         def gradient() -> list[Tensor]:
             self._clear_gradients()
             start.restore()
-            with Frozen(self.downstream):
+            with self._frozen(self.downstream):
                 self._backward("train_batch", train, self.upstream)
             self._buffers.restore()
             return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.upstream]
 
-        term = self._exact_term(train, start, direction) if self.exact_second_order and not self.distributed else None
+        exact = self.exact_second_order and not self._groups and not self._compiled
+        term = self._exact_term(train, start, direction) if exact else None
         if term is None:
             self.exact_second_order = False
             term = through.central_difference(gradient, self.downstream, direction)
@@ -303,18 +335,23 @@ class UpstreamDownstream:
         for p in (*self.upstream, *self.downstream):
             p.grad = None
 
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [
+            ("upstream_optimizer", self.upstream_optimizer),
+            ("downstream_optimizer", self.downstream_optimizer),
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated."""
-        found = {"upstream_optimizer": self.upstream_optimizer, "downstream_optimizer": self.downstream_optimizer}
+        state = {name: optimizer_state(self.module, optimizer) for name, optimizer in self._optimizers()}
         if self.scaler:
-            found["scaler"] = self.scaler
-        state = {name: part.state_dict() for name, part in found.items()}
+            state["scaler"] = self.scaler.state_dict()
         return {**state, "exact_second_order": self.exact_second_order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.upstream_optimizer.load_state_dict(state["upstream_optimizer"])
-        self.downstream_optimizer.load_state_dict(state["downstream_optimizer"])
+        for name, optimizer in self._optimizers():
+            load_optimizer_state(self.module, optimizer, name, state[name])
         self.exact_second_order = state["exact_second_order"]
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])

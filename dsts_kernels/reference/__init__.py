@@ -10,6 +10,7 @@ Source: *Dynamic Spatio-Temporal Specialization Learning for Fine-Grained Action
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -236,8 +237,10 @@ class DSTS(nn.Module):
         )
 
     def upstream_parameters(self) -> list[nn.Parameter]:
-        """Scoring kernels and gates."""
-        return [p for layer in self.layers for p in (layer.scoring, layer.gate)]
+        """Scoring kernels and gates, or the parameters that they are computed from: leaves, each once."""
+        own = re.compile(r"layers\.\d+\.(_orig_mod\.)?(parametrizations\.)?(scoring|gate)(_orig|_g|_v|\..+)?")
+        upstream = {id(p) for name, p in self.named_parameters(remove_duplicate=False) if own.fullmatch(name)}
+        return [p for p in self.parameters() if id(p) in upstream]
 
     def downstream_parameters(self) -> list[nn.Parameter]:
         """Everything else that trains."""

@@ -32,9 +32,17 @@ def find_gates(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     Returns:
         The name of each DSTS module, ``""`` for the model itself, to its ``L`` gates ``(N, C)`` in order of layers. A
         gate counts where a layer has scoring kernels too.
+
+    Raises:
+        ValueError: a gate is parametrized, pruned or normed: only the model can compute it.
     """
     found: dict[str, dict[int, Tensor]] = {}
     for key, value in state.items():
+        if re.search(r"(^|\.)layers\.\d+\.(parametrizations\.gate\.|gate_(orig|g)$)", key):
+            raise ValueError(
+                f"state: got {key!r}, from which the model computes a gate, wanted the gate itself: save the model "
+                "after remove_parametrizations, prune.remove or remove_weight_norm"
+            )
         match = re.fullmatch(r"(?:(.+)\.)?layers\.(\d+)\.gate", key)
         if match and key.removesuffix("gate") + "scoring" in state:
             found.setdefault(match[1] or "", {})[int(match[2])] = value

@@ -1,0 +1,44 @@
+"""Which parameters are upstream: told by their names, so that what a user wraps around a weight leaves it on its side.
+
+``scoring`` and ``gate`` of a DSTS layer are upstream. A parametrization, pruning and the norms of ``torch.nn.utils``
+put other parameters in their place, whose names still say whose they are; what they compute is no parameter.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from . import reference
+from .modules import DSTSLayer, FusedDSTS
+
+__all__ = ["LAYERS", "downstream_parameters", "upstream_parameters"]
+
+LAYERS = (DSTSLayer, reference.DSTSLayer)
+_OWN = re.compile(r"(scoring|gate)(_orig|_g|_v)?|parametrizations\.(scoring|gate)\..+")
+
+
+def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Scoring kernels and gates of every DSTS layer in ``module``: what Algorithm 1 trains on the validation part.
+
+    Under a parametrization these are the parameters that it is made of. A parameter that is tied to one of another side
+    is upstream. A module of another kind may offer an ``upstream_parameters()`` of its own.
+
+    Returns:
+        Leaves of ``module.parameters()``, each once, in their order.
+    """
+    found: set[int] = set()
+    for part in module.modules():
+        own = getattr(part, "upstream_parameters", None)
+        if isinstance(part, LAYERS):
+            found.update(id(p) for name, p in part.named_parameters(remove_duplicate=False) if _OWN.fullmatch(name))
+        elif callable(own) and not isinstance(part, (FusedDSTS, reference.DSTS)):
+            found.update(map(id, own()))
+    return [p for p in module.parameters() if id(p) in found]
+
+
+def downstream_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Every other parameter of ``module``: with :func:`upstream_parameters` a partition of ``module.parameters()``."""
+    upstream = {id(p) for p in upstream_parameters(module)}
+    return [p for p in module.parameters() if id(p) not in upstream]
