@@ -7,6 +7,7 @@ its groups is whole everywhere, and averaged here too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .sharded import is_sharded, local
 
-__all__ = ["average", "average_gradients", "clip", "norm", "process_groups", "reshard"]
+__all__ = ["average", "average_gradients", "clip", "norm", "process_groups", "recover", "reshard"]
 
 BUCKET = 1 << 23  # elements of one message
 
@@ -64,6 +65,18 @@ def reshard(module: nn.Module) -> None:
     """Free what ``fully_shard`` gathered and still holds: it is of old parameters, and of old ``requires_grad``."""
     for part in fully_sharded(module):
         part.reshard()
+
+
+def recover(module: nn.Module) -> None:
+    """After an error in a pass, which may have left ``fully_shard`` between two states: every parameter is sharded.
+
+    Where this version of torch has no way back from the middle of a pass, :func:`reshard` does what can be done.
+    """
+    for part in fully_sharded(module):
+        if hasattr(part, "reset_iter_state"):
+            with contextlib.suppress(RuntimeError):  # it is no root, which does it for all that it holds
+                part.reset_iter_state()
+    reshard(module)
 
 
 def average(value: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:

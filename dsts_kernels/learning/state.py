@@ -22,17 +22,18 @@ class Tensors:
         self.copies: list[Tensor] = []
 
     def save(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = [local(t.detach()) for t in tensors]
-        shapes = [(t.shape, t.dtype, t.device) for t in self.tensors]
+        self.tensors = list(tensors)
+        found = [local(t.detach()) for t in self.tensors]
+        shapes = [(t.shape, t.dtype, t.device) for t in found]
         if shapes != [(c.shape, c.dtype, c.device) for c in self.copies]:
-            self.copies = [torch.empty_like(t) for t in self.tensors]
-        if self.tensors:
-            torch._foreach_copy_(self.copies, self.tensors)
+            self.copies = [torch.empty_like(t) for t in found]
+        if found:
+            torch._foreach_copy_(self.copies, found)
 
     def restore(self) -> None:
         """What was saved, whatever came since."""
-        if self.tensors:
-            torch._foreach_copy_(self.tensors, self.copies)
+        if self.tensors:  # fully_shard may have given a parameter other memory
+            torch._foreach_copy_([local(t.detach()) for t in self.tensors], self.copies)
 
 
 class OptimizerState:

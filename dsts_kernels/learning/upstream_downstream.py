@@ -28,7 +28,7 @@ from ..ops._checks import describe
 from ..sides import LAYERS, downstream_parameters, upstream_parameters
 from . import second_order as through
 from .batches import call, micro_batches
-from .distributed import average, average_gradients, clip, process_groups, reshard
+from .distributed import average, average_gradients, clip, process_groups, recover, reshard
 from .health import RoutingMonitor
 from .named import load_optimizer_state, optimizer_state
 from .sharded import is_sharded
@@ -128,11 +128,16 @@ class UpstreamDownstream:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulate, self.balance = accumulate, balance
         reshard(module)
-        self._groups = process_groups(module)
+        self._groups, self._shards = process_groups(module), sum(map(is_sharded, module.parameters()))
         if not upstream_parameters(module):
             raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
         self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
         self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
+        if self.scaler and any(len(set(map(is_sharded, side))) > 1 for side in (self.upstream, self.downstream)):
+            raise ValueError(
+                "scaler: got one with parameters in groups of fully_shard and others in none, which it cannot unscale "
+                "together; wanted fully_shard(module) as well, or no scaler"
+            )
         self._layers = [part for part in module.modules() if isinstance(part, LAYERS)]
         self._weights, self._buffers = (Tensors(), Tensors()), Tensors()
         self._balance = None
@@ -187,6 +192,7 @@ class UpstreamDownstream:
             with self._watched():
                 norms = self._lines(train, val, states[1], start, scale, losses)
         except BaseException as error:
+            recover(self.module)
             for saved in (*self._weights, self._buffers, *states, start):
                 saved.restore()
             if isinstance(error, _Overflow):  # the lowered scale stays
@@ -265,6 +271,11 @@ class UpstreamDownstream:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         inputs = list(parameters) if self._compiled and OLD_COMPILER else None
         reshard(self.module)
+        if self._shards != sum(map(is_sharded, self.module.parameters())):
+            raise RuntimeError(
+                "module: its parameters lie gathered since an error in a pass, which this version of fully_shard "
+                "cannot undo; wanted a new module from a checkpoint, or a newer torch"
+            )
         outermost = getattr(self.module, "_orig_mod", self.module)  # torch.compile's wrapper
         is_ddp = isinstance(outermost, DistributedDataParallel)
         with outermost.no_sync() if is_ddp else contextlib.nullcontext():
