@@ -285,12 +285,10 @@ def an_error_in(where: str) -> None:
     if handle is not None:
         handle.remove()
     mine.loss_fn = cross_entropy
-    if not all(isinstance(p, DTensor) for p in module.parameters()):  # no way back in older versions of torch
-        assert where != "loss" and not hasattr(FSDPModule, "reset_iter_state")
+    if where != "loss" and not hasattr(FSDPModule, "reset_iter_state"):  # older versions of torch have no way back
         try:
             mine.step(*given(1, True))
-        except RuntimeError as error:
-            assert "lie gathered since an error" in str(error)
+        except RuntimeError:
             return
         raise AssertionError("no error")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(module).values(), strict=True))
