@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
 from .backends.packing import Layout, channel_lists, filters_size, mixing_shape, repack_filters, repack_mixing
-from .frozen_state import BUFFERS, LayerDescription, fingerprint
+from .frozen_state import BUFFERS, LayerDescription, fingerprint, holds_values
 from .ops import _checks
 
 # An average that a tool takes of gates that are the same, in float32, strays by less than this; of others by more.
@@ -31,16 +31,17 @@ def plain_tensors() -> Iterator[None]:
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as kernels read memory: no strides, no lazy sign, no gradient."""
+    """The tensor as kernels read memory: no strides, no lazy sign, no gradient, no class of a user's."""
     if tensor is None:
         return None
     tensor = tensor.detach() if tensor.requires_grad else tensor
+    tensor = tensor.as_subclass(Tensor) if type(tensor) is not Tensor and holds_values(tensor) else tensor
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def has_values(gate: Tensor) -> bool:
-    """Neither on the meta device, nor just come from there, nor a compiler's fake."""
-    return type(gate) is Tensor and not gate.is_meta and not bool(gate.isnan().any())
+    """Gates with values, and not those that :meth:`FrozenLayer.moved` gives a module from the meta device."""
+    return holds_values(gate) and not bool(gate.isnan().any())
 
 
 def relaid(tensors: Mapping[str, Tensor | None], taps: int, old: Layout, new: Layout) -> dict[str, Tensor | None]:
@@ -119,7 +120,7 @@ class FrozenLayer(nn.Module):
 
         return (
             self.layout == layout
-            and self._stamp is not None
+            and self._stamp == self._now()
             and all(same(self._buffers[name], tensors[name]) for name in BUFFERS)
             and torch.equal(self.gate > 0.5, tensors["gate"] > 0.5)
         )
@@ -169,7 +170,7 @@ class FrozenLayer(nn.Module):
 
     def _settle(self) -> None:
         """Bring the lists up to date with gates that somebody wrote to; an error where they no longer fit."""
-        if self.gate.is_meta or type(self.gate) is not Tensor:
+        if not holds_values(self.gate):
             return
         with plain_tensors():
             reason = self._unsound()

@@ -74,9 +74,14 @@ class Description(NamedTuple):
         return [*own, EXTRA]
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Neither on the meta device nor of a class that computes elsewhere: DTensor, a compiler's fake."""
+    return not tensor.is_meta and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def fingerprint(gate: Tensor) -> int:
     """A checksum of a layer's gates; 0 where they have no values."""
-    if gate.is_meta or type(gate) is not Tensor:
+    if not holds_values(gate):
         return 0
     return zlib.crc32(bytes((gate > 0.5).flatten().to("cpu", torch.uint8).tolist()))
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from dsts_kernels import DSTSLayer, FusedDSTS
+from dsts_kernels.backends.packing import channel_lists
 from dsts_kernels.learning import RoutingMonitor
 from dsts_kernels.testing import assert_close
 
@@ -69,6 +70,15 @@ def test_weights_however_they_lie(backend, name, layout):
     assert all(b.is_contiguous() and not b.is_neg() for b in fast.buffers())
     assert_close(fast(x), live)
     assert torch.equal(fast(x), plain.freeze()(x))
+
+
+def test_channel_lists():
+    """Spatial channels first, each part in order; dense, however the gates lie."""
+    hard = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    for own in (hard, transposed(hard)):
+        channels, starts = channel_lists(own)
+        assert channels.tolist() == [[0, 2, 3, 1], [0, 1, 2, 3], [1, 0, 2, 3]] and starts.tolist() == [0, 3, 3, 4]
+        assert channels.dtype == torch.int32 and channels.is_contiguous() and starts.is_contiguous()
 
 
 def test_weights_that_were_swapped():

@@ -151,6 +151,21 @@ def test_keeps_nothing_of_a_state():
     assert torch.equal(fast(x), y)
 
 
+class Tagged(torch.Tensor):
+    """A user's class of tensor."""
+
+
+def test_states_of_other_tensors():
+    """Parameters, and tensors of a class that holds its values: what is kept is plain."""
+    fast, other, x = live().freeze(), live().freeze(), torch.randn(SIZE)
+    for kind in (lambda v: nn.Parameter(v, requires_grad=v.is_floating_point()), lambda v: v.as_subclass(Tagged)):
+        for assign in (False, True):
+            fast.load_state_dict(live().freeze().state_dict())
+            fast.load_state_dict({key: kind(v) for key, v in other.state_dict().items()}, assign=assign)
+            assert all(type(b) is torch.Tensor and not b.requires_grad for b in fast.buffers())
+            assert torch.equal(fast(x), other(x))
+
+
 def test_strided_states(backend):
     """Tensors of a state may lie as they like, with assign=True too."""
     fast, other = (live(mixing_kernel=(1, 3, 3), backend=backend).freeze() for _ in range(2))
@@ -336,6 +351,8 @@ def test_extra_state_alone():
     for wrong, error in ((other.get_extra_state(), ValueError), (None, TypeError), (torch.zeros(3), TypeError)):
         with pytest.raises(error, match="wanted"):
             fast.set_extra_state(wrong)
+    others = (fast, other, repacked(fast, "tiled"), live().freeze(backend="eager", dtype=torch.bfloat16))
+    assert len({len(module.get_extra_state()) for module in others}) == 1  # a tool may load it in place
 
 
 def test_a_state_is_tensors():
@@ -401,10 +418,12 @@ def test_averaged_with_another():
     one_gate(other.layers[0].gate)
     other.layers[0].filters.mul_(2)
     wanted = other(x)
-    mine = copy.deepcopy(fast)
-    for now, new in zip(mine.buffers(), other.buffers(), strict=True):
-        now.copy_(new)
-    assert torch.equal(mine(x), wanted)
+    for use in (lambda module: None, lambda module: module.load_state_dict(other.state_dict())):
+        mine = copy.deepcopy(fast)
+        for now, new in zip(mine.buffers(), other.buffers(), strict=True):
+            now.copy_(new)
+        use(mine)
+        assert torch.equal(mine(x), wanted)
     mine.layers[0].gate.mul_(0.7)
     for use in (lambda: mine(x), mine.state_dict, lambda: mine.save("nowhere.pt")):
         with pytest.raises(RuntimeError, match=r"averaged with one of other gates; load_state_dict\(\) the state"):
