@@ -48,12 +48,13 @@ def operands() -> dict[str, torch.Tensor]:
     }
 
 
-NEURON = torch.tensor([0, 2, 1, 2])
+CHOSEN = [0, 2, 1, 2]
+NEURON = torch.tensor(CHOSEN)
 SOFT = torch.zeros(4, dtype=torch.bool)
 
 
 def by_sample(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int, int]) -> torch.Tensor:
-    return torch.cat([F.conv3d(x[b : b + 1], weight[n], padding=padding) for b, n in enumerate(NEURON.tolist())])
+    return torch.cat([F.conv3d(x[b : b + 1], weight[n], padding=padding) for b, n in enumerate(CHOSEN)])
 
 
 def literal_gated(x, gate, spatial, temporal):
