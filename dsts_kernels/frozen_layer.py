@@ -87,11 +87,7 @@ class FrozenLayer(nn.Module):
             tensors["gate"] = tensors["gate"].to(torch.float32)
             for name in ("channels", "starts"):
                 self._buffers.pop(name, None)
-            self.put(tensors, self.layout)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.filters.dtype
+            self.put(tensors, Layout(self.packing, self.__dict__.get("dtype", tensors["filters"].dtype)))
 
     @property
     def layout(self) -> Layout:
@@ -105,7 +101,7 @@ class FrozenLayer(nn.Module):
         """Take these buffers as they are."""
         for name in BUFFERS:
             self._buffers[name] = tensors[name]
-        self.packing = layout.packing
+        self.packing, self.dtype = layout
         self.channels, self.starts = channel_lists(self.gate > 0.5)
         self._stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
 

@@ -270,7 +270,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", ["filters", "scoring", "bias", "mixing"])
 def test_buffers_changed_one_by_one(name, change):
     """Buffers that a tool casts or cuts past the module never reach a kernel."""
-    fast = live(mixing_kernel=(3, 1, 1)).freeze()
+    fast = live(mixing_kernel=(3, 1, 1) if name == "mixing" else (1, 1, 1)).freeze()
     setattr(fast.layers[0], name, change(getattr(fast.layers[0], name)))
     with pytest.raises(RuntimeError, match=r": got a tensor of shape .* wanted shape .* were written to or cast"):
         fast(torch.randn(2, 20, 2, 4, 4).to(fast.layers[0].filters.dtype))
