@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,18 +20,25 @@ import torch
 __all__ = ["read", "write"]
 
 
+_SWITCH = threading.RLock()
+
+
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
-    """A block in which torch.save writes checksums, also where they were switched off (torch 2.6 has no switch)."""
-    options = getattr(torch.serialization, "get_crc32_options", lambda: True)()
-    if options:
-        yield
-        return
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(False)
+    """A block in which torch.save writes checksums, also where they were switched off (torch 2.6 has no switch).
+
+    The switch is the process's: one thread at a time turns it, or another would turn it back meanwhile.
+    """
+    with _SWITCH:
+        options = getattr(torch.serialization, "get_crc32_options", lambda: True)()
+        if options:
+            yield
+            return
+        torch.serialization.set_crc32_options(True)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(False)
 
 
 def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> None:
@@ -39,18 +47,15 @@ def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.part"):  # of a save that was killed
         stale.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "wb") as file, _checksums():
+        with open(beside, "xb") as file, _checksums():
             torch.save({**content, "format": form}, file)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)  # mkstemp keeps the file to its owner
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 

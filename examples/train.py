@@ -54,7 +54,8 @@ def rate_share(step: int, steps: int) -> float:
     done = (step + 1) / steps
     if done < WARM_UP:
         return done / WARM_UP
-    return 0.5 * (1 + torch.cos(torch.tensor((done - WARM_UP) / (1 - WARM_UP) * torch.pi)).item())
+    angle = torch.tensor((done - WARM_UP) / (1 - WARM_UP) * torch.pi, device="cpu")
+    return 0.5 * (1 + torch.cos(angle).item())
 
 
 def cycled(loader: DataLoader) -> Iterator[list[Tensor]]:
@@ -167,7 +168,7 @@ class Trainer:
                 seen.append((train_loss, val_loss))
                 bar.update()
                 bar.set_postfix(loss=f"{train_loss:.3f}")
-        train_loss, val_loss = torch.tensor(seen, dtype=torch.float64).mean(0).tolist()
+        train_loss, val_loss = torch.tensor(seen, dtype=torch.float64, device="cpu").mean(0).tolist()
         record = {"epoch": self.epoch, "train_loss": train_loss, "seconds": time.perf_counter() - began}
         if val_loss == val_loss:
             record["val_loss"] = val_loss
@@ -208,14 +209,16 @@ class Trainer:
     def routing(self, neuron: Tensor, label: Tensor) -> dict[str, Any]:
         """Which neurons the test set activated, with a few clips' frames, as ``dsts_kernels.viz`` draws them."""
         classes = label.unique()
-        classes = classes[torch.linspace(0, len(classes) - 1, min(SHOWN, len(classes))).long()]
+        count = min(SHOWN, len(classes))
+        classes = classes[torch.linspace(0, len(classes) - 1, count, device=classes.device).long()]
         shown = torch.cat([(label == c).nonzero()[:ALIKE, 0] for c in classes])
         clips = torch.stack([self.test_set[int(i)][0] for i in shown])
         low, high = clips.amin((1, 2, 3, 4), keepdim=True), clips.amax((1, 2, 3, 4), keepdim=True)
 
         def of_class(values: Tensor) -> Tensor:
             """An attribute by class, not by clip: one that could not be read was replaced by another."""
-            return torch.zeros(self.test_set.num_classes, dtype=torch.int64).scatter(0, self.test_set.labels, values)
+            empty = torch.zeros(self.test_set.num_classes, dtype=torch.int64, device=values.device)
+            return empty.scatter(0, self.test_set.labels, values)
 
         frames = ((clips - low) / (high - low).clamp_min(1e-6) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
         return {

@@ -82,16 +82,17 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         self._total = len(annotations.clips)
         self._left_out: dict[str, list[str]] = {}
         self._clips = self._readable(annotations.clips, check)
-        self.labels = torch.tensor([clip.label for clip in self._clips])
+        self.labels = torch.tensor([clip.label for clip in self._clips], device="cpu")
         self.attributes = {
-            name: torch.tensor(values)[self.labels] for name, values in annotations.class_attributes.items()
+            name: torch.tensor(values, device="cpu")[self.labels]
+            for name, values in annotations.class_attributes.items()
         }
         self.attribute_names = {name: list(names) for name, names in annotations.attribute_names.items()}
         files = {path: number for number, path in enumerate(dict.fromkeys(clip.path for clip in self._clips))}
         self._file = [files[clip.path] for clip in self._clips]
-        self._unreadable = torch.zeros(len(self._clips), dtype=torch.bool).share_memory_()
-        self._warned = torch.zeros(len(files), dtype=torch.bool).share_memory_()
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(self._clips), dtype=torch.bool, device="cpu").share_memory_()
+        self._warned = torch.zeros(len(files), dtype=torch.bool, device="cpu").share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -155,7 +156,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
 
     def _read(self, place: int) -> Tensor:
         clip = self._clips[place]
-        generator = torch.Generator().manual_seed(_mixed(self.seed, int(self._epoch), place))
+        generator = torch.Generator("cpu").manual_seed(_mixed(self.seed, int(self._epoch), place))
         pictures = decode(
             clip.path,
             self.frames,

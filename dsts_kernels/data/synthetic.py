@@ -22,14 +22,15 @@ __all__ = ["SHAPES", "TIMINGS", "SyntheticDives", "draw_figures", "fold", "joint
 SHAPES = ("pike", "tuck", "split", "arch")
 TIMINGS = ("one turn, early", "one turn, late", "two turns, early", "two turns, late")
 # Folding angles in degrees: hip and knee of one leg, hip and knee of the other, shoulder, elbow. First at rest.
-STRAIGHT = torch.tensor([8.0, 4.0, 8.0, 4.0, 172.0, 8.0])
+STRAIGHT = torch.tensor([8.0, 4.0, 8.0, 4.0, 172.0, 8.0], device="cpu")
 POSES = torch.tensor(
     [
         [100.0, 8.0, 100.0, 8.0, 82.0, 8.0],
         [112.0, 112.0, 112.0, 112.0, 62.0, 50.0],
         [72.0, 6.0, -52.0, 24.0, 98.0, 12.0],
         [-62.0, 40.0, -62.0, 40.0, 226.0, -24.0],
-    ]
+    ],
+    device="cpu",
 )
 SEGMENTS = ((0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (0, 6), (6, 7))  # torso, leg, leg, arm
 LENGTHS = {"torso": 0.34, "thigh": 0.26, "shin": 0.26, "upper arm": 0.19, "forearm": 0.19}
@@ -70,9 +71,9 @@ def joints(angles: Tensor, turn: Tensor) -> Tensor:
 
 def draw_figures(points: Tensor, thickness: Tensor, size: int) -> Tensor:
     """Figures of joints ``(B, F, 8, 2)`` on planes of -1 to 1, as ``(B, F, size, size)`` in 0 to 1."""
-    line = (torch.arange(size) + 0.5) * (2.0 / size) - 1.0
+    line = (torch.arange(size, device=points.device) + 0.5) * (2.0 / size) - 1.0
     pixel = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
-    near = torch.full((*points.shape[:2], size * size), math.inf)
+    near = torch.full((*points.shape[:2], size * size), math.inf, device=points.device)
     for a, b in SEGMENTS:
         start, along = points[:, :, a, None], (points[:, :, b] - points[:, :, a])[:, :, None]
         share = ((pixel - start) * along).sum(-1) / along.square().sum(-1).clamp_min(1e-9)
@@ -119,9 +120,9 @@ class SyntheticDives(Dataset):
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise: got {noise!r}, wanted a standard deviation of at least 0")
         self.transform = transform
-        self.labels = torch.arange(count) % (len(SHAPES) * len(TIMINGS))
+        self.labels = torch.arange(count, device="cpu") % (len(SHAPES) * len(TIMINGS))
         self.attributes = {"shape": self.labels // len(TIMINGS), "timing": self.labels % len(TIMINGS)}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         blocks = self.labels.split(CHUNK)
         self.clips = torch.cat([draw_clips(block, frames, size, noise, generator) for block in blocks])
 
@@ -138,14 +139,14 @@ class SyntheticDives(Dataset):
 
 
 def draw_clips(labels: Tensor, frames: int, size: int, noise: float, generator: torch.Generator) -> Tensor:
-    """Clips ``(B, F, size, size)`` uint8 of classes ``(B,)``."""
+    """Clips ``(B, F, size, size)`` uint8 of classes ``(B,)``, on the CPU."""
     batch = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(batch, *shape, generator=generator) * (high - low) + low
+        return torch.rand(batch, *shape, generator=generator, device="cpu") * (high - low) + low
 
     shape, timing = labels // len(TIMINGS), labels % len(TIMINGS)
-    time = torch.arange(frames) / (frames - 1)
+    time = torch.arange(frames, device="cpu") / (frames - 1)
     sense = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)
     turns = torch.where(timing < 2, 1.0, 2.0)
     turn = uniform(0, 2 * math.pi)[:, None] + sense[:, None] * turns[:, None] * 2 * math.pi * time
@@ -158,8 +159,8 @@ def draw_clips(labels: Tensor, frames: int, size: int, noise: float, generator: 
     points = joints(angles, turn) * uniform(0.8, 1.15)[:, None, None, None] + centre[:, :, None]
     figure = draw_figures(points, uniform(0.035, 0.07), size) * uniform(0.35, 0.8)[:, None, None, None]
     slope = uniform(-0.15, 0.15, 2) @ torch.stack(
-        torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+        torch.meshgrid(*[torch.linspace(-1, 1, size, device="cpu")] * 2, indexing="ij")
     ).flatten(1)
     lighting = uniform(0.25, 0.5)[:, None, None, None] + slope.view(batch, 1, size, size)
-    grain = torch.randn(batch, frames, size, size, generator=generator) * noise
+    grain = torch.randn(batch, frames, size, size, generator=generator, device="cpu") * noise
     return ((lighting + figure - 0.15 + grain).clamp(0, 1) * 255).to(torch.uint8)

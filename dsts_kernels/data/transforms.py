@@ -71,7 +71,7 @@ class TrainTransform:
         _check_clip(clip)
         top, left, height, width = self._crop(clip.shape[1], clip.shape[2], generator)
         clip = _scale(clip[:, top : top + height, left : left + width], self.size, self.size)
-        mirror, brighter, contrast = torch.rand(3, generator=generator).tolist()
+        mirror, brighter, contrast = torch.rand(3, generator=generator, device="cpu").tolist()
         if mirror < self.flip:
             clip = clip.flip(2)
         pixels = _channels_first(clip)
@@ -83,8 +83,8 @@ class TrainTransform:
 
     def _crop(self, height: int, width: int, generator: torch.Generator | None) -> tuple[int, int, int, int]:
         """Top, left, height and width; the largest crop of an allowed aspect where no drawn one fits."""
-        draws = torch.rand(_ATTEMPTS, 2, generator=generator, dtype=torch.float64)
-        place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        draws = torch.rand(_ATTEMPTS, 2, generator=generator, dtype=torch.float64, device="cpu")
+        place = torch.rand(2, generator=generator, dtype=torch.float64, device="cpu").tolist()
         low, high = math.log(_ASPECT[0]), math.log(_ASPECT[1])
         crop_height, crop_width = min(height, round(width / _ASPECT[0])), min(width, round(height * _ASPECT[1]))
         for share, shape in draws.tolist():

@@ -64,10 +64,11 @@ def frame_indices(
     if count < 1 or frames < 1:
         raise ValueError(f"count and frames: wanted at least 1 of each, got {count} and {frames}")
     if mode == "uniform":
-        return (2 * torch.arange(frames) + 1) * count // (2 * frames)
+        return (2 * torch.arange(frames, device="cpu") + 1) * count // (2 * frames)
     if mode != "random":
         raise ValueError(f"mode: wanted 'uniform' or 'random', got {mode!r}")
-    places = torch.arange(frames) + torch.rand(frames, generator=generator, dtype=torch.float64)
+    jitter = torch.rand(frames, generator=generator, dtype=torch.float64, device="cpu")
+    places = torch.arange(frames, device="cpu") + jitter
     return (places * count / frames).long().clamp(max=count - 1)
 
 

@@ -21,7 +21,8 @@ class _Shuffle:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         mixed = (self.seed * 1_000_003 + epoch) % 2**63
-        self.order = torch.randperm(self.size, generator=torch.Generator().manual_seed(mixed))
+        generator = torch.Generator("cpu").manual_seed(mixed)
+        self.order = torch.randperm(self.size, generator=generator, device="cpu")
 
 
 class EpochSplit(Dataset):

@@ -7,6 +7,7 @@ its values), ``frames`` uint8 ``(K, F, H, W)`` or ``(K, F, H, W, 3)`` and ``fram
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def _counts(attribute: Tensor, neuron: Tensor, neurons: int | None = None, value
 
 def _entropy(counts: Tensor) -> float:
     p = counts.flatten() / counts.sum()
-    return float(-torch.xlogy(p, p).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+    return float(-torch.xlogy(p, p).sum()) / math.log(2.0)
 
 
 def _information(counts: Tensor) -> float:
@@ -127,8 +128,8 @@ def shuffled_information(attribute: Tensor, neuron: Tensor, *, shuffles: int = 1
     attribute, neuron = _pair(attribute, neuron)
     if shuffles < 1:
         raise ValueError(f"shuffles: got {shuffles}, wanted at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    orders = (torch.randperm(len(neuron), generator=generator) for _ in range(shuffles))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    orders = (torch.randperm(len(neuron), generator=generator, device="cpu") for _ in range(shuffles))
     return sum(_information(_counts(attribute, neuron[order])) for order in orders) / shuffles
 
 

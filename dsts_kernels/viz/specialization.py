@@ -125,7 +125,8 @@ def plot_examples(routing: Mapping[str, Any], *, most: int = 12, per_class: int 
     if routing.get("frames") is None or len(routing["frames"]) == 0:
         raise ValueError("routing: got no 'frames', wanted clips to show")
     frames = routing["frames"].cpu()
-    steps = torch.linspace(0, frames.shape[1] - 1, min(frames.shape[1], 4)).round().long().tolist()
+    count = min(frames.shape[1], 4)
+    steps = torch.linspace(0, frames.shape[1] - 1, count, device="cpu").round().long().tolist()
     aspect = min(max(frames.shape[3] / frames.shape[2], 0.4), 2.5)  # stretched beyond
     left, layers = len(steps) * (aspect + 0.06) + 0.3, len(routing["neuron"])
     right = left + layers * 0.9 - 0.1

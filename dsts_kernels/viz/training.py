@@ -33,7 +33,7 @@ def recorded(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int],
     if not rows:
         raise ValueError(f"history: got no epoch with {key!r}, wanted at least one")
     try:
-        values = torch.stack([torch.as_tensor(row[key], dtype=torch.float64) for row in rows])
+        values = torch.stack([torch.as_tensor(row[key], dtype=torch.float64, device="cpu") for row in rows])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"history: {key!r} is not numbers of one shape in all epochs ({error})") from error
     wanted = {"usage": 2}.get(key, 1)

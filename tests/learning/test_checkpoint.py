@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 
 import pytest
 import torch
@@ -40,6 +41,35 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, when):
     monkeypatch.undo()
     assert load_checkpoint(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_threads_save_side_by_side(tmp_path, monkeypatch):
+    """Whole files with checksums, whatever the process's switch, with the mask of the process left alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    monkeypatch.setattr(os, "umask", lambda value: pytest.fail("the mask is every thread's"))
+    switch = getattr(torch.serialization, "set_crc32_options", lambda value: None)
+    state = {"w": torch.arange(20_000)}
+    paths = [tmp_path / f"{index}.pt" for index in range(8)]
+
+    def save(path) -> None:
+        for _ in range(5):
+            save_checkpoint(path, state)
+
+    switch(False)
+    try:
+        threads = [threading.Thread(target=save, args=(path,)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not getattr(torch.serialization, "get_crc32_options", lambda: False)()
+    finally:
+        switch(True)
+    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in paths)
+    for path in paths:
+        assert torch.equal(load_checkpoint(path)["w"], state["w"])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
 def test_what_a_killed_save_left_goes(tmp_path):
