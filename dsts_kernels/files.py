@@ -25,13 +25,12 @@ _SWITCH = threading.RLock()
 
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
-    """A block in which torch.save writes checksums, also where they were switched off (torch 2.6 has no switch).
+    """A block in which torch.save writes checksums, also where they were switched off.
 
     The switch is the process's: one thread at a time turns it, or another would turn it back meanwhile.
     """
     with _SWITCH:
-        options = getattr(torch.serialization, "get_crc32_options", lambda: True)()
-        if options:
+        if torch.serialization.get_crc32_options():
             yield
             return
         torch.serialization.set_crc32_options(True)
