@@ -28,6 +28,7 @@ from ..ops._checks import describe
 from ..sides import LAYERS, downstream_parameters, upstream_parameters
 from . import second_order as through
 from .batches import call, micro_batches
+from .checks import OLD_COMPILER, combination, is_compiled, trained
 from .distributed import average, average_gradients, clip, process_groups, recover, reshard
 from .health import RoutingMonitor
 from .named import load_optimizer_state, optimizer_state
@@ -49,15 +50,6 @@ class StepResult(NamedTuple):
     downstream_grad_norm: float
 
 
-# Compiled code of these versions does not see that a parameter has become frozen, or no longer is, and gives gradients
-# as it was traced. So nothing is frozen there: all gradients are computed, and those of the other side dropped.
-OLD_COMPILER = torch.__version__ < (2, 13)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
 class _Overflow(Exception):
     """Scaled gradients are not finite."""
 
@@ -66,7 +58,8 @@ class UpstreamDownstream:
     """Algorithm 1, a step at a time, with any torch optimizer whose ``step`` needs no closure.
 
     Args:
-        module: a model with one FusedDSTS at least, or ``DistributedDataParallel`` of one.
+        module: a model with one FusedDSTS at least, or ``DistributedDataParallel`` of one, or one whose parameters
+            ``torch.distributed.fsdp.fully_shard`` has sharded, all or some.
         loss_fn: ``loss_fn(module(inputs), targets)`` is a scalar, the mean over the batch.
         upstream_optimizer: of exactly the upstream parameters that are trained (``requires_grad``).
         downstream_optimizer: of exactly the other parameters that are trained.
@@ -82,11 +75,21 @@ class UpstreamDownstream:
     then never broadcasts buffers: BatchNorm's running statistics are each process's own, as its batch statistics are
     (``SyncBatchNorm`` shares both).
 
+    With ``fully_shard`` the same holds: it averages the gradients that it shards, those outside its groups are averaged
+    here, and losses, norms and clipping are those of all processes. The learner is what
+    ``torch.distributed.checkpoint`` calls stateful: ``save`` and ``load`` of ``{"model": get_model_state_dict(model),
+    "learner": learner}`` move a run to any number of processes. Generators are each process's own and not in it.
+
+    A step draws from torch's generators of the process and sets them back for line 6. Other threads that draw from them
+    meanwhile get what the step draws: give them generators of their own. Under ``torch.compile`` before torch 2.13 both
+    sides' gradients are computed, as compiled code does not see there what is frozen.
+
     A ``scaler`` counts lines 6 and 8 towards its growth interval. What ``loss_fn`` keeps in itself sees all passes, and
     hooks of the downstream optimizer both of its steps.
 
     Raises:
-        ValueError: a module without DSTS; optimizers that own other parameters than these; an argument out of range.
+        ValueError: a module without DSTS, or in a wrapper that is not supported; optimizers that own other parameters
+            than these; an argument out of range.
         TypeError: an argument that is no module, callable or optimizer.
 
     Source: Algorithm 1 of the paper. **Assumption**: lines 6 and 8 draw gate and Gumbel noise of their own streams.
@@ -133,20 +136,11 @@ class UpstreamDownstream:
             raise ValueError(f"module: got {type(module).__name__} without a FusedDSTS, wanted one at least")
         self.upstream = trained(module, upstream_parameters(module), upstream_optimizer, "upstream_optimizer")
         self.downstream = trained(module, downstream_parameters(module), downstream_optimizer, "downstream_optimizer")
-        if self.scaler and any(len(set(map(is_sharded, side))) > 1 for side in (self.upstream, self.downstream)):
-            raise ValueError(
-                "scaler: got one with parameters in groups of fully_shard and others in none, which it cannot unscale "
-                "together; wanted fully_shard(module) as well, or no scaler"
-            )
+        self._compiled = is_compiled(module)
+        combination((self.upstream, self.downstream), compiled=self._compiled, scaled=self.scaler is not None)
         self._layers = [part for part in module.modules() if isinstance(part, LAYERS)]
         self._weights, self._buffers = (Tensors(), Tensors()), Tensors()
         self._balance = None
-        self._compiled = any(map(is_compiled, module.modules()))
-        if self._compiled and OLD_COMPILER and any(map(is_sharded, self.upstream)):
-            raise ValueError(
-                f"module: got torch.compile with fully_shard in torch {torch.__version__}, whose compiled code does "
-                "not see which side is frozen; wanted torch 2.13 or later, or one of them"
-            )
         if balance:
             self._balance = RoutingMonitor(module, keep=True)
             self._balance.enabled = False
@@ -221,7 +215,7 @@ class UpstreamDownstream:
             self._balance.forget()
 
     def _frozen(self, side: Iterable[nn.Parameter]) -> Frozen:
-        """A block in which passes give ``side`` no gradient; see :data:`OLD_COMPILER`."""
+        """A block in which passes give ``side`` no gradient; see :data:`.checks.OLD_COMPILER`."""
         return Frozen(() if self._compiled and OLD_COMPILER else side)
 
     def _lines(
@@ -353,39 +347,23 @@ class UpstreamDownstream:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated."""
+        """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated.
+
+        States go by the names of parameters: see :mod:`.named`. Sharded ones stay so.
+        """
         state = {name: optimizer_state(self.module, optimizer) for name, optimizer in self._optimizers()}
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
         return {**state, "exact_second_order": self.exact_second_order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the states of other parameters, or whole ones where this learner's are sharded.
+        """
         for name, optimizer in self._optimizers():
             load_optimizer_state(self.module, optimizer, name, state[name])
         self.exact_second_order = state["exact_second_order"]
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def trained(
-    module: nn.Module, side: list[nn.Parameter], optimizer: torch.optim.Optimizer, argument: str
-) -> list[nn.Parameter]:
-    """Those of a side that require gradients, when ``optimizer`` owns exactly them."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{argument}: got {describe(optimizer)}, wanted a torch.optim.Optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(f"{argument}: got LBFGS, wanted an optimizer whose step needs no closure")
-    names = {id(p): name for name, p in module.named_parameters()}
-    wanted = {id(p) for p in side if p.requires_grad}
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for found, problem in ((owned - wanted, "owns"), (wanted - owned, "lacks")):
-        if found:
-            listed = sorted(names.get(i, "a parameter of another module") for i in found)
-            shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-            kind = argument.removesuffix("_optimizer")
-            hint = f"wanted exactly the {kind} parameters that require gradients ({kind}_parameters(module))"
-            raise ValueError(f"{argument}: {problem} {shown}; {hint}")
-    if not wanted:
-        raise ValueError(f"{argument}: none of its side's parameters requires a gradient, wanted some")
-    return [p for p in side if id(p) in wanted]

@@ -117,10 +117,21 @@ def test_models_in_threads():
 
 
 @pytest.mark.parametrize(
-    "options", [{"balance": 0.5}, pytest.param({"second_order": True}, marks=pytest.mark.slow)], ids=str
+    "options, old",
+    [
+        ({"balance": 0.5}, False),
+        pytest.param({"balance": 0.5}, True, marks=pytest.mark.slow),
+        pytest.param({"second_order": True}, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_compiled(fresh_compiler, options):
-    """Compiled code is of one side frozen or the other, with hooks or without: steps are those of the module."""
+def test_compiled(fresh_compiler, monkeypatch, options, old):
+    """Compiled code is of one side frozen or the other, with hooks or without: steps are those of the module.
+
+    Old compilers do not look at what is frozen, and nothing is there: as it is with a new one.
+    """
+    if old:
+        monkeypatch.setattr("dsts_kernels.learning.upstream_downstream.OLD_COMPILER", True)
     net = Net(norm=None)
     plain = copy.deepcopy(net)
     module = torch.compile(net, backend="aot_eager")
