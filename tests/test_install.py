@@ -192,15 +192,21 @@ def test_the_error_is_what_is_kept_of_a_long_output():
 
 
 def test_output_is_shown_as_it_comes(tmp_path):
-    """A line of the build is there before the build is over."""
-    child = f"import pathlib, time; print('first', flush=True); go = pathlib.Path({str(tmp_path / 'go')!r})\n"
-    child += "while not go.exists(): time.sleep(0.01)"
+    """A line of the build can be read while the build goes on."""
+    child = f"""
+import pathlib, time
+print("first", flush=True)
+end = time.monotonic() + 20
+while not (read := pathlib.Path({str(tmp_path / "read")!r}).exists()) and time.monotonic() < end:
+    time.sleep(0.01)
+print("read" if read else "not read")
+"""
     code = f"import sys, native_build; native_build.run(sys.executable, '-c', {child!r})"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        running = process.poll() is None
-        (tmp_path / "go").touch()
-    assert (line, running, process.returncode) == ("first\n", True, 0)
+        assert process.stdout.readline() == "first\n"
+        (tmp_path / "read").touch()
+        assert process.stdout.read() == "read\n"
+    assert process.returncode == 0
 
 
 def test_failed_build_leaves_no_stale_module(build_wheel):
