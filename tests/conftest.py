@@ -9,6 +9,7 @@ import torch
 
 from dsts_kernels import backends
 from dsts_kernels.backends.build import build_record
+from dsts_kernels.backends.triton import unusable
 from dsts_kernels.testing import poisoned_memory
 
 
@@ -23,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"inputs: --seed {config.getoption('--seed')}; backends: {', '.join(backends.available())}"
+
+
+def require_triton() -> None:
+    """Skips where there is no triton that serves: an old torch names an old one."""
+    if (reason := unusable()) is not None:
+        pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,8 @@ from dsts_kernels.roofline.common import deal
 from dsts_kernels.roofline.launches import conv_problem, gather, route_and_pack
 from dsts_kernels.roofline.tables import run_on
 
+from .conftest import require_triton
+
 TPN, SWIN = (Case(*SHAPES[name]) for name in ("tpn", "swin"))
 CASES = {
     "tpn": TPN,
@@ -165,7 +167,7 @@ class Recorder:
 @contextlib.contextmanager
 def launchers(chip: Chip) -> Iterator[tuple]:
     """The launchers on a chip that is not here, and the list of their launches, none of which runs."""
-    pytest.importorskip("triton")
+    require_triton()
     recorded: list[Call] = []
     stand_in = functools.partial(Recorder, recorded=recorded)
     with ahead.on_chip(chip.architecture, chip.processors, stand_in) as backend:

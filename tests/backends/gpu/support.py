@@ -20,12 +20,13 @@ from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu import GpuBackend
 from dsts_kernels.testing import TOLERANCES, assert_close
 
+from ...conftest import require_triton
 from ..conftest import TRITON
 
 
 def triton_backend() -> GpuBackend:
     """Triton's kernels, in its interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    require_triton()
     return BACKENDS["triton"]
 
 

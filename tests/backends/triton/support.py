@@ -13,12 +13,13 @@ import pytest
 
 from dsts_kernels.backends.triton import LAUNCHERS, load
 
+from ...conftest import require_triton
 from ..conftest import TRITON
 
 if not TRITON:
     pytest.skip("runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
-tl = pytest.importorskip("triton.language", reason="triton is not installed")
-triton = importlib.import_module("triton")
+require_triton()
+tl, triton = map(importlib.import_module, ("triton.language", "triton"))
 MODULES = {name: load(name) for name in (*LAUNCHERS, "launch", "schedule")}
 launch = MODULES["launch"]
 interpreted = pytest.mark.usefixtures("interpreter")

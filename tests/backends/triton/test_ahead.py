@@ -6,8 +6,10 @@ import os
 
 import pytest
 
-pytest.importorskip("triton")
-from benchmarks import ahead
+from ...conftest import require_triton
+
+require_triton()
+from benchmarks import ahead  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
