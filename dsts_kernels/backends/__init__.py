@@ -19,6 +19,7 @@ from .base import OPS, Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .eager import EagerBackend
+from .gpu import GpuBackend
 from .gpu.measured import winner
 from .triton import TritonBackend
 
@@ -157,7 +158,7 @@ def _environment(name: str) -> str | None:
 
 def _faster(first: Backend, op: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """``first``, or the backend that was measured faster on such a chip, where that can run."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not isinstance(first, GpuBackend):
         return first
     other = BACKENDS.get(winner(op, device, dtype) or first.name)
     return first if other is None or other.why_not(op, device, dtype) is not None else other
