@@ -43,10 +43,9 @@ def test_every_allocation_names_its_device():
 @pytest.fixture
 def elsewhere():
     """The default device is another one, on which no kernel of ours runs."""
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(None)  # and no mode is left, as one would be for "cpu"
 
 
 OPTIONS = {

@@ -38,9 +38,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def elsewhere():
     """The default device for the rest of the test, from when it is called."""
-    before = torch.get_default_device()
     yield lambda: torch.set_default_device("meta")
-    torch.set_default_device(before)
+    torch.set_default_device(None)  # and no mode is left, as one would be for "cpu"
 
 
 def test_the_recipe_names_its_devices():
