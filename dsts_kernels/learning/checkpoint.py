@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from .sharded import is_sharded
 
 __all__ = ["FORMAT", "generator_states", "load_checkpoint", "restore_generators", "save_checkpoint"]
 
@@ -17,8 +18,27 @@ FORMAT = "dsts_kernels checkpoint 1"
 
 
 def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors and plain Python values): the old file or the new one is there, never half of one."""
+    """Write ``state`` (tensors and plain Python values): the old file or the new one is there, never half of one.
+
+    Raises:
+        ValueError: a tensor of which this process has a part only.
+    """
+    refuse_shards("state", state)
     files.write(path, state, FORMAT)
+
+
+def refuse_shards(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, own in value.items():
+            refuse_shards(f"{name}[{key!r}]", own)
+    elif isinstance(value, (list, tuple)):
+        for index, own in enumerate(value):
+            refuse_shards(f"{name}[{index}]", own)
+    elif isinstance(value, Tensor) and is_sharded(value):
+        raise ValueError(
+            f"{name}: got a shard of a tensor, wanted all of it: torch.distributed.checkpoint.save writes every "
+            "process's part, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) gathers them"
+        )
 
 
 def load_checkpoint(path: str | os.PathLike, map_location: torch.device | str = "cpu") -> dict[str, Any]:

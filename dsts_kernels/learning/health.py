@@ -65,8 +65,9 @@ class RoutingMonitor:
     Layers must agree in ``num_neurons``. Each pass counts, in training and evaluation, but while ``enabled`` is false.
     With ``keep`` the last pass's routing stays, in training with its graph, for :attr:`last` and :meth:`balance`.
 
-    Hooks stay until :meth:`remove`, or the end of a ``with`` block of the monitor's. A copy of the model (``deepcopy``,
-    ``AveragedModel``, ``torch.save``) has hooks that do nothing; a copy of model and monitor in one is watched by that
+    Hooks stay until :meth:`remove`, or the end of a ``with`` block of the monitor's. A monitor comes before the first
+    compiled pass, as ``torch.compile`` traces hooks once. A copy of the model (``deepcopy``, ``AveragedModel``,
+    ``torch.save``) has hooks that do nothing; a copy of model and monitor in one is watched by that
     monitor, which goes on from the same counts. Counts are those of this process; where parameters are sharded all
     processes must ask for :meth:`statistics`, as gates are gathered for it.
 

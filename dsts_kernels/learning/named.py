@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .sharded import is_sharded
 from .state import OptimizerState, Tensors, copied
 
-__all__ = ["load_optimizer_state", "optimizer_state", "parameter_names"]
+__all__ = ["numbered", "optimizer_state", "parameter_names"]
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
@@ -63,16 +63,15 @@ def zero_step(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
             p.grad = gradient
 
 
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, argument: str, state: dict) -> None:
-    """Continue from :func:`optimizer_state`, or from an optimizer's own ``state_dict``, whose parameters are numbered.
+def numbered(module: nn.Module, optimizer: torch.optim.Optimizer, argument: str, state: dict) -> dict[str, Any]:
+    """What ``optimizer.load_state_dict`` takes, from :func:`optimizer_state`; its own ``state_dict`` as it is.
 
     Raises:
-        ValueError: a state of other parameters, or of whole ones where this process has shards; nothing has changed.
+        ValueError: a state of other parameters, or of whole ones where this process has shards.
     """
     saved = state["param_groups"]
     if not all(isinstance(name, str) for group in saved for name in group["params"]):
-        optimizer.load_state_dict(state)
-        return
+        return state
     names = parameter_names(module)
     own = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     mine = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
@@ -94,4 +93,4 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, ar
     number = {name: place for place, name in enumerate(own)}
     ordered = zip(saved, optimizer.param_groups, strict=True)
     groups = [old | {"params": [number[names[id(p)]] for p in new["params"]]} for old, new in ordered]
-    optimizer.load_state_dict({"state": {number[k]: v for k, v in kept.items()}, "param_groups": groups})
+    return {"state": {number[name]: entries for name, entries in kept.items()}, "param_groups": groups}

@@ -31,7 +31,7 @@ from .batches import call, micro_batches
 from .checks import OLD_COMPILER, combination, is_compiled, trained
 from .distributed import average, average_gradients, clip, process_groups, recover, reshard
 from .health import RoutingMonitor
-from .named import load_optimizer_state, optimizer_state
+from .named import numbered, optimizer_state
 from .sharded import is_sharded
 from .state import Frozen, Generators, OptimizerState, Tensors
 
@@ -360,10 +360,12 @@ class UpstreamDownstream:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: the states of other parameters, or whole ones where this learner's are sharded.
+            ValueError: the states of other parameters, or whole ones where this learner's are sharded; nothing has
+                changed.
         """
-        for name, optimizer in self._optimizers():
-            load_optimizer_state(self.module, optimizer, name, state[name])
+        loaded = [(part, numbered(self.module, part, name, state[name])) for name, part in self._optimizers()]
+        for optimizer, own in loaded:
+            optimizer.load_state_dict(own)
         self.exact_second_order = state["exact_second_order"]
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])

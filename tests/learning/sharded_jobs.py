@@ -28,6 +28,7 @@ from dsts_kernels.learning import (
     downstream_parameters,
     generator_states,
     restore_generators,
+    save_checkpoint,
     upstream_parameters,
 )
 
@@ -333,6 +334,8 @@ def sides_within(wrap: str) -> None:
     assert found == names and len(names) == 2 * LAYERS
     assert {*map(id, upstream), *map(id, downstream)} == set(map(id, module.parameters()))
     assert list(map(id, plain.dsts.upstream_parameters())) == list(map(id, upstream))
+    groups = learner(module).state_dict()["upstream_optimizer"]["param_groups"]
+    assert set(groups[0]["params"]) == names
 
 
 def monitored() -> None:
@@ -434,3 +437,9 @@ def whole_states_are_refused() -> None:
     else:
         raise AssertionError("no error")
     assert not steps.upstream_optimizer.state
+    try:
+        save_checkpoint(f"never {dist.get_rank()}.pt", {"model": [steps.module.state_dict()]})
+    except ValueError as error:
+        assert re.search(r"state\['model'\]\[0\]\['.*'\]: got a shard of a tensor, wanted all of it", str(error)), error
+    else:
+        raise AssertionError("no error")
