@@ -23,7 +23,7 @@ def pad_of_old(x: torch.Tensor, *given) -> torch.Tensor:
 @pytest.mark.parametrize("channels", [0, 1, 32, 45])
 @pytest.mark.parametrize("taps", [3, 9])
 def test_there_and_back(monkeypatch, form, outputs, channels, taps):
-    """The size is the one that was said, and what is read is what was packed; a neuron may have no channel on a side."""
+    """The size is the one that was said, and what is read is what was packed; a side may have no channel."""
     monkeypatch.setattr(F, "pad", pad_of_old)
     panel = torch.randn(outputs, taps, channels)
     flat = packing.pack(panel, form)
