@@ -9,6 +9,6 @@ from .frozen import FrozenDSTS
 from .modules import DSTSLayer, FusedDSTS
 from .routing import Draws, Routing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = ["DSTSLayer", "Draws", "FrozenDSTS", "FusedDSTS", "Routing", "backends", "functional", "reference"]
