@@ -32,7 +32,7 @@ COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
 
 
 def compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "g++"))
+    return shlex.split(os.environ.get("CXX") or "g++")
 
 
 def run(command: list[str]) -> str:

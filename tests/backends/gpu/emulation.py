@@ -18,7 +18,7 @@ from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.cuda import CudaBackend, kernels, unsupported_dtype
 from tests.emulator import build
 
-FLAVOUR, *_ARCH = os.environ.get("DSTS_EMULATED", "plain").split("-")
+FLAVOUR, *_ARCH = (os.environ.get("DSTS_EMULATED") or "plain").split("-")
 ARCHS = tuple(map(int, _ARCH)) or (700, 800)
 
 
