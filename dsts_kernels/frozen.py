@@ -243,21 +243,23 @@ class FrozenDSTS(NotScripted):
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """``x (B, C, T, H, W)`` to the same shape, in the memory format of ``x``; see :meth:`FusedDSTS.forward`."""
-        check_input(x, self.in_channels, self.layers[0].filters)
+        layers = list(self.layers)
+        like = layers[0].filters
+        check_input(x, self.in_channels, like)
+        if draws is not None:
+            check_draws(draws, (len(layers), x.shape[0]), self.in_channels, self.num_neurons, like)
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
         if torch.is_grad_enabled():  # asking costs less than entering
             with torch.no_grad():
-                return self._run(x if x.dtype == self.dtype else x.to(self.dtype), draws, return_routing)
-        return self._run(x if x.dtype == self.dtype else x.to(self.dtype), draws, return_routing)
+                return self._run(x, layers, return_routing)
+        return self._run(x, layers, return_routing)
 
-    def _run(self, x: Tensor, draws: Draws | None, return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
-        layers = list(self.layers)
-        first, last = layers[0], len(layers) - 1
-        if draws is not None:
-            size = (len(layers), x.shape[0])
-            check_draws(draws, size, self.in_channels, self.num_neurons, first.filters)
+    def _run(self, x: Tensor, layers: list[FrozenLayer], return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
+        last = len(layers) - 1
         h, sums, routings = x, None, []
         for index, layer in enumerate(layers):
-            next_taps = 0 if index == last else layers[index + 1].scoring.shape[2]
+            next_taps = 0 if index == last else layers[index + 1].taps
             h, sums, neuron, scores = ops.frozen_layer(
                 h,
                 sums,

@@ -95,13 +95,14 @@ class FrozenLayer(nn.Module):
 
     def describe(self) -> LayerDescription:
         kernel, gates = tuple(self.mixing_kernel), fingerprint(self.gate)
-        return LayerDescription(self.scoring.shape[2], self.score_elements, kernel, self.relu, self.packing, gates)
+        return LayerDescription(self.taps, self.score_elements, kernel, self.relu, self.packing, gates)
 
     def put(self, tensors: Mapping[str, Tensor | None], layout: Layout) -> None:
         """Take these buffers as they are."""
         for name in BUFFERS:
             self._buffers[name] = tensors[name]
         self.packing, self.dtype = layout
+        self.taps = self.scoring.shape[2]
         self.channels, self.starts = channel_lists(self.gate > 0.5)
         self._stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
 
