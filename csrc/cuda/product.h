@@ -214,6 +214,14 @@ template <bool A_BY_K, bool B_BY_K>
 struct EngineOf<float, A_BY_K, B_BY_K> {
   using Type = Simt<A_BY_K, B_BY_K>;
 };
+#if DSTS_SM70 && !defined(DSTS_WMMA)  // simulators know WMMA only
+template <bool A_BY_K, bool B_BY_K>
+class Volta;
+template <bool A_BY_K, bool B_BY_K>
+struct EngineOf<__half, A_BY_K, B_BY_K> {
+  using Type = Volta<A_BY_K, B_BY_K>;
+};
+#endif
 template <class E, bool A_BY_K, bool B_BY_K>
 using Engine = typename EngineOf<E, A_BY_K, B_BY_K>::Type;
 
@@ -326,3 +334,7 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
 }
 
 }  // namespace dsts::cuda
+
+#if DSTS_SM70
+#  include "cuda/volta.h"
+#endif

@@ -58,6 +58,73 @@ class PositionOperands {
   bool left_inside_, right_inside_;
 };
 
+#if DSTS_SM70
+// The same sources for `Volta`: which of a step's positions the tap meets, one lane each finds out for all.
+template <>
+class PositionOperands<Volta<false, false>> {
+  using Engine = Volta<false, false>;
+  using T = Engine::T;
+  using A = Copies<Engine::A, T, Engine::kThreads>;
+  using B = Copies<Engine::B, T, Engine::kThreads>;
+  static constexpr int kDepth = Engine::A::kDepth;
+  static_assert(A::kRowsApart == 8 && B::kRowsApart == 8 && A::kCount == 4, "rows of a warp, in met()");
+
+ public:
+  __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by,
+                                              const int* members, int left0, int left_end, int right0)
+      : p_(p), by_(by), member_(members) {
+    left0 += A::column(), right0 += B::column();
+    left_inside_ = left0 < left_end, right_inside_ = right0 < p.columns;
+    const int64 shift = (static_cast<int64>(by.t) * p.extent.h + by.h) * p.extent.w + by.w;
+    left_ = static_cast<const T*>(p.left) + (A::row() + shift) * p.left_pitch + left0;
+    right_ = static_cast<const T*>(p.right) + static_cast<int64>(B::row()) * p.right_pitch + right0;
+    move();
+  }
+
+  __device__ __forceinline__ void end(bool really) {
+    left_inside_ = left_inside_ & !really, right_inside_ = right_inside_ & !really;
+    over_ = over_ | really;
+  }
+
+  __device__ __forceinline__ void next() {
+    p0_ += kDepth;
+    const bool whole = p0_ >= p_.extent.positions;
+    p0_ = whole ? 0 : p0_;
+    member_ += whole & !over_;  // nothing stands behind the last
+    move();
+  }
+
+  __device__ __forceinline__ Source<T> a(int i) const {
+    return {from_a_ + static_cast<int64>(i * A::kRowsApart) * p_.left_pitch,
+            static_cast<bool>(left_inside_ & ((met_ >> i * 8 & 1) != 0))};
+  }
+
+  __device__ __forceinline__ Source<T> b(int i) const {
+    return {from_b_ + static_cast<int64>(i * B::kRowsApart) * p_.right_pitch,
+            static_cast<bool>(right_inside_ & (p0_ + B::row() + i * B::kRowsApart < p_.extent.positions))};
+  }
+
+ private:
+  __device__ __forceinline__ void move() {
+    const int64 first = static_cast<int64>(*member_) * p_.extent.positions + p0_;
+    from_a_ = left_ + first * p_.left_pitch;
+    from_b_ = right_ + first * p_.right_pitch;
+    const int own = p0_ + static_cast<int>(threadIdx.x % 32);  // all 32 of the step, one a lane
+    const Place at = place_of(p_.extent, own);
+    const bool met = (own < p_.extent.positions) & inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
+    met_ = __ballot_sync(0xffffffffu, met) >> A::row();
+  }
+
+  const WeightGradientParams& p_;
+  Place by_;
+  const int* member_;
+  const T *left_, *right_, *from_a_, *from_b_;
+  unsigned met_;  // bit 8 i: whether the tap meets the position of vector i
+  int p0_ = 0;
+  bool left_inside_, right_inside_, over_ = false;
+};
+#endif
+
 template <class E>
 __device__ void weight_gradient_body(const WeightGradientParams& p) {
   using Tiles = Engine<E, false, false>;

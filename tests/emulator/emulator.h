@@ -61,6 +61,11 @@ enum class Operand { kHalf, kBFloat16, kTf32 };
 void multiply(Operand operand, int depth, float* d, const void* a, const void* b, const float* c,
               Place place);
 
+// c += a * b as mma.sync.m8n8k4 has it for halves and sums in float: four products of 8 x 4 by 4 x 8, each
+// lane giving four elements of either operand, by the layouts of the PTX ISA.
+void multiply_quads(bool a_by_row, bool b_by_column, float* c, const void* a, const void* b,
+                    Place place = Place::here());
+
 struct Copy {
   void* to;
   const void* from;

@@ -142,6 +142,19 @@ int product_of(Product p, bool a_by_column, bool b_by_column) {
                      : run(product_kernel<T, E, kDepth, row_major, row_major>, p, 1, 32, 0);
 }
 
+struct Quads {
+  const uint2 *a, *b;
+  float* c;
+  int a_by_row, b_by_column;
+};
+__global__ void quads_kernel(const __grid_constant__ Quads p) {
+  const uint2 a = p.a[threadIdx.x], b = p.b[threadIdx.x];
+  float c[8];
+  for (int i = 0; i < 8; ++i) c[i] = p.c[threadIdx.x * 8 + i];
+  ::emulator::multiply_quads(p.a_by_row, p.b_by_column, c, &a, &b);
+  for (int i = 0; i < 8; ++i) p.c[threadIdx.x * 8 + i] = c[i];
+}
+
 struct Misaligned {
   const void* a;
   int offset, stride;
@@ -214,6 +227,10 @@ int product(const void* a, const void* b, float* d, int kind, int depth, int a_b
   if (kind == 2) return product_of<wmma::precision::tf32, float, 8>(p, a_by_column, b_by_column);
 #endif
   return -1;
+}
+int quads(const void* a, const void* b, float* c, int a_by_row, int b_by_column) {
+  const Quads p{static_cast<const uint2*>(a), static_cast<const uint2*>(b), c, a_by_row, b_by_column};
+  return run(quads_kernel, p, 1, 32, 0);
 }
 int divergent(int kind, float* out) { return run(divergent_kernel, Divergent{kind, out}, 1, 32, 0); }
 int round_trip(const float* x, float* halves, float* bfloats, int n) {

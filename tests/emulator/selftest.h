@@ -16,6 +16,8 @@ int double_buffer(const float* x, float* out, int chunks, int keep);
 // d = a b, 16 x depth and depth x 16, of kind 0 (half), 1 (bfloat16) or 2 (tf32).
 int product(const void* a, const void* b, float* d, int kind, int depth, int a_by_column, int b_by_column,
             int d_by_column, int repeat);
+// c += a b by mma.sync.m8n8k4: [32][4] halves of either operand and [32][8] floats, by lane.
+int quads(const void* a, const void* b, float* c, int a_by_row, int b_by_column);
 // kind 0: half of the threads wait at another barrier; 1: at a shuffle; 2: one thread has left, and the rest
 // go on.
 int divergent(int kind, float* out);

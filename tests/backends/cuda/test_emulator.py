@@ -164,6 +164,26 @@ def test_product(m, arch, kind, dtype):
             assert not torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("a_by_row", [True, False])
+@pytest.mark.parametrize("b_by_column", [True, False])
+def test_products_of_quad_pairs(m, a_by_row, b_by_column):
+    """Lane by lane what the PTX ISA says of mma.m8n8k4 with .f16 operands and .f32 sums."""
+    a, b, sums = torch.randn(4, 8, 4).half(), torch.randn(4, 4, 8).half(), torch.randn(4, 8, 8)
+    given_a, given_b = torch.empty(32, 4).half(), torch.empty(32, 4).half()
+    found, expected = torch.empty(32, 8), torch.empty(32, 8)
+    product = sums + a.float() @ b.float()
+    for lane in range(32):
+        quad, half = lane % 16 // 4, 0 if lane < 16 else 4
+        for i in range(4):
+            given_a[lane, i] = a[quad, lane % 4 + half, i] if a_by_row else a[quad, i + half, lane % 4]
+            given_b[lane, i] = b[quad, i, lane % 4 + half] if b_by_column else b[quad, lane % 4, i + half]
+        for i in range(8):
+            row, column = (lane & 1) + (i & 2) + half, (i & 4) + (lane & 2) + (i & 1)
+            found[lane, i], expected[lane, i] = sums[quad, row, column], product[quad, row, column]
+    assert m.quads(given_a.data_ptr(), given_b.data_ptr(), found.data_ptr(), a_by_row, b_by_column) == 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_conversions_round_as_torch_does(m):
     edges = torch.tensor([0.0, -0.0, 65504, 65519.9, 65520, 6e-8, 2.9e-8, 1e-5, float("inf"), -float("inf"), 3.4e38])
     ties = torch.arange(4096).float() / 2 + 2048

@@ -94,6 +94,34 @@ void multiply_shares(Fiber* lanes, unsigned) {
   for (int i = 0; i < 32; ++i) memcpy(lanes[i].product.d, c + i * 8, 32);
 }
 
+// One operand of a quad pair, `along` by 4 of K: in one layout a lane holds four of K for its own row or
+// column, in the other four rows or columns for its own k.
+void gather_quad(const Fiber* lanes, int quad, bool left, bool own_row, float (&to)[8][4]) {
+  for (int upper = 0; upper < 2; ++upper)
+    for (int low = 0; low < 4; ++low) {
+      const Fiber& lane = lanes[16 * upper + 4 * quad + low];
+      uint16_t bits[4];
+      memcpy(bits, left ? lane.product.a : lane.product.b, sizeof bits);
+      for (int i = 0; i < 4; ++i) to[4 * upper + (own_row ? low : i)][own_row ? i : low] = widened(bits[i]);
+    }
+}
+
+template <bool kRows, bool kColumns>
+void multiply_quads_of(Fiber* lanes, unsigned) {
+  for (int quad = 0; quad < 4; ++quad) {
+    float a[8][4], b[8][4];
+    gather_quad(lanes, quad, true, kRows, a);
+    gather_quad(lanes, quad, false, kColumns, b);
+    for (int upper = 0; upper < 2; ++upper)
+      for (int low = 0; low < 4; ++low)
+        for (int i = 0; i < 8; ++i) {
+          const int row = 4 * upper + (low & 1) + (i & 2), column = (i & 4) + (low & 2) + (i & 1);
+          float& sum = lanes[16 * upper + 4 * quad + low].product.d[i];
+          for (int k = 0; k < 4; ++k) sum += a[row][k] * b[column][k];
+        }
+  }
+}
+
 }  // namespace
 
 void meet_at_matrix(const char* name, const void* matrix, unsigned stride, size_t element_size, Place place) {
@@ -126,6 +154,17 @@ void multiply(Operand operand, int depth, float* d, const void* a, const void* b
     case Operand::kTf32:
       return meet(f, "mma_sync", ~0u, place, false, multiply_shares<Operand::kTf32>);
   }
+}
+
+void multiply_quads(bool a_by_row, bool b_by_column, float* c, const void* a, const void* b, Place place) {
+  require_whole_warp("mma.m8n8k4", place);
+  Fiber* f = self();
+  f->product = {c, a, b, c, 4};
+  const auto of = a_by_row ? b_by_column ? multiply_quads_of<true, true> : multiply_quads_of<true, false>
+                           : b_by_column ? multiply_quads_of<false, true> : multiply_quads_of<false, false>;
+  const char* names[] = {"mma.m8n8k4.col.row", "mma.m8n8k4.col.col", "mma.m8n8k4.row.row",
+                         "mma.m8n8k4.row.col"};
+  meet(f, names[2 * a_by_row + b_by_column], ~0u, place, false, of);
 }
 
 }  // namespace emulator
