@@ -1,6 +1,6 @@
 """Compile the CUDA kernels for every chip, with no GPU, and report what the compiler made of each.
 
-``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR]`` prints registers, spills, shared memory, blocks that a
+``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared memory, blocks that a
 multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
 """
 
@@ -201,11 +201,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead_cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=list(CHIPS), help="default: sm_70 and all of nvcc's")
     parser.add_argument("--ptx", type=Path, help="only write PTX, for sm_70 or the first --arch, to this folder")
+    parser.add_argument("--wmma", action="store_true", help="of sm_70 for simulators, which know no mma.sync")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     try:
         if options.ptx:
-            for path in cuda_compilers.write_ptx(options.ptx, (options.arch or [70])[0]):
+            defines = [cuda_compilers.WMMA] if options.wmma else []
+            for path in cuda_compilers.write_ptx(options.ptx, (options.arch or [70])[0], *defines):
                 print(path)
             return
         archs = options.arch or [70, *(arch for arch in cuda_compilers.nvcc_targets() if arch > 70)]

@@ -24,6 +24,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 OUTPUT = ROOT / "build" / "ahead"
 PACKAGES = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12", "nvidia-cuda-nvcc-cu12")
 OPTIONS = ("-std=c++17", f"-I{ROOT / 'csrc'}")
+WMMA = "-DDSTS_WMMA"  # sm_70 multiplies by wmma.mma, which simulators know, and not by mma.sync
 
 
 class Missing(Exception):
@@ -97,7 +98,7 @@ def missing(arch: int) -> str | None:
     return f"sm_{arch}: not among the targets of {found}" if found else f"sm_{arch}: no nvcc found"
 
 
-def to_ptx(tools: Nvrtc, source: Path, arch: int) -> bytes:
+def to_ptx(tools: Nvrtc, source: Path, arch: int, *defines: str) -> bytes:
     """NVRTC as a library: every explicit instance of a template becomes an entry."""
     library = ctypes.CDLL(str(tools.library))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
@@ -108,7 +109,8 @@ def to_ptx(tools: Nvrtc, source: Path, arch: int) -> bytes:
         getattr(library, f"nvrtcGet{what}")(program, text)
         return text.value
 
-    options = [f"--gpu-architecture=compute_{arch}", *OPTIONS, *(f"-I{folder}" for folder in tools.headers)]
+    include = (f"-I{folder}" for folder in tools.headers)
+    options = [f"--gpu-architecture=compute_{arch}", *OPTIONS, *defines, *include]
     encoded = (ctypes.c_char_p * len(options))(*map(str.encode, options))
     library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     try:
@@ -139,8 +141,8 @@ def write(target: Path, make: Callable[[Path], object]) -> None:
     partial.replace(target)
 
 
-def compile_source(source: Path, arch: int) -> Built:
-    """To a cubin, through PTX where NVRTC does it."""
+def compile_source(source: Path, arch: int, *defines: str) -> Built:
+    """To a cubin, through PTX where NVRTC does it; ``defines`` are options such as :data:`WMMA`."""
     reason = missing(arch)
     if reason:
         raise Missing(reason)
@@ -149,7 +151,7 @@ def compile_source(source: Path, arch: int) -> Built:
     assert by is not None
     headers = (header.read_bytes() for header in sorted((ROOT / "csrc").rglob("*.h")))
     library = [] if tools is None else [str(tools), str(tools.library.stat().st_size)]
-    inputs = digest([source.read_bytes(), *headers, *OPTIONS, str(by), version(by), *library, str(arch)])
+    inputs = digest([source.read_bytes(), *headers, *OPTIONS, str(by), version(by), *library, str(arch), *defines])
     stem = OUTPUT / f"{source.stem}-sm_{arch}-{inputs}"
     cubin, log, ptx = (stem.with_suffix(suffix) for suffix in (".cubin", ".log", ".ptx"))
     if not cubin.exists():  # it is written last
@@ -157,9 +159,11 @@ def compile_source(source: Path, arch: int) -> Built:
 
         def assemble(target: Path) -> None:
             if tools is None:
-                said = run(by, "-cubin", f"-arch=sm_{arch}", "-O3", *OPTIONS, "-Xptxas", "-v", source, "-o", target)
+                said = run(
+                    by, "-cubin", f"-arch=sm_{arch}", "-O3", *OPTIONS, *defines, "-Xptxas", "-v", source, "-o", target
+                )
             else:
-                write(ptx, lambda path: path.write_bytes(to_ptx(tools, source, arch)))
+                write(ptx, lambda path: path.write_bytes(to_ptx(tools, source, arch, *defines)))
                 said = run(by, "-v", f"-arch=sm_{arch}", ptx, "-o", target)
             write(log, lambda path: path.write_text(said))
 
@@ -167,7 +171,7 @@ def compile_source(source: Path, arch: int) -> Built:
     return Built(source.stem, arch, cubin, log, ptx if tools else None)
 
 
-def write_ptx(folder: Path, arch: int) -> list[Path]:
+def write_ptx(folder: Path, arch: int, *defines: str) -> list[Path]:
     """The PTX of every source, as NAME.ptx."""
     reason = missing(arch)
     if reason:
@@ -177,9 +181,9 @@ def write_ptx(folder: Path, arch: int) -> list[Path]:
     def one(source: Path) -> Path:
         target = folder / f"{source.stem}.ptx"
         if arch in nvcc_targets():
-            run(nvcc(), "-ptx", f"-arch=compute_{arch}", "-O3", *OPTIONS, source, "-o", target)
+            run(nvcc(), "-ptx", f"-arch=compute_{arch}", "-O3", *OPTIONS, *defines, source, "-o", target)
         else:
-            shutil.copyfile(compile_source(source, arch).ptx, target)
+            shutil.copyfile(compile_source(source, arch, *defines).ptx, target)
         return target
 
     with ThreadPoolExecutor(2) as pool:

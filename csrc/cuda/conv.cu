@@ -41,35 +41,49 @@ struct ConvShared {
 template <class T, int V, int THREADS>
 __device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& tile, int column0,
                                              float* chunk) {
-  constexpr int kUnits = kTile * kChunkColumns / V;
+  constexpr int kUnits = kTile * kChunkColumns / V,
+                kAtOnce = 4;  // units whose skips are on their way together
+  static_assert(kUnits % (THREADS * kAtOnce) == 0);
   const bool along_rows = V == 1 && p.out_strides.c != 1;
   T* out = static_cast<T*>(p.out) + tile.b * p.out_strides.b;
   const T* skip = p.skip ? static_cast<const T*>(p.skip) + tile.b * p.out_strides.b : nullptr;
   const float* bias = p.bias ? p.bias + static_cast<int64>(tile.bias_row) * p.outputs : nullptr;
-#pragma unroll 2
-  for (int u = threadIdx.x; u < kUnits; u += THREADS) {
-    const int r = along_rows ? u % kTile : u / (kChunkColumns / V);
-    const int c = along_rows ? u / kTile : u % (kChunkColumns / V) * V;
-    const int position = tile.p0 + r, o = column0 + c;
-    float* cell = chunk + r * kChunkPitch + c;
-    if (position >= p.extent.positions || o >= p.outputs) {
-      for (int i = 0; i < V; ++i) cell[i] = 0;
-      continue;
-    }
-    const int64 at = o * p.out_strides.c + offset_of(p.out_strides, place_of(p.extent, position));
-    Pack<T, V> more;
-    if (skip) more = *reinterpret_cast<const Pack<T, V>*>(skip + at);
-    Pack<T, V> y;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kUnits; first += THREADS * kAtOnce) {
+    Pack<T, V> more[kAtOnce];
+    int64 at[kAtOnce];  // -1 outside
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float v = tile.known ? cell[i] : not_a_number();
-      if (bias) v += bias[o + i];
-      if (p.relu && v < 0) v = 0;  // keeps NaN, as torch does
-      if (skip) v += to_float(more.v[i]);
-      y.v[i] = from_float<T>(v);
-      cell[i] = to_float(y.v[i]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int u = first + j * THREADS;
+      const int r = along_rows ? u % kTile : u / (kChunkColumns / V);
+      const int c = along_rows ? u / kTile : u % (kChunkColumns / V) * V;
+      const int position = tile.p0 + r, o = column0 + c;
+      const bool within = position < p.extent.positions && o < p.outputs;
+      at[j] = within ? o * p.out_strides.c + offset_of(p.out_strides, place_of(p.extent, position)) : -1;
+      if (skip && within) more[j] = *reinterpret_cast<const Pack<T, V>*>(skip + at[j]);
     }
-    *reinterpret_cast<Pack<T, V>*>(out + at) = y;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int u = first + j * THREADS;
+      const int r = along_rows ? u % kTile : u / (kChunkColumns / V);
+      const int c = along_rows ? u / kTile : u % (kChunkColumns / V) * V;
+      float* cell = chunk + r * kChunkPitch + c;
+      if (at[j] < 0) {
+        for (int i = 0; i < V; ++i) cell[i] = 0;
+        continue;
+      }
+      Pack<T, V> y;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        float v = tile.known ? cell[i] : not_a_number();
+        if (bias) v += bias[column0 + c + i];
+        if (p.relu && v < 0) v = 0;  // keeps NaN, as torch does
+        if (skip) v += to_float(more[j].v[i]);
+        y.v[i] = from_float<T>(v);
+        cell[i] = to_float(y.v[i]);
+      }
+      *reinterpret_cast<Pack<T, V>*>(out + at[j]) = y;
+    }
   }
 }
 

@@ -155,6 +155,31 @@ class ImplicitOperands {
   bool first_;
 };
 
+// Taps as bits, by the edge of the features that they reach over: what a position there must not read.
+struct Edges {
+  unsigned all = 0, before_t = 0, after_t = 0, before_h = 0, after_h = 0, before_w = 0, after_w = 0;
+
+  __device__ __forceinline__ explicit Edges(const Taps& taps) {
+#pragma unroll 1
+    for (int tap = 0; tap < taps.first + taps.second; ++tap) {
+      const Place by = reach_of(taps, tap);
+      const unsigned bit = 1u << tap;
+      all |= bit;
+      before_t |= by.t < 0 ? bit : 0, after_t |= by.t > 0 ? bit : 0;
+      before_h |= by.h < 0 ? bit : 0, after_h |= by.h > 0 ? bit : 0;
+      before_w |= by.w < 0 ? bit : 0, after_w |= by.w > 0 ? bit : 0;
+    }
+  }
+
+  // The taps that meet features at `at`.
+  __device__ __forceinline__ unsigned met(const Extent& e, const Place& at) const {
+    unsigned over = (at.t == 0 ? before_t : 0) | (at.t == e.t - 1 ? after_t : 0);
+    over |= (at.h == 0 ? before_h : 0) | (at.h == e.h - 1 ? after_h : 0);
+    over |= (at.w == 0 ? before_w : 0) | (at.w == e.w - 1 ? after_w : 0);
+    return all & ~over;
+  }
+};
+
 #if DSTS_SM70
 // The same sources for `Volta`, whose registers are full: few values, and no branch from step to step.
 template <bool FILTERS_BY_K, bool LISTED_COLUMNS>
@@ -175,20 +200,17 @@ class ImplicitOperands<Volta<true, FILTERS_BY_K>, FILTERS_BY_K, LISTED_COLUMNS> 
       : in_(in), sum_(sum) {
     const int64 first = static_cast<int64>(b) * in.extent->positions + p0 + A::row();
     panel_ = in.panel + first * in.pitch + A::column();
-#pragma unroll
+    const Edges edges(in.taps);
+#  pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
       const int position = p0 + A::row() + i * A::kRowsApart;
-      if (position >= in.extent->positions) continue;
-      const Place at = place_of(*in.extent, position);
-      for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
-        const Place by = reach_of(in.taps, tap);
-        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w)) set(i, tap);
-      }
+      if (position < in.extent->positions)
+        met_[i / 2] |= edges.met(*in.extent, place_of(*in.extent, position)) << i % 2 * 16;
     }
-#pragma unroll
+#  pragma unroll
     for (int i = 0; i < B::kCount; ++i) {
       const int o = o0 + (FILTERS_BY_K ? B::row() + i * B::kRowsApart : B::column());
-      if (o < in.outputs) set(i, kColumn);
+      if (o < in.outputs) met_[i / 2] |= 1u << (i % 2 * 16 + kColumn);
       if (LISTED_COLUMNS) own_[i] = o < in.outputs ? list[o] : 0;
     }
     column_ = in.filters + (FILTERS_BY_K ? B::column() : o0 + B::column());
@@ -208,7 +230,7 @@ class ImplicitOperands<Volta<true, FILTERS_BY_K>, FILTERS_BY_K, LISTED_COLUMNS> 
   }
 
   __device__ __forceinline__ void end(bool really) {
-#pragma unroll
+#  pragma unroll
     for (unsigned& bits : met_) bits = really ? 0 : bits;
   }
 
@@ -244,7 +266,6 @@ class ImplicitOperands<Volta<true, FILTERS_BY_K>, FILTERS_BY_K, LISTED_COLUMNS> 
  private:
   static constexpr int kColumn = 15;  // the bit of met_ that says whether a vector's column is there
 
-  __device__ __forceinline__ void set(int i, int bit) { met_[i / 2] |= 1u << (i % 2 * 16 + bit); }
   __device__ __forceinline__ bool is_set(int i, int bit) const {
     return (met_[i / 2] >> (i % 2 * 16 + bit) & 1) != 0;
   }
@@ -260,7 +281,7 @@ class ImplicitOperands<Volta<true, FILTERS_BY_K>, FILTERS_BY_K, LISTED_COLUMNS> 
       const int* order = sum_.order;
       const int start = order && !first_ ? sum_.start_2 : 0;
       const int count = order && first_ ? sum_.count_1 : in_.rows - start;
-#pragma unroll
+#  pragma unroll
       for (int i = 0; i < B::kCount; ++i) {
         const int k = k_ + B::row() + i * B::kRowsApart;
         own_[i] = k >= count ? -1 : order ? order[start + k] : k;

@@ -3,12 +3,12 @@
 //
 // The instruction takes four products of 8 by 8 by 4 at once, one for each *quad pair*: lanes 4 q to 4 q + 3
 // and the four that are 16 further. A warp has 64 by 64, in 4 by 4 squares of 16 by 16; in each square quad
-// pair q takes one half of the rows (q % 2) by one half of the columns (q / 2). Which rows make a half is ours
-// to choose: those that let lanes which load together meet every bank of shared memory once.
+// pair q takes one half of the rows (q % 2) by one half of the columns (q / 2). Which rows make a half is
+// ours to choose: those that let lanes which load together meet every bank of shared memory once.
 //
 // A step of 32 of K is eight slabs of 4. While one slab is multiplied, the next one's fragments come from
-// shared memory, and the next step's operands from global memory: the left one waits in registers during three
-// slabs, the right one, in the same registers, during four. One barrier a step, before its last slab.
+// shared memory, and the next step's operands from global memory: the left one waits in registers during
+// three slabs, the right one, in the same registers, during four. One barrier a step, before its last slab.
 #pragma once
 
 #include "cuda/product.h"
@@ -21,12 +21,12 @@ __device__ __forceinline__ void multiply_quads(float (&c)[8], const uint2& a, co
 #ifdef DSTS_NO_PTX
   ::emulator::multiply_quads(A_BY_K, B_BY_K, c, &a, &b);
 #else
-#  define DSTS_MULTIPLY(layouts)                                                               \
-    asm volatile("mma.sync.aligned.m8n8k4." layouts                                            \
-                 ".f32.f16.f16.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9}, {%10, %11}, "   \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7};"                                           \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),     \
-                   "+f"(c[6]), "+f"(c[7])                                                      \
+#  define DSTS_MULTIPLY(layouts)                                                                       \
+    asm volatile("mma.sync.aligned.m8n8k4." layouts                                                    \
+                 ".f32.f16.f16.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9}, {%10, %11}, "           \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7};"                                                   \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), \
+                   "+f"(c[7])                                                                          \
                  : "r"(a.x), "r"(a.y), "r"(b.x), "r"(b.y))
   if constexpr (A_BY_K && B_BY_K)
     DSTS_MULTIPLY("row.col");

@@ -111,7 +111,8 @@ class PositionOperands<Volta<false, false>> {
     from_b_ = right_ + first * p_.right_pitch;
     const int own = p0_ + static_cast<int>(threadIdx.x % 32);  // all 32 of the step, one a lane
     const Place at = place_of(p_.extent, own);
-    const bool met = (own < p_.extent.positions) & inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
+    const bool met =
+        (own < p_.extent.positions) & inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
     met_ = __ballot_sync(0xffffffffu, met) >> A::row();
   }
 

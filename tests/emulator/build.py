@@ -23,10 +23,16 @@ RUNTIME = sorted((HERE / "runtime").glob("*.cpp"))
 
 SANITIZE = {
     "plain": [],
+    "wmma": [],  # sm_70 as simulators get it
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
-OPTIMIZE = {"plain": ["-O2"], "address": ["-O1", "-fno-omit-frame-pointer"], "thread": ["-O1"]}
+OPTIMIZE = {
+    "plain": ["-O2"],
+    "wmma": ["-O2", "-DDSTS_WMMA"],
+    "address": ["-O1", "-fno-omit-frame-pointer"],
+    "thread": ["-O1"],
+}
 # Without unique symbols, two flavours loaded in one process stay apart.
 COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
 
@@ -137,7 +143,7 @@ def environment(flavour: str) -> dict[str, str]:
 
     It exits with status 66 at the first report of a sanitizer.
     """
-    if flavour == "plain":
+    if not SANITIZE[flavour]:
         return {}
     library = {"address": "libasan.so", "thread": "libtsan.so"}[flavour]
     # libstdc++ has to be there when AddressSanitizer looks for what it intercepts.

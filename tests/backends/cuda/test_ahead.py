@@ -94,6 +94,19 @@ def test_asynchronous_copies(compiled, arch):
     assert arch >= 80 or not told([one for one in compiled if one.counts["LDGSTS"]])
 
 
+def test_wmma_for_simulators():
+    """They know no mma.sync: with a switch the products of sm_70 do without."""
+    if reason := cuda_compilers.missing(70):
+        pytest.skip(reason)
+    for source in (source for source in cuda_compilers.SOURCES if source.stem in ahead_cuda.PRODUCTS):
+        ptx = [cuda_compilers.compile_source(source, 70, *define).ptx for define in ((), (cuda_compilers.WMMA,))]
+        if None in ptx:
+            pytest.skip("nvcc keeps no PTX")
+        fast, simulated = (path.read_text() for path in ptx)
+        assert "mma.sync.aligned.m8n8k4" in fast and "wmma.mma" not in fast
+        assert "wmma.mma" in simulated and "m8n8k4" not in simulated
+
+
 def test_what_simulators_lack(compiled, arch):
     """Atomics return a value, and half types are only stored: arithmetic is in float32 or in tensor cores."""
     if arch == 70:

@@ -33,6 +33,7 @@ SITES = [
     "filters.pack_filters_kernel-1",
     "lists.block_counts-2",
     "product.accumulate-3",
+    "volta.accumulate-3",
     "route.gather_block-2",
     "schedule.scan-3",
     "tap_sums.tap_sums_kernel-1",
@@ -71,6 +72,12 @@ def test_nothing_to_report(flavour, arch):
 @pytest.mark.parametrize("flavour, arch", [("address", 700), ("thread", 800)])
 def test_nothing_to_report_in_all_tests(flavour, arch):
     passes(flavour, arch, SUITE[:1], "-m", "emulated")  # those of many tiles take too long: the ones chosen must do
+
+
+@pytest.mark.slow
+def test_wmma_for_simulators():
+    """The loop that simulators of sm_70 get is right too."""
+    passes("wmma", 700, ["tests/backends/gpu/test_ops.py"], "-m", "emulated")
 
 
 def swept(arch: int, *sites: str) -> dict[str, str]:

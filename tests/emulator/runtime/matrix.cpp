@@ -160,8 +160,9 @@ void multiply_quads(bool a_by_row, bool b_by_column, float* c, const void* a, co
   require_whole_warp("mma.m8n8k4", place);
   Fiber* f = self();
   f->product = {c, a, b, c, 4};
-  const auto of = a_by_row ? b_by_column ? multiply_quads_of<true, true> : multiply_quads_of<true, false>
-                           : b_by_column ? multiply_quads_of<false, true> : multiply_quads_of<false, false>;
+  const auto of = a_by_row      ? b_by_column ? multiply_quads_of<true, true> : multiply_quads_of<true, false>
+                  : b_by_column ? multiply_quads_of<false, true>
+                                : multiply_quads_of<false, false>;
   const char* names[] = {"mma.m8n8k4.col.row", "mma.m8n8k4.col.col", "mma.m8n8k4.row.row",
                          "mma.m8n8k4.row.col"};
   meet(f, names[2 * a_by_row + b_by_column], ~0u, place, false, of);
