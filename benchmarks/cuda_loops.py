@@ -11,7 +11,7 @@ import struct
 from collections import Counter
 from typing import NamedTuple
 
-from . import cubin, cuda_compilers
+from . import cubin, cuda_compilers, cuda_program
 from .ahead_cuda import PRODUCTS
 
 ARCHS = (70, 75, 80, 90)
@@ -56,8 +56,23 @@ def kind_of(low: int, arch: int) -> str:
     return "FFMA" if low & 0x1FF == FFMA else cubin.kind_of(low, arch) or "other"
 
 
-def step(code: bytes, arch: int) -> Counted:
-    """The innermost loop that has products and a barrier; what stands in loops inside it counts as often as it runs."""
+def turn_of(outer: Loop, inside: list[Loop]) -> list[tuple[int, bool]]:
+    """Numbers of a step's instructions as a warp meets them, and whether it jumps back behind them."""
+    found, at = [], outer.first
+    while at <= outer.last:
+        inner = next((loop for loop in inside if loop.first == at), None)
+        if inner is None:
+            found.append((at, False))
+            at += 1
+            continue
+        trip = turn_of(inner, [loop for loop in inside if loop.last <= inner.last and loop != inner])
+        found += trip * TRIPS
+        at = inner.last + 1
+    return [*found[:-1], (found[-1][0], True)]
+
+
+def step(code: bytes, arch: int) -> tuple[Counted, list[cuda_program.Words], list[bool]]:
+    """The innermost loop that has products and a barrier; what stands in loops inside it comes as often as it runs."""
     words = list(struct.iter_unpack("<QQ", code))
     kinds = [kind_of(low, arch) for low, _ in words]
 
@@ -68,10 +83,9 @@ def step(code: bytes, arch: int) -> Counted:
     found = [loop for loop in loops(words, arch) if products(loop) >= 32]
     outer = min((loop for loop in found if "BAR" in kinds[loop.first : loop.last + 1]), key=lambda a: a.last - a.first)
     inside = [loop for loop in found if outer.first <= loop.first and loop.last <= outer.last and loop != outer]
-    times: Counter[str] = Counter()
-    for at in range(outer.first, outer.last + 1):
-        times[kinds[at]] += TRIPS ** sum(loop.first <= at <= loop.last for loop in inside)
-    return Counted(times.total(), times)
+    turn = turn_of(outer, inside)
+    times = Counter(kinds[at] for at, _ in turn)
+    return Counted(times.total(), times), [words[at] for at, _ in turn], [jumps for _, jumps in turn]
 
 
 def count(arch: int) -> dict[str, tuple[Counted, ...]]:
