@@ -37,7 +37,14 @@ NEVER, ZEROS = 0xF, 0xF  # the predicate !PT: of an instruction, and of a copy t
 PRODUCT = {70: (2.0, 2.0), 75: (8.0, 8.0), 80: (8.0, 8.0), 90: (6.0, 6.4)}
 FRESH = 3.0  # Volta, unkindly: of a product none of whose three register pairs was read by the one before
 LANES = {70: 2.0, 90: 1.0}  # cycles of a float32 multiply-add; other arithmetic takes 2
-LINES = (4.0, 8.0)  # passes of 16 bytes a lane from or to L2: at full width, and at half of it
+# Passes of 16 bytes a lane from or to L2, at full width and at half of it. A copy that goes to shared memory at once
+# may hold the pipe as long as L2 takes to deliver it: 512 bytes at a multiprocessor's share of 5120 a cycle.
+LINES = (4.0, 8.0)
+COPIES = {80: (4.0, 11.0), 90: (4.0, 13.0)}
+
+
+def kind_of(low: int, arch: int) -> str:
+    return "FFMA" if low & 0x1FF == FFMA else cubin.kind_of(low, arch) or "other"
 
 
 def of_generation(table: Mapping[int, object], arch: int):
@@ -79,13 +86,15 @@ def side_of(at: int, turn: Sequence[Words], kinds: Sequence[str], width: int) ->
     return None
 
 
-def accesses(at: int, turn: Sequence[Words], kinds: Sequence[str], passes: Passes) -> tuple[float, float]:
+def accesses(at: int, turn: Sequence[Words], kinds: Sequence[str], arch: int, passes: Passes) -> tuple[float, float]:
     """Passes through shared memory, kindly and not."""
     (low, high), kind = turn[at], kinds[at]
     if low >> 12 & 0xF == NEVER or (kind == "LDGSTS" and high >> 23 & 0xF == ZEROS):
         return 0.0, 0.0  # no lane takes part; rows and columns are taken to lie inside, as in the kernels' busy tiles
-    if UNITS[kind] in (model.GLOBAL, model.COPY):
+    if UNITS[kind] == model.GLOBAL:
         return LINES
+    if UNITS[kind] == model.COPY:
+        return of_generation(COPIES, arch)
     width = width_of(kind, high)
     found = max(width / model.WORD, 1.0)
     if kind == "LDS" and width in passes:
@@ -111,7 +120,7 @@ def costs(at: int, turn: Sequence[Words], kinds: Sequence[str], arch: int, passe
         if unit == model.TENSOR:
             kindly, unkindly = of_generation(PRODUCT, arch)
             return unit, kindly, FRESH if arch < 75 and fresh_pairs(at, turn, kinds) == 3 else unkindly
-        return unit, *((0.0, 0.0) if unit == model.BARRIER else accesses(at, turn, kinds, passes))
+        return unit, *((0.0, 0.0) if unit == model.BARRIER else accesses(at, turn, kinds, arch, passes))
     for codes, unit in (((COMMIT,), model.COMMIT), ((AWAIT,), model.AWAIT), (SLOW, model.SLOW), (CONTROL, model.ISSUE)):
         if code in codes:
             return unit, 0.0, 0.0
@@ -123,7 +132,7 @@ def costs(at: int, turn: Sequence[Words], kinds: Sequence[str], arch: int, passe
 
 def program(turn: Sequence[Words], ends: Sequence[bool], arch: int, passes: Passes) -> list[Instruction]:
     """Of the instructions of a step in the order in which a warp meets them; ``ends``: which of them jump back."""
-    kinds = ["FFMA" if low & 0x1FF == FFMA else cubin.kind_of(low, arch) or "other" for low, _ in turn]
+    kinds = [kind_of(low, arch) for low, _ in turn]
     found = []
     for at, words in enumerate(turn):
         unit, kindly, unkindly = costs(at, turn, kinds, arch, passes)

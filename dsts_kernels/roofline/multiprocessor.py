@@ -1,4 +1,4 @@
-"""A cycle model of one multiprocessor that runs a loop: who issues when, and who waits for what. Pure Python, no values.
+"""A cycle model of one multiprocessor in a loop: who issues when, and who waits for what. Pure Python, no values.
 
 A program is one turn of the loop, of one warp, as the compiler scheduled it: stall counts, scoreboards, the unit that
 each instruction needs. Blocks of warps run it over and over on four schedulers, which share one pipe to shared memory
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ SCHEDULERS, SCOREBOARDS, WORD = 4, 6, 4  # WORD: bytes a lane, of which one pass
 # which takes an instruction `cost` passes; SLOW is whatever answers by scoreboard but is none of these; ISSUE needs
 # nothing but the slot.
 TENSOR, ALU, FMA, SHARED, GLOBAL, COPY, COMMIT, AWAIT, BARRIER, SLOW, ISSUE = range(11)
-MEMORY = frozenset((SHARED, GLOBAL, COPY))
-OWN = (TENSOR, ALU, FMA)
+MEMORY = SHARED, GLOBAL, COPY
+OWN = TENSOR, ALU, FMA
+NEXT, ISSUED = operator.attrgetter("next"), operator.attrgetter("issued")
 
 
 class Instruction(NamedTuple):
@@ -69,15 +71,28 @@ MACHINES = {
 class _Warp:
     """Where a warp is, and when it may go on."""
 
-    __slots__ = ("at", "block", "copied", "first", "held", "issued", "open", "ready", "turns", "until")
+    __slots__ = ("able", "at", "block", "copied", "first", "held", "issued", "open", "ready", "turns", "until")
 
     def __init__(self, block: int, first: bool, ready: float) -> None:
-        self.block, self.first, self.ready = block, first, ready
+        self.block, self.first, self.ready = block, first, ready  # `ready`: as far as the warp itself knows
         self.at = self.turns = 0
-        self.held = 0.0  # `ready`, while it waits at a barrier
+        self.able = self.held = 0.0  # `ready` and its unit free; `ready`, while it waits at a barrier
         self.issued = self.copied = 0.0  # its last instruction, and when all its copies so far will be there
         self.until = [0.0] * SCOREBOARDS  # when each scoreboard is free
         self.open: list[list[float]] = [[] for _ in range(SCOREBOARDS)]  # entries of those that AWAIT counts
+
+
+class _Scheduler:
+    """Its warps, when its units and its issue slot are free, and when it issues next."""
+
+    __slots__ = ("free", "last", "next", "queued", "slot", "warps")
+
+    def __init__(self, warps: list[_Warp]) -> None:
+        self.warps = warps
+        self.free = [0.0] * len(OWN)
+        self.slot = self.next = 0.0
+        self.last: _Warp | None = None
+        self.queued: list[float] = []  # when its accesses leave the pipe to memory
 
 
 class _Run:
@@ -89,77 +104,74 @@ class _Run:
         self.program, self.machine, self.warps, self.stay = program, machine, warps, stay
         counted = {one.result for one in program if one.unit == AWAIT}
         self.counted = [number in counted for number in range(SCOREBOARDS)]
-        places = list(itertools.product(range(blocks), range(warps)))
-        self.all = [_Warp(block, w == 0, block * apart + w % SCHEDULERS) for block, w in places]
-        both = list(zip(self.all, places, strict=True))
-        self.of = [[warp for warp, (_, w) in both if w % SCHEDULERS == s] for s in range(SCHEDULERS)]
-        self.last: list[_Warp | None] = [None] * SCHEDULERS
-        self.free = [[0.0] * len(OWN) for _ in range(SCHEDULERS)]  # of units
-        self.slot = [0.0] * SCHEDULERS  # to issue in
-        self.queued: list[list[float]] = [[] for _ in range(SCHEDULERS)]  # when accesses leave the pipe
-        self.pipe = 0.0
+        self.pipe = 0.0  # when it is free
         self.arrived: list[list[_Warp]] = [[] for _ in range(blocks)]
         self.turned: list[list[float]] = [[] for _ in range(blocks)]
-        self.next = [self.soonest(s) for s in range(SCHEDULERS)]
+        self.schedulers = [
+            _Scheduler([_Warp(b, w == 0, b * apart + s) for b in range(blocks) for w in range(s, warps, SCHEDULERS)])
+            for s in range(min(SCHEDULERS, warps))
+        ]
+        for scheduler in self.schedulers:
+            self.plan(scheduler)
 
-    def when(self, s: int, warp: _Warp) -> float:
-        """The first cycle at which ``warp`` may issue, infinity at a barrier."""
-        unit, at = self.program[warp.at].unit, warp.ready
-        if unit <= FMA:
-            return max(at, self.free[s][unit])
-        queue = self.machine.queue
-        if queue is not None and unit in MEMORY and len(self.queued[s]) >= queue:
-            return max(at, self.queued[s][-queue])
-        return at
-
-    def soonest(self, s: int) -> float:
-        """The cycle at which scheduler ``s`` issues next."""
-        found = min((self.when(s, warp) for warp in self.of[s]), default=math.inf)
-        return max(self.slot[s], found if found == math.inf else math.ceil(found))
+    def plan(self, scheduler: _Scheduler) -> None:
+        """When each warp may issue, and so the scheduler: infinity where all wait at a barrier."""
+        soonest, queue = math.inf, self.machine.queue
+        for warp in scheduler.warps:
+            able, unit = warp.ready, self.program[warp.at].unit
+            if unit <= FMA:
+                able = max(able, scheduler.free[unit])
+            elif queue is not None and unit <= COPY and len(scheduler.queued) >= queue:
+                able = max(able, scheduler.queued[-queue])
+            warp.able = able
+            soonest = min(soonest, able)
+        soonest = max(soonest, scheduler.slot)
+        scheduler.next = soonest if soonest == math.inf else math.ceil(soonest)
 
     def step(self) -> None:
-        now = min(self.next)
+        scheduler = min(self.schedulers, key=NEXT)
+        now = scheduler.next
         if now == math.inf:
-            raise ValueError("program: all warps wait at a barrier, wanted one that every warp of a block reaches")
-        s = self.next.index(now)
-        able = [warp for warp in self.of[s] if self.when(s, warp) <= now]
-        last = self.last[s]
-        self.issue(s, last if self.stay and last in able else min(able, key=lambda warp: warp.issued), now)
-        self.slot[s] = now + 1
-        self.next[s] = self.soonest(s)
+            raise ValueError("program: got one whose warps all wait at a barrier, wanted one that all reach alike")
+        chosen = scheduler.last
+        if not (self.stay and chosen and chosen.able <= now):
+            chosen = min((warp for warp in scheduler.warps if warp.able <= now), key=ISSUED)
+        one = self.program[chosen.at]
+        done, read = self.occupy(scheduler, chosen, one, now)
+        if one.result is not None and one.unit != AWAIT:
+            chosen.until[one.result] = max(chosen.until[one.result], done)
+            if self.counted[one.result]:
+                chosen.open[one.result].append(done)
+        if one.reads is not None:
+            chosen.until[one.reads] = max(chosen.until[one.reads], read)
+        chosen.issued, scheduler.last, scheduler.slot = now, chosen if one.stays else None, now + 1
+        self.advance(chosen, one, now)
+        if one.unit == BARRIER:
+            self.arrive(chosen, now)
+        self.plan(scheduler)
 
-    def issue(self, s: int, warp: _Warp, now: float) -> None:
-        one, machine, unit = self.program[warp.at], self.machine, self.program[warp.at].unit
-        done, read = now, now + machine.operands
+    def occupy(self, scheduler: _Scheduler, warp: _Warp, one: Instruction, now: float) -> tuple[float, float]:
+        """The unit that takes an instruction; when its result is there, and when its operands were read."""
+        machine, unit = self.machine, one.unit
         if unit <= FMA:
-            self.free[s][unit] = now + one.cost
-            done += machine.products if unit == TENSOR else 0
-        elif unit in MEMORY and one.cost:
+            scheduler.free[unit] = now + one.cost
+            return now + (machine.products if unit == TENSOR else 0.0), now + machine.operands
+        if unit <= COPY and one.cost:
             start = max(self.pipe, now + machine.enter)
             self.pipe = start + one.cost * machine.pass_
-            read = self.pipe + 2
-            done = self.pipe + machine.shared if unit == SHARED else start + machine.trip
-            self.queued[s].append(self.pipe)
+            scheduler.queued.append(self.pipe)
+            if unit == SHARED:
+                return self.pipe + machine.shared, self.pipe + 2
             if unit == COPY:
-                warp.copied = max(warp.copied, done)
-        elif unit == COMMIT:
-            done = max(done, warp.copied)
-        elif unit == SLOW:
-            done += machine.slow
-        if one.result is not None and unit != AWAIT:
-            warp.until[one.result] = max(warp.until[one.result], done)
-            if self.counted[one.result]:
-                warp.open[one.result].append(done)
-        if one.reads is not None:
-            warp.until[one.reads] = max(warp.until[one.reads], read)
-        warp.issued, self.last[s] = now, warp if one.stays else None
-        self.advance(warp, one, now)
-        if unit == BARRIER:
-            self.arrive(warp, now)
+                warp.copied = max(warp.copied, start + machine.trip)
+            return start + machine.trip, self.pipe + 2
+        if unit == COMMIT:
+            return max(now, warp.copied), now + machine.operands
+        return now + (machine.slow if unit == SLOW else 0.0), now + machine.operands
 
     def advance(self, warp: _Warp, one: Instruction, now: float) -> None:
         """To the next instruction, and when that may issue as far as the warp itself knows."""
-        ready = now + max(1, one.stall) + (self.machine.jump if one.jumps else 0)
+        ready = now + max(1, one.stall) + (self.machine.jump if one.jumps else 0.0)
         warp.at += 1
         if warp.at == len(self.program):
             warp.at = 0
@@ -185,7 +197,8 @@ class _Run:
             for other in here:
                 other.ready = max(other.held, now + self.machine.barrier)
             here.clear()
-            self.next = [self.soonest(s) for s in range(SCHEDULERS)]
+            for scheduler in self.schedulers:
+                self.plan(scheduler)
 
 
 def simulate(
@@ -194,7 +207,7 @@ def simulate(
     *,
     blocks: int = 1,
     warps: int = 4,
-    turns: int = 12,
+    turns: int = 8,
     apart: float = 0.0,
     stay: bool = True,
 ) -> float:
@@ -205,7 +218,7 @@ def simulate(
     if not program or turns < 3:
         raise ValueError(f"program, turns: got {len(program)} instructions, {turns} turns; wanted at least 1 and 3")
     run = _Run(program, machine, blocks, warps, apart, stay)
-    while min(warp.turns for warp in run.all if warp.first) < turns:
+    while min(map(len, run.turned)) < turns:
         run.step()
     skip = turns // 3
     rates = [(times[-1] - times[skip]) / (len(times) - 1 - skip) for times in run.turned]

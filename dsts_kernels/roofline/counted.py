@@ -1,0 +1,101 @@
+"""What `python -m benchmarks.cuda_loops --write` found in the compiled kernels on 2026-11-26; not to be edited.
+
+A step of each product kernel's main loop, by compute capability, dtype of products and kernel.
+Compiled by ptxas 12.9.86 (sm_70); nvcc 13.0.88 (sm_75, sm_80, sm_90).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Counted(NamedTuple):
+    """Of one step."""
+
+    instructions: int  # of a warp: branches not taken included, inner loops times their trips
+    passes: int  # of a block through shared memory and L1
+    cycles: dict[int, tuple[int, int]]  # by blocks on a multiprocessor: as assumed, and with all unfavourable
+
+
+COUNTED: dict[int, dict[str, dict[str, Counted]]] = {
+    70: {
+        "float16": {
+            "by_k": Counted(instructions=833, passes=1044, cycles={1: (2825, 3950), 2: (3790, 4620)}),
+            "by_output": Counted(instructions=903, passes=1100, cycles={1: (3180, 4393), 2: (4056, 5109)}),
+            "data_gradient": Counted(instructions=877, passes=1044, cycles={1: (2801, 3931), 2: (3750, 4742)}),
+            "weight_gradient": Counted(instructions=941, passes=800, cycles={1: (3220, 4613), 2: (3991, 5101)}),
+        },
+        "float32": {
+            "by_k": Counted(instructions=1273, passes=2344, cycles={1: (5476, 5780)}),
+            "by_output": Counted(instructions=1402, passes=2408, cycles={1: (5332, 5761)}),
+            "data_gradient": Counted(instructions=1318, passes=2344, cycles={1: (5556, 5910)}),
+            "weight_gradient": Counted(instructions=1414, passes=2368, cycles={1: (5648, 6116)}),
+        },
+    },
+    75: {
+        "float16": {
+            "by_k": Counted(instructions=409, passes=532, cycles={1: (2533, 3028)}),
+            "by_output": Counted(instructions=484, passes=588, cycles={1: (2871, 3462)}),
+            "data_gradient": Counted(instructions=459, passes=532, cycles={1: (2551, 3089)}),
+            "weight_gradient": Counted(instructions=526, passes=544, cycles={1: (3228, 3940)}),
+        },
+        "float32": {
+            "by_k": Counted(instructions=1246, passes=2344, cycles={1: (6375, 7025)}),
+            "by_output": Counted(instructions=1384, passes=2408, cycles={1: (6417, 7242)}),
+            "data_gradient": Counted(instructions=1291, passes=2344, cycles={1: (6784, 7446)}),
+            "weight_gradient": Counted(instructions=1401, passes=2368, cycles={1: (5826, 6879)}),
+        },
+    },
+    80: {
+        "float16": {
+            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1582, 1927)}),
+            "by_output": Counted(instructions=389, passes=484, cycles={1: (1864, 2122), 2: (2081, 2596)}),
+            "data_gradient": Counted(instructions=337, passes=404, cycles={1: (1363, 1682), 2: (1780, 2108)}),
+            "weight_gradient": Counted(instructions=393, passes=512, cycles={1: (1698, 2164), 2: (1961, 2664)}),
+        },
+        "bfloat16": {
+            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1537, 1918)}),
+            "by_output": Counted(instructions=389, passes=484, cycles={1: (1850, 2103), 2: (2104, 2585)}),
+            "data_gradient": Counted(instructions=339, passes=404, cycles={1: (1380, 1685), 2: (1764, 2054)}),
+            "weight_gradient": Counted(instructions=388, passes=512, cycles={1: (1688, 2208), 2: (1976, 2655)}),
+        },
+        "tf32": {
+            "by_k": Counted(instructions=602, passes=404, cycles={1: (1655, 1980), 2: (2257, 2853)}),
+            "by_output": Counted(instructions=705, passes=658, cycles={1: (2415, 2864), 2: (2883, 3667)}),
+            "data_gradient": Counted(instructions=634, passes=404, cycles={1: (1755, 2052), 2: (2413, 2867)}),
+            "weight_gradient": Counted(instructions=696, passes=768, cycles={1: (2254, 2785), 2: (2764, 3774)}),
+        },
+        "float32": {
+            "by_k": Counted(instructions=1251, passes=2216, cycles={1: (5322, 5578)}),
+            "by_output": Counted(instructions=1386, passes=2296, cycles={1: (5396, 5863)}),
+            "data_gradient": Counted(instructions=1271, passes=2216, cycles={1: (5317, 5636)}),
+            "weight_gradient": Counted(instructions=1393, passes=2304, cycles={1: (5241, 5824)}),
+        },
+    },
+    90: {
+        "float16": {
+            "by_k": Counted(instructions=315, passes=404, cycles={1: (1154, 1530), 2: (1415, 2106)}),
+            "by_output": Counted(instructions=402, passes=484, cycles={1: (1811, 2461), 2: (2081, 2890)}),
+            "data_gradient": Counted(instructions=350, passes=404, cycles={1: (1375, 1920), 2: (1640, 2507)}),
+            "weight_gradient": Counted(instructions=427, passes=512, cycles={1: (1644, 2235), 2: (1917, 2736)}),
+        },
+        "bfloat16": {
+            "by_k": Counted(instructions=315, passes=404, cycles={1: (1154, 1530), 2: (1415, 2106)}),
+            "by_output": Counted(instructions=402, passes=484, cycles={1: (1814, 2464), 2: (2080, 2910)}),
+            "data_gradient": Counted(instructions=350, passes=404, cycles={1: (1374, 1918), 2: (1556, 2488)}),
+            "weight_gradient": Counted(instructions=418, passes=512, cycles={1: (1635, 2298), 2: (1816, 2701)}),
+        },
+        "tf32": {
+            "by_k": Counted(instructions=616, passes=404, cycles={1: (1553, 2044), 2: (2047, 2888)}),
+            "by_output": Counted(instructions=716, passes=656, cycles={1: (2312, 3054), 2: (2736, 3707)}),
+            "data_gradient": Counted(instructions=643, passes=404, cycles={1: (1635, 2218), 2: (2120, 2911)}),
+            "weight_gradient": Counted(instructions=723, passes=768, cycles={1: (2175, 2804), 2: (2660, 3837)}),
+        },
+        "float32": {
+            "by_k": Counted(instructions=1266, passes=2216, cycles={1: (3740, 4107)}),
+            "by_output": Counted(instructions=1398, passes=2296, cycles={1: (3898, 4432)}),
+            "data_gradient": Counted(instructions=1275, passes=2216, cycles={1: (3824, 4230)}),
+            "weight_gradient": Counted(instructions=1414, passes=2304, cycles={1: (3587, 4157)}),
+        },
+    },
+}
