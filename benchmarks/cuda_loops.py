@@ -27,7 +27,7 @@ ARCHS = (70, 75, 80, 90)
 BRANCH = 0x147  # the low nine bits of its code
 TRIPS = 1, 2, 4, 8, 16  # that loops inside a step may take; all of a step's take equally many
 NAMES = ("conv<{}, by K>", "conv<{}, by output>", "data_gradient<{}>", "weight_gradient<{}>")  # of loops.KERNELS
-WARPS = (4, 8)  # of a block, by whether it multiplies in full float32
+TILE, DEPTH = 128, {"float16": 32, "bfloat16": 32, "tf32": 16, "float32": 16}  # of a step: 64 bytes of K
 TABLE = cuda_compilers.ROOT / "dsts_kernels" / "roofline" / "counted.py"
 DTYPES = {"half": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float": "float32"}
 
@@ -46,6 +46,7 @@ class Turn(NamedTuple):
     ends: list[bool]
     kinds: Counter[str]
     steps: int  # that it does
+    warps: int  # of a block
 
 
 def distance(low: int, high: int, arch: int) -> int:
@@ -65,17 +66,6 @@ def loops(code: list[tuple[int, int]], arch: int) -> list[Loop]:
     return [Loop(*pair) for pair in sorted(last.items())]
 
 
-def products_of(arch: int, dtype: str) -> int:
-    """Instructions by which a warp multiplies its part of a step: 64 by 64, in float32 32 lanes of 8 by 8."""
-    if dtype in ("float32", "tf32"):
-        return {"float32": 1024, "tf32": 128}[dtype]
-    return cuda_program.of_generation({70: 512, 75: 128, 80: 64}, arch)
-
-
-def products(kinds: Counter[str]) -> int:
-    return kinds["HMMA"] + kinds["HMMA.884"] or kinds["FFMA"]
-
-
 def unrolled(outer: Loop, inside: list[Loop], trips: int) -> list[tuple[int, bool]]:
     """Numbers of a turn's instructions as a warp meets them, and whether it jumps back behind them."""
     found, at = [], outer.first
@@ -91,21 +81,26 @@ def unrolled(outer: Loop, inside: list[Loop], trips: int) -> list[tuple[int, boo
     return [*found[:-1], (found[-1][0], True)]
 
 
-def turn_of(code: bytes, arch: int, dtype: str) -> Turn:
+def turn_of(code: bytes, arch: int, dtype: str, warps: int) -> Turn:
     """Of the innermost loop that has products and a barrier; loops in it that multiply run until a step is whole."""
     words = list(struct.iter_unpack("<QQ", code))
     kinds = [cuda_program.kind_of(low, arch) for low, _ in words]
-    found = [loop for loop in loops(words, arch) if products(Counter(kinds[loop.first : loop.last + 1])) >= 32]
-    outer = min((loop for loop in found if "BAR" in kinds[loop.first : loop.last + 1]), key=lambda a: a.last - a.first)
+    done = [cuda_program.multiply_adds(kind, high) for kind, (_, high) in zip(kinds, words, strict=True)]
+    needed = TILE * TILE * DEPTH[dtype] // warps
+    found = [loop for loop in loops(words, arch) if sum(done[loop.first : loop.last + 1]) * TRIPS[-1] >= needed]
+    whole = [loop for loop in found if "BAR" in kinds[loop.first : loop.last + 1]]
+    outer = min(whole, key=lambda loop: loop.last - loop.first, default=Loop(0, -1))
     inside = [loop for loop in found if outer.first <= loop.first and loop.last <= outer.last and loop != outer]
-    needed = products_of(arch, dtype)
-    for trips in TRIPS if inside else TRIPS[:1]:
+    for trips in TRIPS if inside else TRIPS[:1] if whole else ():
         turn = unrolled(outer, inside, trips)
-        times = Counter(kinds[at] for at, _ in turn)
-        steps, more = divmod(products(times), needed)
+        steps, more = divmod(sum(done[at] for at, _ in turn), needed)
         if steps and not more:
-            return Turn([words[at] for at, _ in turn], [ends for _, ends in turn], times, steps)
-    raise ValueError(f"main loop for sm_{arch}, {dtype}: got {dict(times)}, wanted whole steps of {needed} products")
+            times = Counter(kinds[at] for at, _ in turn)
+            return Turn([words[at] for at, _ in turn], [ends for _, ends in turn], times, steps, warps)
+    raise ValueError(
+        f"main loop for sm_{arch}, {dtype}: got {whole and sum(done[outer.first : outer.last + 1])} multiply-adds "
+        f"a warp, wanted whole steps of {needed}"
+    )
 
 
 def turns(arch: int) -> dict[str, dict[str, Turn]]:
@@ -122,7 +117,9 @@ def turns(arch: int) -> dict[str, dict[str, Turn]]:
         for kernel in cubin.kernels(built.cubin, arch):
             if kernel.counts["BAR"]:  # else it has no body on this chip
                 dtype, name = wanted[str(cubin.readable(kernel.symbol))]
-                found.setdefault(dtype, {})[name] = turn_of(sections[f".text.{kernel.symbol}"], arch, dtype)
+                found.setdefault(dtype, {})[name] = turn_of(
+                    sections[f".text.{kernel.symbol}"], arch, dtype, kernel.threads // 32
+                )
     return {dtype: {name: found[dtype][name] for name in KERNELS} for dtype in DTYPES.values() if dtype in found}
 
 
@@ -130,12 +127,11 @@ def counted(turn: Turn, arch: int, dtype: str, kernel: str) -> Counted:
     """One step in the cycle model, alone on a multiprocessor and, where two blocks fit, beside another."""
     program = cuda_program.program(turn.words, turn.ends, arch, load_passes(arch, dtype, kernel))
     unkind = [one.unkind() for one in program]
-    warps = WARPS[dtype == "float32"]
     cycles = {}
-    for blocks in (1, 2) if dtype != "float32" and arch != 75 else (1,):
+    for blocks in (1, 2) if dtype != "float32" else (1,):
         both = zip((program, unkind), MACHINES[arch], strict=True)
-        cycles[blocks] = tuple(round(estimate(*one, blocks=blocks, warps=warps) / turn.steps) for one in both)
-    moved = warps * sum(one.cost for one in program if one.unit in MEMORY)
+        cycles[blocks] = tuple(round(estimate(*one, blocks=blocks, warps=turn.warps) / turn.steps) for one in both)
+    moved = turn.warps * sum(one.cost for one in program if one.unit in MEMORY)
     return Counted(round(turn.kinds.total() / turn.steps), round(moved / turn.steps), cycles)
 
 

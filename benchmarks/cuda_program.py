@@ -8,12 +8,14 @@ which are not in the code: they are given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from dsts_kernels.roofline import multiprocessor as model
 from dsts_kernels.roofline.multiprocessor import Instruction
 
 from . import cubin
 
+T = TypeVar("T")
 Words = tuple[int, int]  # the lower and upper eight bytes of an instruction
 Passes = Mapping[int, tuple[float, float]]  # by bytes a lane loads: passes for the left operand, for the right one
 
@@ -32,9 +34,11 @@ UNITS = {
 }
 NEVER, ZEROS = 0xF, 0xF  # the predicate !PT: of an instruction, and of a copy that writes zeros
 
-# Cycles of a scheduler's tensor core for one product. Volta: 128 multiply-adds a cycle. Later: the stall count by which
-# the compiler spaces the products of a warp; on Hopper others reach 63% of the peak by such instructions (6.4 cycles).
-PRODUCT = {70: (2.0, 2.0), 75: (8.0, 8.0), 80: (8.0, 8.0), 90: (6.0, 6.4)}
+# Multiply-adds a cycle of a scheduler's tensor core, kindly and not; TF32 has half. From Turing on they follow from the
+# stall counts by which the compiler spaces a warp's products: 6 cycles for one of 16x8x16 on Hopper, where others reach
+# 63% of the peak (6.4 cycles) by such instructions.
+RATE = {70: (128.0, 128.0), 75: (128.0, 128.0), 80: (256.0, 256.0), 90: (2048 / 6.0, 2048 / 6.4)}
+LEAST = {90: 4.0}  # cycles of the shortest product: of 16x8x4 and of 16x8x8
 FRESH = 3.0  # Volta, unkindly: of a product none of whose three register pairs was read by the one before
 LANES = {70: 2.0, 90: 1.0}  # cycles of a float32 multiply-add; other arithmetic takes 2
 # Passes of 16 bytes a lane from or to L2, at full width and at half of it. A copy that goes to shared memory at once
@@ -47,8 +51,25 @@ def kind_of(low: int, arch: int) -> str:
     return "FFMA" if low & 0x1FF == FFMA else cubin.kind_of(low, arch) or "other"
 
 
-def of_generation(table: Mapping[int, object], arch: int):
+def of_generation(table: Mapping[int, T], arch: int) -> T:
+    """What is known of the last generation up to a chip's."""
     return table[max(known for known in table if known <= arch)]
+
+
+def multiply_adds(kind: str, high: int) -> int:
+    """Of a warp's instruction; its depth is in the upper half."""
+    if kind == "HMMA":
+        return 16 * 8 * (16 if high >> 11 & 1 else 4 if high >> 14 & 1 else 8)
+    return {"HMMA.884": 8 * 8 * 4, "FFMA": 32}.get(kind, 0)  # a quarter of four products of 8x8x4
+
+
+def product_cycles(kind: str, high: int, arch: int) -> tuple[float, float]:
+    """Of a tensor core, kindly and not."""
+    tf32 = kind == "HMMA" and high >> 19 & 1
+    done = multiply_adds(kind, high) * (2 if tf32 else 1)
+    least = of_generation({0: 1.0, **LEAST}, arch)
+    kindly, unkindly = (max(done / rate, least) for rate in of_generation(RATE, arch))
+    return kindly, unkindly
 
 
 def scheduled(words: Words) -> dict[str, object]:
@@ -118,7 +139,7 @@ def costs(at: int, turn: Sequence[Words], kinds: Sequence[str], arch: int, passe
     if kind in UNITS:
         unit = UNITS[kind]
         if unit == model.TENSOR:
-            kindly, unkindly = of_generation(PRODUCT, arch)
+            kindly, unkindly = product_cycles(kind, turn[at][1], arch)
             return unit, kindly, FRESH if arch < 75 and fresh_pairs(at, turn, kinds) == 3 else unkindly
         return unit, *((0.0, 0.0) if unit == model.BARRIER else accesses(at, turn, kinds, arch, passes))
     for codes, unit in (((COMMIT,), model.COMMIT), ((AWAIT,), model.AWAIT), (SLOW, model.SLOW), (CONTROL, model.ISSUE)):

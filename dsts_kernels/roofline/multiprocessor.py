@@ -134,7 +134,7 @@ class _Run:
         if now == math.inf:
             raise ValueError("program: got one whose warps all wait at a barrier, wanted one that all reach alike")
         chosen = scheduler.last
-        if not (self.stay and chosen and chosen.able <= now):
+        if not (self.stay and chosen and chosen.able <= now and self.near(chosen, scheduler)):
             chosen = min((warp for warp in scheduler.warps if warp.able <= now), key=ISSUED)
         one = self.program[chosen.at]
         done, read = self.occupy(scheduler, chosen, one, now)
@@ -149,6 +149,10 @@ class _Run:
         if one.unit == BARRIER:
             self.arrive(chosen, now)
         self.plan(scheduler)
+
+    def near(self, warp: _Warp, scheduler: _Scheduler) -> bool:
+        """Whether it is at most a turn ahead of the others: else a loop without a barrier would starve them."""
+        return all(warp.turns <= other.turns + 1 for other in scheduler.warps)
 
     def occupy(self, scheduler: _Scheduler, warp: _Warp, one: Instruction, now: float) -> tuple[float, float]:
         """The unit that takes an instruction; when its result is there, and when its operands were read."""
