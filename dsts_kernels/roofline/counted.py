@@ -34,10 +34,10 @@ COUNTED: dict[int, dict[str, dict[str, Counted]]] = {
     },
     75: {
         "float16": {
-            "by_k": Counted(instructions=409, passes=532, cycles={1: (2533, 3028)}),
-            "by_output": Counted(instructions=484, passes=588, cycles={1: (2871, 3462)}),
-            "data_gradient": Counted(instructions=459, passes=532, cycles={1: (2551, 3089)}),
-            "weight_gradient": Counted(instructions=526, passes=544, cycles={1: (3228, 3940)}),
+            "by_k": Counted(instructions=409, passes=532, cycles={1: (2533, 3028), 2: (3580, 4369)}),
+            "by_output": Counted(instructions=484, passes=588, cycles={1: (2871, 3462), 2: (3953, 4836)}),
+            "data_gradient": Counted(instructions=459, passes=532, cycles={1: (2551, 3089), 2: (3651, 4343)}),
+            "weight_gradient": Counted(instructions=526, passes=544, cycles={1: (3228, 3940), 2: (4098, 4793)}),
         },
         "float32": {
             "by_k": Counted(instructions=1246, passes=2344, cycles={1: (6375, 7025)}),
@@ -48,22 +48,22 @@ COUNTED: dict[int, dict[str, dict[str, Counted]]] = {
     },
     80: {
         "float16": {
-            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1582, 1927)}),
+            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1576, 1927)}),
             "by_output": Counted(instructions=389, passes=484, cycles={1: (1864, 2122), 2: (2081, 2596)}),
             "data_gradient": Counted(instructions=337, passes=404, cycles={1: (1363, 1682), 2: (1780, 2108)}),
             "weight_gradient": Counted(instructions=393, passes=512, cycles={1: (1698, 2164), 2: (1961, 2664)}),
         },
         "bfloat16": {
-            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1537, 1918)}),
+            "by_k": Counted(instructions=298, passes=404, cycles={1: (1155, 1432), 2: (1514, 1918)}),
             "by_output": Counted(instructions=389, passes=484, cycles={1: (1850, 2103), 2: (2104, 2585)}),
             "data_gradient": Counted(instructions=339, passes=404, cycles={1: (1380, 1685), 2: (1764, 2054)}),
             "weight_gradient": Counted(instructions=388, passes=512, cycles={1: (1688, 2208), 2: (1976, 2655)}),
         },
         "tf32": {
-            "by_k": Counted(instructions=602, passes=404, cycles={1: (1655, 1980), 2: (2257, 2853)}),
-            "by_output": Counted(instructions=705, passes=658, cycles={1: (2415, 2864), 2: (2883, 3667)}),
-            "data_gradient": Counted(instructions=634, passes=404, cycles={1: (1755, 2052), 2: (2413, 2867)}),
-            "weight_gradient": Counted(instructions=696, passes=768, cycles={1: (2254, 2785), 2: (2764, 3774)}),
+            "by_k": Counted(instructions=602, passes=404, cycles={1: (1181, 1507), 2: (1664, 2122)}),
+            "by_output": Counted(instructions=705, passes=658, cycles={1: (1982, 2449), 2: (2329, 3031)}),
+            "data_gradient": Counted(instructions=634, passes=404, cycles={1: (1305, 1608), 2: (1776, 2218)}),
+            "weight_gradient": Counted(instructions=696, passes=768, cycles={1: (1816, 2368), 2: (2278, 3099)}),
         },
         "float32": {
             "by_k": Counted(instructions=1251, passes=2216, cycles={1: (5322, 5578)}),
@@ -86,10 +86,10 @@ COUNTED: dict[int, dict[str, dict[str, Counted]]] = {
             "weight_gradient": Counted(instructions=418, passes=512, cycles={1: (1635, 2298), 2: (1816, 2701)}),
         },
         "tf32": {
-            "by_k": Counted(instructions=616, passes=404, cycles={1: (1553, 2044), 2: (2047, 2888)}),
-            "by_output": Counted(instructions=716, passes=656, cycles={1: (2312, 3054), 2: (2736, 3707)}),
-            "data_gradient": Counted(instructions=643, passes=404, cycles={1: (1635, 2218), 2: (2120, 2911)}),
-            "weight_gradient": Counted(instructions=723, passes=768, cycles={1: (2175, 2804), 2: (2660, 3837)}),
+            "by_k": Counted(instructions=616, passes=404, cycles={1: (1325, 1700), 2: (1779, 2397)}),
+            "by_output": Counted(instructions=716, passes=656, cycles={1: (2119, 2740), 2: (2488, 3307)}),
+            "data_gradient": Counted(instructions=643, passes=404, cycles={1: (1401, 1866), 2: (1770, 2402)}),
+            "weight_gradient": Counted(instructions=723, passes=768, cycles={1: (1995, 2521), 2: (2378, 3297)}),
         },
         "float32": {
             "by_k": Counted(instructions=1266, passes=2216, cycles={1: (3740, 4107)}),
