@@ -148,7 +148,7 @@ def test_estimate_is_a_mean():
 
 
 def test_bad_programs():
-    with pytest.raises(ValueError, match="got 0 instructions, 8 turns; wanted at least 1 and 3"):
+    with pytest.raises(ValueError, match="got 0 instructions, 6 turns; wanted at least 1 and 3"):
         simulate([], PLAIN)
     with pytest.raises(ValueError, match="got 1 instructions, 2 turns"):
         simulate(plain(1), PLAIN, turns=2)

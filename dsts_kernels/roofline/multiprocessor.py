@@ -211,7 +211,7 @@ def simulate(
     *,
     blocks: int = 1,
     warps: int = 4,
-    turns: int = 8,
+    turns: int = 6,
     apart: float = 0.0,
     stay: bool = True,
 ) -> float:
