@@ -98,6 +98,18 @@ def missing(arch: int) -> str | None:
     return f"sm_{arch}: not among the targets of {found}" if found else f"sm_{arch}: no nvcc found"
 
 
+def compiler(arch: int) -> Path:
+    """nvcc, or the ptxas that assembles for a target which that lacks."""
+    reason = missing(arch)
+    if reason:
+        raise Missing(reason)
+    found, tools = nvcc(), nvrtc()
+    if arch in nvcc_targets() and found:
+        return Path(found)
+    assert tools is not None
+    return tools.ptxas
+
+
 def to_ptx(tools: Nvrtc, source: Path, arch: int, *defines: str) -> bytes:
     """NVRTC as a library: every explicit instance of a template becomes an entry."""
     library = ctypes.CDLL(str(tools.library))

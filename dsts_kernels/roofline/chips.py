@@ -1,8 +1,9 @@
 """GPUs as their vendor describes them, what we estimate about them, and what a launch takes on one.
 
-A launch takes as long as the slowest of six: products on the busiest multiprocessor, its shared memory, its
-instructions, bytes of device memory, bytes that L2 delivers, and trips to memory that wait for one another; plus a tail
-in which none of these is at work. Shared memory and instructions are known of the CUDA kernels only (:mod:`.loops`).
+A launch takes as long as the slowest of four: products on the busiest multiprocessor, bytes of device memory, bytes
+that L2 delivers, and trips to memory that wait for one another; plus a tail in which none of these is at work. Products
+of the CUDA kernels take the cycles of their compiled loops (:mod:`.loops`), from what is assumed to the unfavourable
+end of it; those of Triton's an assumed share of the peak.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ class Chip(NamedTuple):
     l2_bandwidth: float  # GB/s
     matrix: int  # half multiply-adds a cycle of a multiprocessor
     threads: int = 2048  # that a multiprocessor holds
-    width: int = 128  # bytes a cycle of its shared memory
 
     @property
     def architecture(self) -> str:
@@ -44,9 +44,9 @@ CHIPS = {
     # V100 data sheet (SXM2) and whitepaper; L2: 2048 bytes a clock (as the A100 whitepaper compares), boost 1.53 GHz.
     # 8 tensor cores of 64 multiply-adds. It has no tf32.
     "v100": Chip("V100 SXM2", 70, 125.0, 15.7, 15.7, 900.0, 80, 96, 6.0, 2048 * 1.53, 512),
-    # T4 data sheet and Turing whitepaper: as many multiply-adds, half the threads and load units. Estimates: half the
-    # bytes a cycle of shared memory with them, L2 of 1024 bytes a clock at 1.59 GHz. 70 W may not hold that clock.
-    "t4": Chip("T4", 75, 65.0, 8.1, 8.1, 320.0, 40, 64, 4.0, 1024 * 1.59, 512, 1024, 64),
+    # T4 data sheet and Turing whitepaper: as many multiply-adds, half the threads. Estimate: L2 of 1024 bytes a clock
+    # at 1.59 GHz. 70 W may not hold that clock.
+    "t4": Chip("T4", 75, 65.0, 8.1, 8.1, 320.0, 40, 64, 4.0, 1024 * 1.59, 512, 1024),
     # A100 data sheet (SXM4, 80 GB) and whitepaper; L2: 5120 bytes a clock, boost 1.41 GHz
     "a100": Chip("A100 SXM4", 80, 312.0, 156.0, 19.5, 2039.0, 108, 164, 40.0, 5120 * 1.41, 1024),
     # H100 data sheet (SXM5; half of its sparse figures) and whitepaper; L2: estimate, A100's width at 1.755 GHz
@@ -64,9 +64,8 @@ def backend_on(chip: Chip, wanted: str | None = None) -> str:
 
 # Estimates from here on. Others measured 798 TFLOP/s in a large bf16 product on an H100 (0.81 of its peak), and 229
 # (bf16) to 273 (fp16) on an A100 (0.73 to 0.87; triton-lang/triton#743).
-SUSTAINED = 0.8  # of a peak rate of products
-COPIED = 0.9  # of the bandwidth of device memory, of L2 and of shared memory, and of slots for instructions
-WARP_MATRIX = {90: 0.63}  # of the peak of tensor cores, which instructions of one warp reach (Hopper: an estimate)
+SUSTAINED = 0.8  # of a peak rate of products, by Triton's kernels
+COPIED = 0.9  # of the bandwidth of device memory and of L2
 START_US = 1.5  # of an empty kernel
 GAP_US = 1.0  # between kernels of a stream, or of a CUDA graph
 HOST_US, HOST_TORCH_US = 15.0, 5.0  # of the host, to launch one of our kernels, or of torch's, without a graph
@@ -84,9 +83,8 @@ class Launch(NamedTuple):
     busiest: float = 0.0  # FLOP of the busiest multiprocessor: padding, whole K blocks and waves included
     waves: float = 0.0
     tile: Tile | None = None
-    shared: float = 0.0  # cycles of the busiest multiprocessor's shared memory, where known
-    issue: float = 0.0  # likewise, of its schedulers
-    reach: float = 1.0  # share of a peak rate that its instructions can reach
+    cycles: float = 0.0  # of the busiest multiprocessor in its main loops, where they are modelled
+    worst: float = 0.0  # the same with everything assumed unfavourable
     chain: float = 0.0  # microseconds of dependent trips, while bandwidth is in use
     tail: float = START_US  # microseconds that overlap with nothing
     count: int = 1  # kernels of torch's that it stands for
@@ -96,6 +94,7 @@ class Prediction(NamedTuple):
     us: float
     bound: str
     parts: dict[str, float]  # microseconds of each bound alone
+    worst: float  # microseconds, with everything that the cycle model assumes unfavourable
 
 
 def product_rate(kind: str, chip: Chip) -> float:
@@ -103,16 +102,22 @@ def product_rate(kind: str, chip: Chip) -> float:
     return SUSTAINED * getattr(chip, kind) * 1e6
 
 
+def alone(launch: Launch, kind: str, chip: Chip) -> float:
+    """Microseconds of its useful products: at the peak where its loops are modelled, else at what products sustain."""
+    return launch.flop / (getattr(chip, kind) * 1e6 if launch.cycles else product_rate(kind, chip))
+
+
 def predict(launch: Launch, kind: str, chip: Chip) -> Prediction:
     parts = {
-        "compute": launch.busiest * chip.processors / product_rate(kind, chip) / launch.reach,
-        "shared": launch.shared / (COPIED * chip.clock),
-        "issue": launch.issue / (COPIED * chip.clock),
+        "compute": launch.busiest * chip.processors / product_rate(kind, chip),
         "DRAM": launch.dram / (COPIED * chip.bandwidth * 1e3),
         "L2": launch.l2 / (COPIED * chip.l2_bandwidth * 1e3),
         "latency": launch.chain,
     }
+    if launch.cycles:
+        parts["compute"] = launch.cycles / chip.clock
     slowest = max(parts, key=lambda bound: parts[bound])
     us = parts[slowest] + launch.tail
     bound = "latency" if launch.tail > parts[slowest] else slowest
-    return Prediction(us, bound, parts | {"latency": launch.chain + launch.tail})
+    worst = max(parts[slowest], launch.worst / chip.clock) + launch.tail
+    return Prediction(us, bound, parts | {"latency": launch.chain + launch.tail}, worst)

@@ -2,8 +2,8 @@
 
 Grids are those of backends/cuda/kernels.py and csrc/cuda: tiles of 128 positions, which follow one another without
 boxes, by 128 outputs; a persistent convolution; gradients of one tile a block. A test holds the launchers to it.
-Assumed as there. What loops of epilogues and gathers wait for is as their SASS has it (sm_70): where loads come
-together, and where one is waited for before the next is asked for.
+Assumed as there. Main loops of products take the cycles of :mod:`.loops`. What loops of epilogues and gathers wait for
+is as their SASS has it (sm_70): where loads come together, and where one is waited for before the next is asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from ..backends.triton.tuning import Tile
 from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
-from .chips import DRAM_US, L2_US, START_US, WARP_MATRIX, Chip, Launch
+from .chips import DRAM_US, L2_US, START_US, Chip, Launch
 from .common import busiest, deal, library, stream
 from .loops import step_of
 
@@ -58,15 +58,11 @@ def loaded(case: Case) -> float:
 def product(launch: Launch, case: Case, chip: Chip, kernel: str, steps: int, held: int) -> Launch:
     """Completes a launch whose longest block has ``steps`` of 64 bytes, with ``held`` blocks a multiprocessor."""
     dtype = "tf32" if case.kind == "tf32" else str(case.dtype).removeprefix("torch.")
-    cost = step_of(chip.capability, dtype, kernel, chip.width)
-    # What is asked for during one half of a step is stored after it; later chips ask two steps ahead.
-    trips = 2.0 if chip.capability < 80 else 0.5
+    cost = step_of(chip.capability, dtype, kernel, held)
     return launch._replace(
         busiest=2.0 * steps * held * TILE * TILE * (64 // case.element),
-        shared=steps * held * cost.shared,
-        issue=steps * held * cost.issue,
-        reach=1.0 if case.kind == "ieee" else WARP_MATRIX.get(chip.capability, 1.0),
-        chain=steps * trips * L2_US,
+        cycles=steps * cost.cycles,
+        worst=steps * cost.worst,
     )
 
 

@@ -1,8 +1,8 @@
-"""What the main loop of a CUDA product kernel costs inside a multiprocessor: warp instructions and shared memory.
+"""What a step of a CUDA product kernel's main loop costs: cycles by :mod:`.multiprocessor`, passes of shared memory.
 
-A *step* of the loop brings 64 bytes of K of both operands of a tile of 128 by 128. Instructions are counted in SASS,
-cycles of shared memory worked out from the addresses that lanes use there; how much of either is lost besides is an
-estimate (:mod:`.chips`). Bank conflicts are included, conflicts of registers are not.
+A *step* brings 64 bytes of K of both operands of a tile of 128 by 128. Its cycles are those of the compiled loop in the
+cycle model, for one block on a multiprocessor and for two, which share it; :mod:`.counted` states them. Passes through
+shared memory follow from the addresses that lanes use there.
 """
 
 from __future__ import annotations
@@ -10,37 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Warp instructions of one step: all that stand in the loop that holds the products of a whole step (512 HMMA.884, 128
-# HMMA.1688, or 2 x 32 HMMA.16816), inner loops times their trips, branches not taken included. Counted on 2026-11-22
-# by `python -m benchmarks.cuda_loops`, sm_70 as NVRTC 12.9 and its ptxas compile it, others as nvcc 13.0 does. By dtype
-# of products, then by kernel: filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
+from .counted import COUNTED
+
+# Filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
 KERNELS = ("by_k", "by_output", "data_gradient", "weight_gradient")
-COUNTED: dict[int, dict[str, tuple[int, int, int, int]]] = {
-    70: {"float16": (833, 903, 877, 941), "float32": (1273, 1402, 1318, 1414)},
-    75: {"float16": (409, 484, 459, 526), "float32": (1246, 1384, 1291, 1401)},
-    80: {
-        "float16": (298, 389, 337, 393),
-        "bfloat16": (298, 389, 339, 388),
-        "tf32": (602, 705, 634, 696),
-        "float32": (1251, 1386, 1271, 1393),
-    },
-    90: {
-        "float16": (315, 402, 350, 427),
-        "bfloat16": (315, 402, 350, 418),
-        "tf32": (616, 716, 643, 723),
-        "float32": (1266, 1398, 1275, 1414),
-    },
-}
 
 LANES, BANKS, WORD, ROW = range(32), 32, 4, 128  # ROW: bytes that all banks deliver at once
 STEP, TILE = 64, 128  # bytes of K, rows or columns
 
 
 class Step(NamedTuple):
-    """Of one block, as cycles that it takes of a multiprocessor."""
+    """Cycles of a multiprocessor in which each of its blocks does one step: as assumed, and all unfavourable."""
 
-    issue: float
-    shared: float
+    cycles: float
+    worst: float
 
 
 def passes(addresses: Iterable[int], width: int) -> int:
@@ -62,33 +45,41 @@ def pitch_of(capability: int, by_k: bool, element: int) -> int:
     return STEP + 16 if by_k else TILE * element + (32 if capability < 75 else 16)
 
 
-def volta_fragment(left: bool, by_k: bool, pitch: int) -> int:
-    """Passes to load a 16x16 half fragment on sm_70, where every element goes to two lanes.
+def quad_load(left: bool, by_k: bool, pitch: int) -> int:
+    """Passes of one load of an operand for quad pairs on sm_70, as ``QuadOperand`` of csrc/cuda/volta.h reads it.
 
-    Lanes' addresses are those of the SASS of load_matrix_sync: where it lies by K, a lane takes its row by two loads of
-    16 bytes, else four neighbours of four rows by four loads of 8 bytes.
+    By K a lane reads 8 bytes of its own row, else 16 bytes of its own k.
     """
-    quads = [(lane & 3, lane >> (2 if left else 3) & 1, lane >> 4 & 1) for lane in LANES]
+    lanes = [(lane % 4, lane // 16, lane >> (2 if left else 3) & 1) for lane in LANES]
     if by_k:
-        return 2 * passes(((low + 8 * high + 4 * upper) * pitch for low, high, upper in quads), 16)
-    return 4 * passes((low * pitch + 2 * (8 * high + 4 * upper) for low, high, upper in quads), 8)
+        return passes(((8 * upper + 4 * half + low) * pitch for low, upper, half in lanes), 8)
+    return passes((low * pitch + 2 * (16 * upper + 8 * half) for low, upper, half in lanes), 16)
 
 
-def fragments(capability: int, dtype: str, by_k: tuple[bool, bool], pitches: tuple[int, int]) -> int:
-    """Passes of a block to load the operands of a step."""
-    if dtype == "float32":  # 8 warps, a thread 8 rows by 8 columns: passes of 4 k, by either layout, counted in SASS
-        return 8 * 4 * (32 + 32)
-    if capability < 75:  # 4 warps load 4 fragments of either side, twice
-        return 4 * 2 * 4 * sum(volta_fragment(i == 0, by_k[i], pitches[i]) for i in range(2))
-    if dtype == "tf32":  # 4 bytes a lane, four lanes along K and eight across
-        along = [(lane % 4, lane // 4) for lane in LANES]
-        loads = [
-            passes((k * WORD + mn * pitch if way else k * pitch + mn * WORD for k, mn in along), 4)
-            for way, pitch in zip(by_k, pitches, strict=True)
-        ]
-        return 4 * 2 * 4 * 4 * sum(loads)
-    # 8 rows of 16 bytes at a time (ldmatrix); their pitches avoid conflicts
-    return 4 * 2 * 4 * 4 * 2 * passes((row * pitches[0] for row in range(8)), 16)
+def tf32_fragment(by_k: bool, pitch: int) -> int:
+    """Passes of one load of a TF32 fragment: 4 bytes a lane, four lanes along K and eight across."""
+    along = [(lane % 4, lane // 4) for lane in LANES]
+    return passes((k * WORD + mn * pitch if by_k else k * pitch + mn * WORD for k, mn in along), WORD)
+
+
+def load_passes(capability: int, dtype: str, kernel: str) -> dict[int, tuple[float, float]]:
+    """Passes of a load of the left operand and of the right one, by its bytes a lane, where those are not a word each.
+
+    Other loads meet in no bank: as many passes as a lane loads words.
+    """
+    by_k = kernel != "weight_gradient", kernel in ("by_k", "data_gradient")
+    pitches = [pitch_of(capability, way, 4 if dtype in ("float32", "tf32") else 2) for way in by_k]
+    if dtype == "tf32":
+        return {WORD: tuple(map(tf32_fragment, by_k, pitches))}
+    if capability >= 75 or dtype == "float32":
+        return {}
+    found: dict[int, tuple[float, float]] = {}
+    for side in range(2):
+        width = 8 if by_k[side] else 16
+        own = quad_load(side == 0, by_k[side], pitches[side])
+        other = found.get(width, (width / WORD,) * 2)
+        found[width] = (own, other[1]) if side == 0 else (other[0], own)
+    return found
 
 
 def store_passes(by_k: bool, pitch: int, element: int) -> int:
@@ -99,14 +90,7 @@ def store_passes(by_k: bool, pitch: int, element: int) -> int:
     return instructions * passes((rows[lane] * pitch + lane % across * 16 for lane in LANES), 16)
 
 
-def step_of(capability: int, dtype: str, kernel: str, width: int) -> Step:
-    """``width``: bytes a cycle of shared memory. Four schedulers issue one instruction a cycle each."""
+def step_of(capability: int, dtype: str, kernel: str, blocks: int) -> Step:
+    """Of the compiled loop, with ``blocks`` on a multiprocessor; of a chip between, that of the generation before."""
     generation = max(counted for counted in COUNTED if counted <= capability)
-    warps, element = 8 if dtype == "float32" else 4, 4 if dtype in ("float32", "tf32") else 2
-    by_k = (kernel != "weight_gradient", kernel in ("by_k", "data_gradient"))
-    pitches = tuple(pitch_of(capability, way, element) for way in by_k)
-    moved = fragments(capability, dtype, by_k, pitches) + sum(map(store_passes, by_k, pitches, (element, element)))
-    if capability < 80:  # steps pass through registers, and so through L1, which is the same memory
-        moved += 2 * TILE * STEP // ROW
-    instructions = COUNTED[generation][dtype][KERNELS.index(kernel)]
-    return Step(instructions * warps / 4, moved * ROW / width)
+    return Step(*COUNTED[generation][dtype][kernel].cycles[blocks])

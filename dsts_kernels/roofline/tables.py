@@ -10,21 +10,22 @@ from typing import NamedTuple
 import torch
 
 from .cases import SHAPES, Case, literal_flop
-from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, backend_on, predict, product_rate
+from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, alone, backend_on, predict
 from .steps import STEPS
 
 HEAD = "PREDICTIONS, NOT MEASUREMENTS: roofline of every launch (FLOP, bytes, tiles, waves)"
 NOTES = f"""\
 programs  of a launch; waves: tiles over those that run at once; fill: useful FLOP over what fits in the time of the
           busiest multiprocessor (padding of tiles and K blocks, whole waves or uneven shares); us: of one launch
-bound     the slowest of products ({SUSTAINED:.0%} of peak), shared memory and instruction issue (of the CUDA backend's
-          products, by their SASS), DRAM, L2, and waiting for memory (latency)
+bound     the slowest of products (Triton: {SUSTAINED:.0%} of peak; CUDA: a cycle model of the compiled loop, its SASS),
+          DRAM, L2, and waiting for memory (latency)
+to        the same with everything that the cycle model assumes unfavourable
 graph     all launches with {GAP_US:g} us between them; launched: one by one, by a host that takes {HOST_US:g} us for
-          each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py"""
+          each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py
+alone     useful products at that share of the peak (Triton), at the peak (CUDA)"""
 OLD = (
-    "{}: kernels of the CUDA backend, which have not run on it; in {}. Products by instructions counted in SASS, which "
-    "schedule their operands\nideally: conflicts of registers and barriers are not modelled. "
-    "Counts: dsts_kernels/roofline/loops.py"
+    "{}: kernels of the CUDA backend, which have not run on it; in {}. Cycles: dsts_kernels/roofline/counted.py, by\n"
+    "the model in dsts_kernels/roofline/multiprocessor.py, which knows neither clocks under load nor instruction caches"
 )
 
 
@@ -34,7 +35,8 @@ class Total(NamedTuple):
     kernels: float
     graph: float
     launched: float
-    floor: float  # useful products alone, at the rate a large product sustains
+    floor: float  # useful products alone
+    worst: float  # in a graph, with everything that the cycle model assumes unfavourable
     shares: dict[str, float]  # of the kernels' time, by bound
 
 
@@ -47,18 +49,19 @@ def run_on(case: Case, chip: Chip) -> Case:
 
 
 def total(launches: Sequence[Launch], kind: str, chip: Chip) -> Total:
-    kernels = graph = host = end = 0.0
+    kernels = graph = host = end = most = 0.0
     shares: Counter[str] = Counter()
     for launch in launches:
-        us, bound, _ = predict(launch, kind, chip)
+        us, bound, _, worst = predict(launch, kind, chip)
         kernels += us
         shares[bound] += us
         graph += us + GAP_US * launch.count
+        most += worst + GAP_US * launch.count
         host += (HOST_US if launch.programs else HOST_TORCH_US) * launch.count
         end = max(end + GAP_US * launch.count, host) + us
-    floor = sum(launch.flop for launch in launches) / product_rate(kind, chip)
+    floor = sum(alone(launch, kind, chip) for launch in launches)
     by_bound = {bound: us / kernels for bound, us in shares.most_common()}
-    return Total(kernels / 1e3, graph / 1e3, end / 1e3, floor / 1e3, by_bound)
+    return Total(kernels / 1e3, graph / 1e3, end / 1e3, floor / 1e3, most / 1e3, by_bound)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
-    us, bound, parts = predict(launch, kind, chip)
+    us, bound, parts, worst = predict(launch, kind, chip)
     tile = "-" if launch.tile is None else "x".join(map(str, launch.tile[:3]))
     fill = f"{launch.flop / (launch.busiest * chip.processors):.0%}" if launch.busiest else "-"
     return [
@@ -85,10 +88,9 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
         f"{launch.flop / 1e9:.1f}" if launch.flop else "-",
         f"{launch.dram / 1e6:.1f}",
         f"{launch.l2 / 1e6:.0f}",
-        f"{parts['compute']:.1f}",
-        *(f"{parts[name]:.1f}" if parts[name] else "-" for name in ("shared", "issue")),
-        *(f"{parts[name]:.1f}" for name in ("DRAM", "L2", "latency")),
+        *(f"{parts[name]:.1f}" for name in ("compute", "DRAM", "L2", "latency")),
         f"{us:.1f}",
+        f"{worst:.1f}" if worst > us else "-",
         f"{us * times / 1e3:.3f}",
         bound,
     ]
@@ -96,7 +98,7 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
 
 LAUNCH_HEAD = (
     *("kernel", "n", "programs", "tile", "waves", "fill", "GFLOP", "DRAM MB", "L2 MB"),
-    *("compute us", "shared us", "issue us", "DRAM us", "L2 us", "wait us", "us", "ms all", "bound"),
+    *("compute us", "DRAM us", "L2 us", "wait us", "us", "to", "ms all", "bound"),
 )
 SUM_HEAD = (
     "sums, ms",
@@ -105,8 +107,9 @@ SUM_HEAD = (
     "dtype",
     "kernels",
     "graph",
+    "to",
     "launched",
-    "products alone",
+    "alone",
     "of it",
     "bound by",
 )
@@ -122,9 +125,15 @@ def label(case: Case) -> str:
     return f"{named} {sizes}" if named else sizes
 
 
+def span(found: Total) -> str:
+    """Milliseconds in a graph, with their upper end where there is one."""
+    return f"{found.graph:.3f}" + (f" (to {found.worst:.3f})" if found.worst > found.graph else "")
+
+
 def sum_row(step: str, case: Case, chip: Chip, backend: str, found: Total) -> list[str]:
     shares = ", ".join(f"{bound} {share:.0%}" for bound, share in found.shares.items())
-    times = [f"{ms:.3f}" for ms in found[:4]]
+    most = f"{found.worst:.3f}" if found.worst > found.graph else "-"
+    times = [f"{found.kernels:.3f}", f"{found.graph:.3f}", most, f"{found.launched:.3f}", f"{found.floor:.3f}"]
     name = f"{step} {label(case)}"
     return [name, chip.title, backend, dtype_name(case), *times, f"{found.floor / found.graph:.0%}", shares]
 
@@ -145,7 +154,7 @@ def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], w
             f"{case.neurons} neurons, {case.share:.0%} of channels spatial (predicted)"
         )
         ends = (
-            f"sum: {found.kernels:.3f} ms of kernels, {found.graph:.3f} in a CUDA graph, {found.launched:.3f} "
+            f"sum: {found.kernels:.3f} ms of kernels, {span(found)} in a CUDA graph, {found.launched:.3f} "
             f"launched one by one; as written literally {literal_flop(case) / 1e12:.2f} TFLOP an evaluation, "
             f"here {sum(one.flop for one in launches) / 1e12:.2f}"
         )
