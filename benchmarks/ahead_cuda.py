@@ -1,7 +1,7 @@
 """Compile the CUDA kernels for every chip, with no GPU, and report what the compiler made of each.
 
-``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared memory, blocks that a
-multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
+``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared memory,
+blocks that a multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
 """
 
 from __future__ import annotations
