@@ -61,6 +61,14 @@ enum class Operand { kHalf, kBFloat16, kTf32 };
 void multiply(Operand operand, int depth, float* d, const void* a, const void* b, const float* c,
               Place place);
 
+// ldmatrix.x4: waits for the warp, each lane of which says where a row of 16 bytes of shared memory lies, and
+// tells it where the rows lie that its four registers come from: one each or, turned round, two.
+void meet_at_rows(const char* name, const unsigned char* row, bool turned, const unsigned char* (&from)[4][2],
+                  Place place);
+// mma.sync.m16n8k*: c += a b over 32 bytes of K, four registers of `a` and two of `b`, or over half of it.
+void multiply_add(Operand operand, int depth_bytes, float (&c)[4], const unsigned* a, const unsigned* b,
+                  Place place = Place::here(__builtin_FILE(), __builtin_LINE()));
+
 struct Copy {
   void* to;
   const void* from;
