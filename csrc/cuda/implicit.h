@@ -90,7 +90,7 @@ class ImplicitOperands {
       for (int i = 0; i < B::kCount; ++i) {
         const int o = column + i * B::kRowsApart;
         if (o < in.outputs) columns_ |= 1u << i;
-        rows_[i] = (o < in.outputs ? list[o] : 0) * in.filter_pitch;
+        rows_[i] = o < in.outputs ? list[o] : 0;
       }
     } else {
 #pragma unroll
@@ -111,8 +111,9 @@ class ImplicitOperands {
     tap_ = at - block * taps + (first ? 0 : in_.taps.first);
     if constexpr (!FILTERS_BY_K) {
       const int start = first || !sum_.order ? 0 : sum_.start_2;
-      order_ = sum_.order ? sum_.order + start + B::row() : nullptr;
-      rows_end_ = (first && order_ ? sum_.count_1 : in_.rows) - start - B::row();
+      listed_ = sum_.order ? ~0u : 0;
+      order_ = sum_.order + start + B::row();
+      rows_end_ = (first && sum_.order ? sum_.count_1 : in_.rows) - start - B::row();
     }
     move();
   }
@@ -133,7 +134,7 @@ class ImplicitOperands {
     k_ = over ? 0 : moved & !wrapped ? k_ - kBlock : k_;
     tap_ = wrapped & !over ? (first ? 0 : in_.taps.first) : tap_;
     if constexpr (!FILTERS_BY_K) {
-      if (over & (order_ != nullptr)) {
+      if (over & (listed_ != 0)) {
         order_ += sum_.start_2;
         rows_end_ = in_.rows - sum_.start_2 - B::row();
       }
@@ -147,7 +148,8 @@ class ImplicitOperands {
 
   __device__ __forceinline__ Source<T> b(int i) const {
     constexpr bool kRegular = FILTERS_BY_K && !LISTED_COLUMNS;
-    return {kRegular ? further(from_b_, in_.filter_pitch, i * B::kRowsApart) : further(from_b_, rows_[i], 1),
+    return {kRegular ? further(from_b_, in_.filter_pitch, i * B::kRowsApart)
+                     : further(from_b_, in_.filter_pitch, rows_[i]),
             read_now_ & 1u << i};
   }
 
@@ -162,15 +164,15 @@ class ImplicitOperands {
       from_b_ += in_.packed ? k_ & (kBlock - 1) : k_;
       read_now_ = more_ & (in_.packed | (k_ + B::column() < in_.rows)) ? columns_ : 0;
     } else {
-      read_now_ = 0;
+      constexpr int kApart = B::kRowsApart;
+      const int left = min(max(more_ ? rows_end_ - k_ : 0, 0), B::kCount * kApart);
+      const unsigned found = (1u << (left + kApart - 1) / kApart) - 1;
+      const int* order = further(order_, 1, k_);
+      read_now_ = found & columns_;
 #pragma unroll
       for (int i = 0; i < B::kCount; ++i) {
-        const int k = k_ + i * B::kRowsApart;
-        const bool listed = more_ & (k < rows_end_);
-        int row = k + B::row();
-        if (order_ && listed) row = __ldg(order_ + k);
-        rows_[i] = listed ? row * in_.filter_pitch : 0;
-        read_now_ |= listed ? columns_ & 1u << i : 0;
+        rows_[i] = k_ + B::row() + i * kApart;
+        if (found & listed_ & 1u << i) rows_[i] = __ldg(order + i * kApart);
       }
     }
   }
@@ -180,9 +182,10 @@ class ImplicitOperands {
   const T *panel_, *filters_, *from_a_, *from_b_;
   unsigned long long met_ = 0;  // by tap, a bit a vector: which of a tap's positions exist
   unsigned columns_ = 0, met_now_, read_now_;
-  unsigned rows_[FILTERS_BY_K && !LISTED_COLUMNS ? 1 : B::kCount];  // of filters, in elements
+  unsigned rows_[FILTERS_BY_K && !LISTED_COLUMNS ? 1 : B::kCount];  // of filters
   const int* order_;  // of this thread's first row, and how many rows there are from it on
   int rows_end_;
+  unsigned listed_;  // all bits, or none: rows go in order
   int number_, blocks_, columns_2_, tap_, k_;
   bool more_ = true;
 };

@@ -115,20 +115,23 @@ class Turing {
         for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
   }
 
-  // One slab; `load(q)` brings block q of the right operand's next one, once this one's was multiplied.
-  template <class Load>
-  __device__ __forceinline__ void multiply(unsigned (&a)[4][4], unsigned (&b)[4][4], const Load& load) {
+  // One slab. `next_b(q)` brings block q of the right operand's next one, once this one's was multiplied, and
+  // `next_a(q)` of the left operand's, at the end.
+  template <class NextA, class NextB>
+  __device__ __forceinline__ void multiply(unsigned (&a)[4][4], unsigned (&b)[4][4], const NextA& next_a,
+                                           const NextB& next_b) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) round(a[q]);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       round(b[q]);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int i = n < 4 ? n : 7 - n;  // neighbouring products have an operand in common
-        multiply_add<E>(sum_[i][2 * q + n / 4], a[i], b[q] + n / 4 * 2);
+      for (int n = 0; n < 8; ++n) {  // neighbouring products have an operand in common
+        const int i = q == 3 ? n / 2 : n < 4 ? n : 7 - n, j = q == 3 ? n % 4 == 1 || n % 4 == 2 : n / 4;
+        multiply_add<E>(sum_[i][2 * q + j], a[i], b[q] + j * 2);
+        if (q == 3 && n % 2) next_a(i);
       }
-      load(q);
+      next_b(q);
     }
   }
 
@@ -174,16 +177,14 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
   const Reader<T, A_BY_K, true> read_a(threadIdx.x / 64 * 64);
   const Reader<T, B_BY_K, false> read_b(threadIdx.x / 32 % 2 * 64);
   const int place_a = A::place(), place_b = kLeft + B::place();
-  unsigned a[2][4][4], b[4][4];
-  const auto load_a = [&](int which, int stage, int slab) {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) read_a.load(a[which][q], shared + stage, q, slab);
+  unsigned a[DSTS_SM80 ? 2 : 1][4][4], b[4][4];
+  const auto load_a = [&](int which, int stage, int slab, int q) {
+    read_a.load(a[which][q], shared + stage, q, slab);
   };
   const auto load_b = [&](int stage, int slab, int q) { read_b.load(b[q], shared + stage + kLeft, q, slab); };
-  const auto load_first = [&] {
-    load_a(0, 0, 0);
+  const auto load_all = [&](int which, int stage, int slab) {
 #pragma unroll
-    for (int q = 0; q < 4; ++q) load_b(0, 0, q);
+    for (int q = 0; q < 4; ++q) load_a(which, stage, slab, q);
   };
   if (steps <= 0) return;
   __syncthreads();
@@ -212,20 +213,22 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
   }
   wait_for_copies<kStages - 2>();
   __syncthreads();
-  load_first();
+  load_all(0, 0, 0);
+#  pragma unroll
+  for (int q = 0; q < 4; ++q) load_b(0, 0, q);
   int now = 0, then = kAll - kStage;
 #  pragma unroll 1
   for (int left = steps; left > 0; --left) {
-    load_a(1, now, 1);
+    load_all(1, now, 1);
     fetch(then);
     operands.end(left <= kStages);
     operands.next();
-    engine.multiply(a[0], b, [&](int q) { load_b(now, 1, q); });
+    engine.multiply(a[0], b, [](int) {}, [&](int q) { load_b(now, 1, q); });
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the next stage is whole, and this one read
     then = now, now = now + kStage == kAll ? 0 : now + kStage;
-    load_a(0, now, 0);
-    engine.multiply(a[1], b, [&](int q) { load_b(now, 0, q); });
+    load_all(0, now, 0);
+    engine.multiply(a[1], b, [](int) {}, [&](int q) { load_b(now, 0, q); });
   }
   wait_for_copies<0>();
 #else
@@ -254,24 +257,19 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
   operands.next();
   fetch();
   __syncthreads();
-  load_first();
+  load_all(0, 0, 0);
+#  pragma unroll
+  for (int q = 0; q < 4; ++q) load_b(0, 0, q);
   int then = kStage;
-  // Steps in pairs, so that fragments of both keep their registers.
-  const auto step = [&](int which, int left) {
+#  pragma unroll 1
+  for (int left = steps; left > 0; --left) {
     put(then);
     operands.end(left <= 2);
     operands.next();
     fetch();
-    __syncthreads();  // the next step is in place, and this one's fragments were read
-    load_a(1 - which, then, 0);
-    engine.multiply(a[which], b, [&](int q) { load_b(then, 0, q); });
+    __syncthreads();  // the next step is in place, and the stage behind it read
+    engine.multiply(a[0], b, [&](int q) { load_a(0, then, 0, q); }, [&](int q) { load_b(then, 0, q); });
     then = kStage - then;
-  };
-#  pragma unroll 1
-  for (int left = steps; left > 0; left -= 2) {
-    step(0, left);
-    if (left == 1) break;
-    step(1, left - 1);
   }
 #endif
 }

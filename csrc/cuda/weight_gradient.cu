@@ -10,70 +10,74 @@
 
 namespace dsts::cuda {
 
-// Both operands lie by column: rows are positions of the samples of a slot.
+// Both operands lie by column: rows are positions of the samples of a slot. Each lane works out for one of a
+// step's positions whether it exists, and whether its shifted one does, and all lanes tell.
 template <class Engine>
 class PositionOperands {
   using T = typename Engine::T;
   using A = Copies<typename Engine::A, T, Engine::kThreads>;
   using B = Copies<typename Engine::B, T, Engine::kThreads>;
   static constexpr int kDepth = Engine::A::kDepth;
-  static_assert(A::kCount == B::kCount, "a thread copies the same positions of both");
+  static_assert(kDepth <= 32);
 
  public:
   // There is at least one sample.
   __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by,
                                               const int* members, int left0, int left_end, int right0)
-      : p_(p), by_(by), member_(members) {
+      : p_(p), by_(by), member_(members), sample_(*members) {
     const int left = left0 + A::column(), right = right0 + B::column();
-    left_ = static_cast<const T*>(p.left) + left, right_ = static_cast<const T*>(p.right) + right;
-    left_inside_ = left < left_end, right_inside_ = right < p.columns;
     shift_ = (by.t * p.extent.h + by.h) * p.extent.w + by.w;
+    left_ = static_cast<const T*>(p.left) + static_cast<int64>(A::row() + shift_) * p.left_pitch + left;
+    right_ = static_cast<const T*>(p.right) + static_cast<int64>(B::row()) * p.right_pitch + right;
+    left_inside_ = left < left_end, right_inside_ = right < p.columns;
     move();
   }
 
   // Nothing is read any more.
   __device__ __forceinline__ void end(bool really) {
     more_ = !really;
-    if (really) met_a_ = met_b_ = 0;
+    if (really) met_ = exist_ = 0;
   }
 
   __device__ __forceinline__ void next() {
     p0_ += kDepth;
     const bool over = p0_ >= p_.extent.positions;
     p0_ = over ? 0 : p0_, member_ += over;
+    if (over & more_) sample_ = *member_;
     move();
   }
 
   __device__ __forceinline__ Source<T> a(int i) const {
-    return {further(from_a_, p_.left_pitch, i * A::kRowsApart), met_a_ & 1u << i};
+    return {further(from_a_, p_.left_pitch, i * A::kRowsApart), met_ & 1u << i * A::kRowsApart};
   }
   __device__ __forceinline__ Source<T> b(int i) const {
-    return {further(from_b_, p_.right_pitch, i * B::kRowsApart), met_b_ & 1u << i};
+    return {further(from_b_, p_.right_pitch, i * B::kRowsApart), exist_ & 1u << i * B::kRowsApart};
   }
 
  private:
-  // The present step's sources: which of a thread's vectors exist, and where the first one lies.
+  // The present step's sources: where a thread's first vectors lie, and which positions from theirs on exist.
   __device__ __forceinline__ void move() {
-    const int64 first = static_cast<int64>(more_ ? *member_ : 0) * p_.extent.positions;
-    const int position = p0_ + A::row();
-    from_a_ = left_ + (first + position + shift_) * p_.left_pitch;
-    from_b_ = right_ + (first + position) * p_.right_pitch;
-    met_a_ = met_b_ = 0;
-#pragma unroll
-    for (int i = 0; i < A::kCount; ++i) {
-      const Place at = place_of(p_.extent, position + i * A::kRowsApart);
-      const bool exists = more_ & (position + i * A::kRowsApart < p_.extent.positions);
-      const bool met = exists & left_inside_ & inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
-      met_a_ |= met << i, met_b_ |= (exists & right_inside_) << i;
-    }
+    const int64 first = static_cast<int64>(sample_) * p_.extent.positions + p0_;
+    from_a_ = left_ + first * p_.left_pitch, from_b_ = right_ + first * p_.right_pitch;
+    const int position = p0_ + static_cast<int>(threadIdx.x) % 32;
+    const Place at = place_of(p_.extent, position);
+    const bool exists = more_ & (position < p_.extent.positions);
+    // Within its row and column a shifted position is in a frame if it is one at all.
+    const bool met = exists & (static_cast<unsigned>(position + shift_) < p_.extent.positions) &
+                     (static_cast<unsigned>(at.h + by_.h) < p_.extent.h) &
+                     (static_cast<unsigned>(at.w + by_.w) < p_.extent.w);
+    met_ = __ballot_sync(0xffffffffu, met) >> A::row(),
+    exist_ = __ballot_sync(0xffffffffu, exists) >> B::row();
+    met_ = left_inside_ ? met_ : 0, exist_ = right_inside_ ? exist_ : 0;
   }
 
   const WeightGradientParams& p_;
   Place by_;
   const int* member_;
+  int sample_;
   const T *left_, *right_, *from_a_, *from_b_;
   int shift_, p0_ = 0;
-  unsigned met_a_ = 0, met_b_ = 0;  // a bit a vector
+  unsigned met_ = 0, exist_ = 0;  // a bit a position
   bool left_inside_, right_inside_, more_ = true;
 };
 
