@@ -36,7 +36,7 @@ struct ConvShared {
   int flag;
 };
 
-// Bias, ReLU, skip and the store of one half of a tile's columns; leaves what was stored in the chunk, zero
+// Bias, ReLU, skip and the store of one part of a tile's columns; leaves what was stored in the chunk, zero
 // outside.
 template <class T, int V, int THREADS>
 __device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& tile, int column0,
@@ -87,13 +87,13 @@ __device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& ti
   }
 }
 
-// Tap sums of a chunk, into the tile's place in memory: two groups of rows a column, added up in order.
+// Tap sums of a chunk, into the tile's place in memory: some groups of rows a column, added up in order.
 __device__ __forceinline__ void sum_taps(const ConvParams& p, const Tile& tile, int column0,
                                          const float* chunk, float* room) {
   const int c = threadIdx.x % kChunkColumns, group = threadIdx.x / kChunkColumns, taps = p.sum_taps;
-  if (group < 2) {
+  if (group < kSumGroups) {
     float sum[9] = {};
-    for (int r = group * (kTile / 2); r < (group + 1) * (kTile / 2); ++r) {
+    for (int r = group * kSumRows; r < (group + 1) * kSumRows; ++r) {
       const float v = chunk[r * kChunkPitch + c];
       if (taps == 1) {
         sum[0] += v;
@@ -111,7 +111,12 @@ __device__ __forceinline__ void sum_taps(const ConvParams& p, const Tile& tile, 
   if (group == 0 && column0 + c < p.outputs) {
     float* to = p.part_sums +
                 ((static_cast<int64>(tile.b) * tile.tiles + tile.index) * p.outputs + column0 + c) * taps;
-    for (int tap = 0; tap < taps; ++tap) to[tap] = room[c * 9 + tap] + room[(kChunkColumns + c) * 9 + tap];
+    for (int tap = 0; tap < taps; ++tap) {
+      float sum = room[c * 9 + tap];
+#pragma unroll
+      for (int other = 1; other < kSumGroups; ++other) sum += room[(other * kChunkColumns + c) * 9 + tap];
+      to[tap] = sum;
+    }
   }
 }
 
@@ -131,16 +136,16 @@ __device__ __forceinline__ void add_tiles(const ConvParams& p, const Tile& tile,
   }
 }
 
-// Ends a tile whose halves `fill` puts into the chunk.
+// Ends a tile whose parts `fill` puts into the chunk.
 template <class T, int THREADS, class Fill>
 __device__ __forceinline__ void finish(const ConvParams& p, const Tile& tile, unsigned char* memory,
                                        int* flag, const Fill& fill) {
   float* chunk = reinterpret_cast<float*>(memory);
-  for (int half = 0; half < 2; ++half) {
-    const int column0 = tile.o0 + half * kChunkColumns;
+  for (int part = 0; part < kParts; ++part) {
+    const int column0 = tile.o0 + part * kChunkColumns;
     if (column0 >= p.outputs) break;
     __syncthreads();
-    fill(chunk, half);
+    fill(chunk, part);
     __syncthreads();
     if (p.vector_out)
       finish_cells<T, 16 / sizeof(T), THREADS>(p, tile, column0, chunk);
@@ -161,13 +166,13 @@ __device__ __forceinline__ void share(const ConvParams& p, const Schedule& sched
   constexpr int kThreads = Engine::kThreads, kCells = kTile * kChunkColumns;
   float* chunk = reinterpret_cast<float*>(memory);
   float* own = p.partial + static_cast<int64>(2 * blockIdx.x + (tile.from > 0)) * kTile * kTile;
-  for (int half = 0; half < 2; ++half) {
+  for (int part = 0; part < kParts; ++part) {
     __syncthreads();
-    engine.store(chunk, half);
+    engine.store(chunk, part);
     __syncthreads();
 #pragma unroll 1  // addresses worked out ahead would take registers from the loop
     for (int i = threadIdx.x; i < kCells; i += kThreads)
-      own[half * kCells + i] = chunk[i / kChunkColumns * kChunkPitch + i % kChunkColumns];
+      own[part * kCells + i] = chunk[i / kChunkColumns * kChunkPitch + i % kChunkColumns];
   }
   const int start = tile.start, end = start + tile.length, mine = blockIdx.x;
   int first = mine, last = mine, parts = 1;  // programs that have a part are neighbours, but for idle ones
@@ -176,17 +181,17 @@ __device__ __forceinline__ void share(const ConvParams& p, const Schedule& sched
   for (int q = mine + 1; q < p.programs && schedule.starts[q] < end; ++q)
     if (schedule.has_part(q, start, end)) last = q, ++parts;
   if (!last_to_arrive(p.flags + last, parts, flag)) return;
-  finish<typename Engine::T, kThreads>(p, tile, memory, flag, [&](float* to, int half) {
+  finish<typename Engine::T, kThreads>(p, tile, memory, flag, [&](float* to, int part) {
     constexpr int kAtOnce = 8;  // cells whose parts are on their way together
     for (int i = threadIdx.x; i < kCells; i += kThreads * kAtOnce) {
       float sum[kAtOnce] = {};
       for (int q = first; q <= last; ++q) {
         if (!schedule.has_part(q, start, end)) continue;
         const int64 slot = 2 * q + (schedule.starts[q] > start);
-        const float* part = p.partial + slot * kTile * kTile + half * kCells + i;
+        const float* from = p.partial + slot * kTile * kTile + part * kCells + i;
         float more[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) more[j] = __ldcg(part + j * kThreads);
+        for (int j = 0; j < kAtOnce; ++j) more[j] = __ldcg(from + j * kThreads);
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) sum[j] += more[j];
       }
@@ -254,7 +259,7 @@ __device__ void conv_body(const ConvParams& p) {
   using Operands = ImplicitOperands<Tiles, BY_K, false>;
   constexpr int kBlock = kBlockBytes / static_cast<int>(sizeof(T));
   DSTS_DYNAMIC_SHARED(memory);
-  ConvShared& shared = *reinterpret_cast<ConvShared*>(memory + product_bytes<E, true, BY_K>(kStages));
+  ConvShared& shared = *reinterpret_cast<ConvShared*>(memory + product_bytes<E, true, BY_K>(kCapability));
   Tile& tile = shared.tile;
 
   const Implicit<T> in = {static_cast<const T*>(p.panel),
@@ -294,7 +299,7 @@ __device__ void conv_body(const ConvParams& p) {
     accumulate(engine, operands, (tile.to - tile.from) * Operands::kStepsOfBlock, memory);
     if (tile.to - tile.from == tile.length)
       finish<T, Tiles::kThreads>(p, tile, memory, &shared.flag,
-                                 [&](float* chunk, int half) { engine.store(chunk, half); });
+                                 [&](float* chunk, int part) { engine.store(chunk, part); });
     else
       share(p, schedule, tile, engine, memory, &shared.flag);
   }
@@ -316,9 +321,9 @@ DSTS_ENGINES(INSTANTIATE)
 void conv(const ConvParams& p, bool by_output, int dtype, bool tf32, int capability, void* stream) {
   for_engine(dtype, tf32, [&](auto tag) {
     using E = typename decltype(tag)::Type;
-    const int stages = stages_of(capability), threads = Multiplier<E>::kThreads;
+    const int threads = Multiplier<E>::kThreads;
     const size_t operands =
-        by_output ? product_bytes<E, true, false>(stages) : product_bytes<E, true, true>(stages);
+        by_output ? product_bytes<E, true, false>(capability) : product_bytes<E, true, true>(capability);
     const size_t shared = operands + sizeof(ConvShared) + sizeof(int) * Schedule::ints(p.programs, threads);
     launch(by_output ? conv_kernel<E, false> : conv_kernel<E, true>, dim3(static_cast<unsigned>(p.programs)),
            threads, shared, stream, p);

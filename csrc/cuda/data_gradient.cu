@@ -17,13 +17,13 @@ struct GradientShared {
   int list[kTile];     // channels of the tile's columns
   float gate[kTile];   // NaN where the sample's neuron is out of range
   float found[kTile];  // <x, dxs> so far
-  float part[2][kChunkColumns];
+  float sums[kSumGroups][kChunkColumns];
 };
 
-// One operator's half of a tile, in the chunk: adds to dx, and to the gates' gradient.
+// One operator's part of a tile, in the chunk: adds to dx, and to the gates' gradient.
 template <class T, int THREADS>
 __device__ __forceinline__ void finish_operator(const DataGradientParams& p, bool second, int b, int p0,
-                                                int width, int half, float* chunk, GradientShared& shared) {
+                                                int width, int part, float* chunk, GradientShared& shared) {
   constexpr int kCells = kTile * kChunkColumns, kAtOnce = 4;  // cells whose loads are on their way together
   const bool along_rows = p.x_strides.c != 1;
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void finish_operator(const DataGradientParams& p, boo
       const int r = along_rows ? i % kTile : i / kChunkColumns,
                 c = along_rows ? i / kTile : i % kChunkColumns;
       const int position = p0 + r;
-      *column = half * kChunkColumns + c, *cell = chunk + r * kChunkPitch + c;
+      *column = part * kChunkColumns + c, *cell = chunk + r * kChunkPitch + c;
       if (position >= p.extent.positions || *column >= width) return -1;
       return shared.list[*column] * p.x_strides.c + offset_of(p.x_strides, place_of(p.extent, position));
     };
@@ -70,15 +70,17 @@ __device__ __forceinline__ void finish_operator(const DataGradientParams& p, boo
   if (!p.dgate) return;
   __syncthreads();
   const int c = threadIdx.x % kChunkColumns, group = threadIdx.x / kChunkColumns;
-  if (group < 2) {  // two groups of rows a column, added up in order
+  if (group < kSumGroups) {  // groups of rows a column, added up in order
     float sum = 0;
-    for (int r = group * (kTile / 2); r < (group + 1) * (kTile / 2); ++r) sum += chunk[r * kChunkPitch + c];
-    shared.part[group][c] = sum;
+    for (int r = group * kSumRows; r < (group + 1) * kSumRows; ++r) sum += chunk[r * kChunkPitch + c];
+    shared.sums[group][c] = sum;
   }
   __syncthreads();
   if (group == 0) {
-    const float sum = shared.part[0][c] + shared.part[1][c];
-    float& found = shared.found[half * kChunkColumns + c];
+    float sum = shared.sums[0][c];
+#pragma unroll
+    for (int other = 1; other < kSumGroups; ++other) sum += shared.sums[other][c];
+    float& found = shared.found[part * kChunkColumns + c];
     found = second ? found - sum : sum;
   }
 }
@@ -90,7 +92,8 @@ __device__ void data_gradient_body(const DataGradientParams& p) {
   using Operands = ImplicitOperands<Tiles, true, true>;
   constexpr int kThreads = Tiles::kThreads, kBlock = kBlockBytes / static_cast<int>(sizeof(T));
   DSTS_DYNAMIC_SHARED(memory);
-  GradientShared& shared = *reinterpret_cast<GradientShared*>(memory + product_bytes<E, true, true>(kStages));
+  GradientShared& shared =
+      *reinterpret_cast<GradientShared*>(memory + product_bytes<E, true, true>(kCapability));
   float* chunk = reinterpret_cast<float*>(memory);
 
   const int tiles = ceil_div(p.extent.positions, kTile), columns = ceil_div(p.channels, kTile);
@@ -127,11 +130,11 @@ __device__ void data_gradient_body(const DataGradientParams& p) {
     operands.start(second ? blocks * 9 : 0);
     engine.clear();
     accumulate(engine, operands, blocks * (second ? 3 : 9) * Operands::kStepsOfBlock, memory);
-    for (int half = 0; half < 2 && half * kChunkColumns < width; ++half) {
+    for (int part = 0; part < kParts && part * kChunkColumns < width; ++part) {
       __syncthreads();
-      engine.store(chunk, half);
+      engine.store(chunk, part);
       __syncthreads();
-      finish_operator<T, kThreads>(p, second != 0, b, p0, width, half, chunk, shared);
+      finish_operator<T, kThreads>(p, second != 0, b, p0, width, part, chunk, shared);
     }
   }
   if (!p.dgate) return;
@@ -157,7 +160,7 @@ void data_gradient(const DataGradientParams& p, int dtype, bool tf32, int capabi
   const int tiles = ceil_div(p.extent.positions, kTile) * ceil_div(p.channels, kTile);
   for_engine(dtype, tf32, [&](auto tag) {
     using E = typename decltype(tag)::Type;
-    const size_t shared = product_bytes<E, true, true>(stages_of(capability)) + sizeof(GradientShared);
+    const size_t shared = product_bytes<E, true, true>(capability) + sizeof(GradientShared);
     launch(data_gradient_kernel<E>, dim3(static_cast<unsigned>(p.batch * tiles)), Multiplier<E>::kThreads,
            shared, stream, p);
   });

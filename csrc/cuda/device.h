@@ -41,6 +41,18 @@ __device__ __forceinline__ int quotient(const Divide& d, int n) {
                           d.shift);
 }
 
+// `base` and `times` times `elements` on, which fit 32 bits each. In a loop the product is taken where it is
+// used: several of them, of 64 bits each, would take registers.
+template <class T>
+__device__ __forceinline__ const T* further(const T* base, unsigned elements, unsigned times) {
+  unsigned bytes = elements * static_cast<unsigned>(sizeof(T));
+#ifndef DSTS_NO_PTX
+  asm volatile("" : "+r"(bytes));
+#endif
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(base) +
+                                    static_cast<unsigned long long>(bytes) * times);
+}
+
 // Neighbours that are read and written at once.
 template <class T, int V>
 struct __align__(V * sizeof(T)) Pack {

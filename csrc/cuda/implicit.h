@@ -50,6 +50,9 @@ struct Reduction {
   const int* order;      // that list, or null
 };
 
+// Sources of a step are worked out by next(), without a branch, while the step before is multiplied: where
+// the first vector of either operand lies, and which vectors exist, a bit each. Offsets within one matrix of
+// filters fit 32 bits.
 template <class Engine, bool FILTERS_BY_K, bool LISTED_COLUMNS>
 class ImplicitOperands {
   using T = typename Engine::T;
@@ -57,6 +60,7 @@ class ImplicitOperands {
   using B = Copies<typename Engine::B, T, Engine::kThreads>;
   static constexpr int kDepth = Engine::A::kDepth;
   static constexpr int kBlock = kBlockBytes / static_cast<int>(sizeof(T)), kSteps = kBlock / kDepth;
+  static_assert(A::kCount * kTaps <= 64 && (FILTERS_BY_K || !LISTED_COLUMNS));
 
  public:
   static constexpr int kStepsOfBlock = kSteps;
@@ -74,85 +78,116 @@ class ImplicitOperands {
       const Place at = place_of(*in.extent, position);
       for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
         const Place by = reach_of(in.taps, tap);
-        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w))
-          met_[i / 2] |= 1u << (i % 2 * 16 + tap);
+        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w)) met_ |= 1ull << (tap * A::kCount + i);
       }
     }
-    own_[0] = o0 + (FILTERS_BY_K ? B::row() : B::column());
-    if constexpr (LISTED_COLUMNS) {
+    const int column = o0 + (FILTERS_BY_K ? B::row() : B::column());
+    filters_ = in.filters + (FILTERS_BY_K ? B::column() : column);
+    if constexpr (!FILTERS_BY_K) {
+      columns_ = column < in.outputs ? (1u << B::kCount) - 1 : 0;
+    } else if constexpr (LISTED_COLUMNS) {
 #pragma unroll
       for (int i = 0; i < B::kCount; ++i) {
-        const int o = o0 + B::row() + i * B::kRowsApart;
-        own_[i] = o < in.outputs ? list[o] : -1;
+        const int o = column + i * B::kRowsApart;
+        if (o < in.outputs) columns_ |= 1u << i;
+        rows_[i] = o < in.outputs ? list[o] : 0;
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < B::kCount; ++i)
+        if (column + i * B::kRowsApart < in.outputs) columns_ |= 1u << i;
+      filters_ += static_cast<int64>(column) * in.filter_pitch;
     }
   }
 
   // Starts at K block and tap number `at` of all.
   __device__ __forceinline__ void start(int at) {
-    index_ = at, part_ = 0;
-    first_ = at < sum_.blocks_1 * in_.taps.first;
-    if (!first_) at -= sum_.blocks_1 * in_.taps.first;
-    const int taps = first_ ? in_.taps.first : in_.taps.second;
-    block_ = taps ? at / taps : 0;
-    tap_ = at - block_ * taps;
+    number_ = sum_.base + (in_.packed ? at : 0);
+    blocks_ = sum_.blocks_1 * kBlock, columns_2_ = sum_.columns_2;
+    const bool first = at < sum_.blocks_1 * in_.taps.first;
+    if (!first) at -= sum_.blocks_1 * in_.taps.first;
+    const int taps = first ? in_.taps.first : in_.taps.second, block = taps ? at / taps : 0;
+    k_ = block * kBlock;
+    tap_ = at - block * taps + (first ? 0 : in_.taps.first);
+    if constexpr (!FILTERS_BY_K) {
+      const int start = first || !sum_.order ? 0 : sum_.start_2;
+      listed_ = sum_.order ? ~0u : 0;
+      order_ = sum_.order + start + B::row();
+      rows_end_ = (first && sum_.order ? sum_.count_1 : in_.rows) - start - B::row();
+    }
     move();
   }
 
+  // Nothing is read any more.
+  __device__ __forceinline__ void end(bool really) {
+    more_ = !really;
+    if (really) met_now_ = read_now_ = 0;
+  }
+
+  // The next part of a K block; behind the last one the next tap, then the next K block.
   __device__ __forceinline__ void next() {
-    if (++part_ == kSteps) {
-      part_ = 0, ++index_;
-      if (++tap_ == (first_ ? in_.taps.first : in_.taps.second)) {
-        tap_ = 0;
-        if (++block_ == sum_.blocks_1 && first_) block_ = 0, first_ = false;
+    k_ += kDepth;
+    const bool first = tap_ < in_.taps.first, moved = (k_ & (kBlock - 1)) == 0;
+    tap_ += moved, number_ += moved & in_.packed;
+    const bool wrapped = moved & (tap_ == in_.taps.first + (first ? 0 : in_.taps.second));
+    const bool over = wrapped & first & (k_ == blocks_);
+    k_ = over ? 0 : moved & !wrapped ? k_ - kBlock : k_;
+    tap_ = wrapped & !over ? (first ? 0 : in_.taps.first) : tap_;
+    if constexpr (!FILTERS_BY_K) {
+      if (over & (listed_ != 0)) {
+        order_ += sum_.start_2;
+        rows_end_ = in_.rows - sum_.start_2 - B::row();
       }
     }
     move();
   }
 
   __device__ __forceinline__ Source<T> a(int i) const {
-    const bool met = met_[i / 2] >> (i % 2 * 16 + bit_) & 1;
-    return {panel_ + shift_ + static_cast<int64>(i * A::kRowsApart) * in_.pitch,
-            met && k_ + A::column() < in_.width};
+    return {further(from_a_, in_.pitch, i * A::kRowsApart), met_now_ & 1u << i};
   }
 
   __device__ __forceinline__ Source<T> b(int i) const {
-    if constexpr (FILTERS_BY_K) {
-      const int o = LISTED_COLUMNS ? own_[i] : own_[0] + i * B::kRowsApart;
-      const bool column = LISTED_COLUMNS ? o >= 0 : o < in_.outputs;
-      const bool inside = column && (in_.packed || k_ + B::column() < in_.rows);
-      return {filters_ + static_cast<int64>(inside ? o : 0) * in_.filter_pitch + B::column(), inside};
-    } else {
-      const int k = k_ + B::row() + i * B::kRowsApart;
-      int channel = k;
-      bool listed = k < in_.rows;
-      if (sum_.order) {
-        listed = k < (first_ ? sum_.count_1 : in_.rows - sum_.start_2);
-        channel = listed ? sum_.order[(first_ ? 0 : sum_.start_2) + k] : 0;
-      }
-      const bool inside = listed && own_[0] < in_.outputs;
-      return {filters_ + (inside ? static_cast<int64>(channel) * in_.filter_pitch + own_[0] : 0), inside};
-    }
+    constexpr bool kRegular = FILTERS_BY_K && !LISTED_COLUMNS;
+    return {kRegular ? further(from_b_, in_.filter_pitch, i * B::kRowsApart)
+                     : further(from_b_, in_.filter_pitch, rows_[i]),
+            read_now_ & 1u << i};
   }
 
  private:
-  // What the present step's sources share.
   __device__ __forceinline__ void move() {
-    bit_ = first_ ? tap_ : in_.taps.first + tap_;
-    k_ = block_ * kBlock + part_ * kDepth;
-    shift_ = in_.shifts[bit_] + (first_ ? 0 : sum_.columns_2) + k_;
-    const int number = sum_.base + (in_.packed ? index_ : bit_);
-    filters_ = in_.filters + number * in_.matrix + (!FILTERS_BY_K ? 0 : in_.packed ? part_ * kDepth : k_);
+    const bool first = tap_ < in_.taps.first;
+    from_a_ = panel_ + (in_.shifts[tap_] + (k_ + (first ? 0 : columns_2_)));
+    const bool exists = more_ & (k_ + A::column() < in_.width);
+    met_now_ = exists ? static_cast<unsigned>(met_ >> (tap_ * A::kCount)) : 0;
+    from_b_ = filters_ + (number_ + (in_.packed ? 0 : tap_)) * in_.matrix;
+    if constexpr (FILTERS_BY_K) {
+      from_b_ += in_.packed ? k_ & (kBlock - 1) : k_;
+      read_now_ = more_ & (in_.packed | (k_ + B::column() < in_.rows)) ? columns_ : 0;
+    } else {
+      constexpr int kApart = B::kRowsApart;
+      const int left = min(max(more_ ? rows_end_ - k_ : 0, 0), B::kCount * kApart);
+      const unsigned found = (1u << (left + kApart - 1) / kApart) - 1;
+      const int* order = further(order_, 1, k_);
+      read_now_ = found & columns_;
+#pragma unroll
+      for (int i = 0; i < B::kCount; ++i) {
+        rows_[i] = k_ + B::row() + i * kApart;
+        if (found & listed_ & 1u << i) rows_[i] = __ldg(order + i * kApart);
+      }
+    }
   }
 
   const Implicit<T>& in_;
   const Reduction& sum_;
-  const T *panel_, *filters_;
-  unsigned met_[A::kCount / 2] = {};         // by vector 16 bits: which taps of its position lie inside
-  int own_[LISTED_COLUMNS ? B::kCount : 1];  // columns (-1: none), or the first of them
-  int64 shift_;
-  int index_, block_, tap_, part_, bit_, k_;
-  bool first_;
+  const T *panel_, *filters_, *from_a_, *from_b_;
+  unsigned long long met_ = 0;  // by tap, a bit a vector: which of a tap's positions exist
+  unsigned columns_ = 0, met_now_, read_now_;
+  unsigned rows_[FILTERS_BY_K && !LISTED_COLUMNS ? 1 : B::kCount];  // of filters
+  const int* order_;  // of this thread's first row, and how many rows there are from it on
+  int rows_end_;
+  unsigned listed_;  // all bits, or none: rows go in order
+  int number_, blocks_, columns_2_, tap_, k_;
+  bool more_ = true;
 };
 
 // Taps as bits, by the edge of the features that they reach over: what a position there must not read.

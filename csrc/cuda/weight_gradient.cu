@@ -10,52 +10,75 @@
 
 namespace dsts::cuda {
 
-// Both operands lie by column: rows are positions of the samples of a slot.
+// Both operands lie by column: rows are positions of the samples of a slot. Each lane works out for one of a
+// step's positions whether it exists, and whether its shifted one does, and all lanes tell.
 template <class Engine>
 class PositionOperands {
   using T = typename Engine::T;
   using A = Copies<typename Engine::A, T, Engine::kThreads>;
   using B = Copies<typename Engine::B, T, Engine::kThreads>;
   static constexpr int kDepth = Engine::A::kDepth;
+  static_assert(kDepth <= 32);
 
  public:
+  // There is at least one sample.
   __device__ __forceinline__ PositionOperands(const WeightGradientParams& p, const Place& by,
                                               const int* members, int left0, int left_end, int right0)
-      : p_(p), by_(by), member_(members), left0_(left0 + A::column()), right0_(right0 + B::column()) {
-    left_inside_ = left0_ < left_end, right_inside_ = right0_ < p.columns;
-    shift_ = (static_cast<int64>(by.t) * p.extent.h + by.h) * p.extent.w + by.w;
+      : p_(p), by_(by), member_(members), sample_(*members) {
+    const int left = left0 + A::column(), right = right0 + B::column();
+    shift_ = (by.t * p.extent.h + by.h) * p.extent.w + by.w;
+    left_ = static_cast<const T*>(p.left) + static_cast<int64>(A::row() + shift_) * p.left_pitch + left;
+    right_ = static_cast<const T*>(p.right) + static_cast<int64>(B::row()) * p.right_pitch + right;
+    left_inside_ = left < left_end, right_inside_ = right < p.columns;
+    move();
+  }
+
+  // Nothing is read any more.
+  __device__ __forceinline__ void end(bool really) {
+    more_ = !really;
+    if (really) met_ = exist_ = 0;
   }
 
   __device__ __forceinline__ void next() {
     p0_ += kDepth;
-    if (p0_ >= p_.extent.positions) p0_ = 0, ++member_;
+    const bool over = p0_ >= p_.extent.positions;
+    p0_ = over ? 0 : p0_, member_ += over;
+    if (over & more_) sample_ = *member_;
+    move();
   }
 
   __device__ __forceinline__ Source<T> a(int i) const {
-    const int position = p0_ + A::row() + i * A::kRowsApart;
-    bool met = left_inside_ && position < p_.extent.positions;
-    if (met) {
-      const Place at = place_of(p_.extent, position);
-      met = inside(p_.extent, at.t + by_.t, at.h + by_.h, at.w + by_.w);
-    }
-    const int64 row = static_cast<int64>(*member_) * p_.extent.positions + position + shift_;
-    return {static_cast<const T*>(p_.left) + (met ? row * p_.left_pitch + left0_ : 0), met};
+    return {further(from_a_, p_.left_pitch, i * A::kRowsApart), met_ & 1u << i * A::kRowsApart};
   }
-
   __device__ __forceinline__ Source<T> b(int i) const {
-    const int position = p0_ + B::row() + i * B::kRowsApart;
-    const bool met = right_inside_ && position < p_.extent.positions;
-    const int64 row = static_cast<int64>(*member_) * p_.extent.positions + position;
-    return {static_cast<const T*>(p_.right) + (met ? row * p_.right_pitch + right0_ : 0), met};
+    return {further(from_b_, p_.right_pitch, i * B::kRowsApart), exist_ & 1u << i * B::kRowsApart};
   }
 
  private:
+  // The present step's sources: where a thread's first vectors lie, and which positions from theirs on exist.
+  __device__ __forceinline__ void move() {
+    const int64 first = static_cast<int64>(sample_) * p_.extent.positions + p0_;
+    from_a_ = left_ + first * p_.left_pitch, from_b_ = right_ + first * p_.right_pitch;
+    const int position = p0_ + static_cast<int>(threadIdx.x) % 32;
+    const Place at = place_of(p_.extent, position);
+    const bool exists = more_ & (position < p_.extent.positions);
+    // Within its row and column a shifted position is in a frame if it is one at all.
+    const bool met = exists & (static_cast<unsigned>(position + shift_) < p_.extent.positions) &
+                     (static_cast<unsigned>(at.h + by_.h) < p_.extent.h) &
+                     (static_cast<unsigned>(at.w + by_.w) < p_.extent.w);
+    met_ = __ballot_sync(0xffffffffu, met) >> A::row(),
+    exist_ = __ballot_sync(0xffffffffu, exists) >> B::row();
+    met_ = left_inside_ ? met_ : 0, exist_ = right_inside_ ? exist_ : 0;
+  }
+
   const WeightGradientParams& p_;
   Place by_;
   const int* member_;
-  int64 shift_;
-  int left0_, right0_, p0_ = 0;
-  bool left_inside_, right_inside_;
+  int sample_;
+  const T *left_, *right_, *from_a_, *from_b_;
+  int shift_, p0_ = 0;
+  unsigned met_ = 0, exist_ = 0;  // a bit a position
+  bool left_inside_, right_inside_, more_ = true;
 };
 
 #if DSTS_SM70
@@ -156,12 +179,12 @@ __device__ void weight_gradient_body(const WeightGradientParams& p) {
              memory);
 
   const int64 matrix = static_cast<int64>(p.by_neuron ? n : slot) * (p.taps_1 + p.taps_2) + tap;
-  for (int half = 0; half < 2; ++half) {
+  for (int part = 0; part < kParts; ++part) {
     __syncthreads();
-    engine.store(chunk, half);
+    engine.store(chunk, part);
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * kChunkColumns; i += kThreads) {
-      const int r = i / kChunkColumns, c = i % kChunkColumns, j = j0 + r, o = o0 + half * kChunkColumns + c;
+      const int r = i / kChunkColumns, c = i % kChunkColumns, j = j0 + r, o = o0 + part * kChunkColumns + c;
       if (j >= count || o >= p.columns) continue;
       const int row = p.order ? p.order[static_cast<int64>(slot) * p.rows + list_start + j] : j;
       const int64 at = (matrix * p.rows + row) * p.columns + o;
@@ -192,7 +215,7 @@ void weight_gradient(const WeightGradientParams& p, int dtype, bool tf32, int ca
   for_engine(dtype, tf32, [&](auto tag) {
     using E = typename decltype(tag)::Type;
     launch(weight_gradient_kernel<E>, grid, Multiplier<E>::kThreads,
-           product_bytes<E, false, false>(stages_of(capability)), stream, p);
+           product_bytes<E, false, false>(capability), stream, p);
   });
 }
 #endif

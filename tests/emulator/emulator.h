@@ -65,6 +65,13 @@ void multiply(Operand operand, int depth, float* d, const void* a, const void* b
 // lane giving four elements of either operand, by the layouts of the PTX ISA.
 void multiply_quads(bool a_by_row, bool b_by_column, float* c, const void* a, const void* b,
                     Place place = Place::here());
+// ldmatrix.x4: waits for the warp, each lane of which says where a row of 16 bytes of shared memory lies, and
+// tells it where the rows lie that its four registers come from: one each or, turned round, two.
+void meet_at_rows(const char* name, const unsigned char* row, bool turned, const unsigned char* (&from)[4][2],
+                  Place place);
+// mma.sync.m16n8k*: c += a b over 32 bytes of K, four registers of `a` and two of `b`, or over half of it.
+void multiply_add(Operand operand, int depth_bytes, float (&c)[4], const unsigned* a, const unsigned* b,
+                  Place place = Place::here(__builtin_FILE(), __builtin_LINE()));
 
 struct Copy {
   void* to;

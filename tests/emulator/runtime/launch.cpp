@@ -16,7 +16,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kDefaultShared = 48 << 10;
-constexpr int kSharedLimit = (EMULATOR_ARCH >= 800 ? 163 : 96) << 10;
+constexpr int kSharedLimit = (EMULATOR_ARCH >= 800 ? 163 : EMULATOR_ARCH >= 750 ? 64 : 96) << 10;
 
 std::mutex host_lock;
 std::vector<Worker*> idle_workers;

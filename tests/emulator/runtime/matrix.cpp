@@ -7,15 +7,13 @@
 
 namespace emulator {
 
-namespace {
-
 void require_whole_warp(const char* name, Place place) {
   const Fiber* f = self();
   const unsigned alive = f->worker->warps[f->slot / 32].alive;
   if (alive != ~0u) fail(place, "%s needs all 32 lanes, here are only %#x", name, alive);
 }
 
-float widened(uint16_t h) {  // half to float, see cuda_fp16.h
+float widened(uint16_t h) {
   const uint32_t w = uint32_t(h) << 16, twice = w + w;
   const uint32_t scaled = (twice >> 4) + (0xE0u << 23), offset = (twice >> 17) | (126u << 23);
   float normal, subnormal;
@@ -32,11 +30,7 @@ float widened(uint16_t h) {  // half to float, see cuda_fp16.h
   return x;
 }
 
-#ifdef __x86_64__
-#  define EMULATOR_CLONES __attribute__((target_clones("avx2", "default"), optimize("O3")))
-#else
-#  define EMULATOR_CLONES
-#endif
+namespace {
 
 // The values of a matrix whose elements lie in a row, whatever lanes they came from.
 EMULATOR_CLONES void widen_halves(const uint16_t* __restrict__ in, float* __restrict__ out) {

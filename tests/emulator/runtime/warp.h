@@ -23,6 +23,15 @@ struct Warp {
 // Waits for the lanes of `mask` that have not exited; the last one runs `finish`.
 void meet(Fiber* f, const char* name, unsigned mask, Place place, bool orders,
           void (*finish)(Fiber*, unsigned));
+// Fails where some lanes of the warp have exited.
+void require_whole_warp(const char* name, Place place);
+float widened(uint16_t half);  // to float, as in cuda_fp16.h
+// Of functions that take the time: products.
+#ifdef __x86_64__
+#  define EMULATOR_CLONES __attribute__((target_clones("avx2", "default"), optimize("O3")))
+#else
+#  define EMULATOR_CLONES
+#endif
 // Takes a fiber that exits out of its warp; others may have waited for it alone.
 void leave_warp(Fiber* f);
 
