@@ -50,6 +50,34 @@ struct Reduction {
   const int* order;      // that list, or null
 };
 
+// Taps as bits, `APART` of them from tap to tap, by the edge of the features that they reach over: what a
+// position there must not read.
+template <int APART>
+struct Edges {
+  using Bits = unsigned long long;
+  Bits all = 0, before_t = 0, after_t = 0, before_h = 0, after_h = 0, before_w = 0, after_w = 0;
+
+  __device__ __forceinline__ explicit Edges(const Taps& taps) {
+#pragma unroll 1
+    for (int tap = 0; tap < taps.first + taps.second; ++tap) {
+      const Place by = reach_of(taps, tap);
+      const Bits bit = Bits{1} << (tap * APART);
+      all |= bit;
+      before_t |= by.t < 0 ? bit : 0, after_t |= by.t > 0 ? bit : 0;
+      before_h |= by.h < 0 ? bit : 0, after_h |= by.h > 0 ? bit : 0;
+      before_w |= by.w < 0 ? bit : 0, after_w |= by.w > 0 ? bit : 0;
+    }
+  }
+
+  // The taps that meet features at `at`.
+  __device__ __forceinline__ Bits met(const Extent& e, const Place& at) const {
+    Bits over = (at.t == 0 ? before_t : 0) | (at.t == e.t - 1 ? after_t : 0);
+    over |= (at.h == 0 ? before_h : 0) | (at.h == e.h - 1 ? after_h : 0);
+    over |= (at.w == 0 ? before_w : 0) | (at.w == e.w - 1 ? after_w : 0);
+    return all & ~over;
+  }
+};
+
 // Sources of a step are worked out by next(), without a branch, while the step before is multiplied: where
 // the first vector of either operand lies, and which vectors exist, a bit each. Offsets within one matrix of
 // filters fit 32 bits.
@@ -71,15 +99,11 @@ class ImplicitOperands {
       : in_(in), sum_(sum) {
     const int64 first = static_cast<int64>(b) * in.extent->positions + p0 + A::row();
     panel_ = in.panel + first * in.pitch + A::column();
+    const Edges<A::kCount> edges(in.taps);
 #pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
       const int position = p0 + A::row() + i * A::kRowsApart;
-      if (position >= in.extent->positions) continue;
-      const Place at = place_of(*in.extent, position);
-      for (int tap = 0; tap < in.taps.first + in.taps.second; ++tap) {
-        const Place by = reach_of(in.taps, tap);
-        if (inside(*in.extent, at.t + by.t, at.h + by.h, at.w + by.w)) met_ |= 1ull << (tap * A::kCount + i);
-      }
+      if (position < in.extent->positions) met_ |= edges.met(*in.extent, place_of(*in.extent, position)) << i;
     }
     const int column = o0 + (FILTERS_BY_K ? B::row() : B::column());
     filters_ = in.filters + (FILTERS_BY_K ? B::column() : column);
@@ -189,149 +213,5 @@ class ImplicitOperands {
   int number_, blocks_, columns_2_, tap_, k_;
   bool more_ = true;
 };
-
-// Taps as bits, by the edge of the features that they reach over: what a position there must not read.
-struct Edges {
-  unsigned all = 0, before_t = 0, after_t = 0, before_h = 0, after_h = 0, before_w = 0, after_w = 0;
-
-  __device__ __forceinline__ explicit Edges(const Taps& taps) {
-#pragma unroll 1
-    for (int tap = 0; tap < taps.first + taps.second; ++tap) {
-      const Place by = reach_of(taps, tap);
-      const unsigned bit = 1u << tap;
-      all |= bit;
-      before_t |= by.t < 0 ? bit : 0, after_t |= by.t > 0 ? bit : 0;
-      before_h |= by.h < 0 ? bit : 0, after_h |= by.h > 0 ? bit : 0;
-      before_w |= by.w < 0 ? bit : 0, after_w |= by.w > 0 ? bit : 0;
-    }
-  }
-
-  // The taps that meet features at `at`.
-  __device__ __forceinline__ unsigned met(const Extent& e, const Place& at) const {
-    unsigned over = (at.t == 0 ? before_t : 0) | (at.t == e.t - 1 ? after_t : 0);
-    over |= (at.h == 0 ? before_h : 0) | (at.h == e.h - 1 ? after_h : 0);
-    over |= (at.w == 0 ? before_w : 0) | (at.w == e.w - 1 ? after_w : 0);
-    return all & ~over;
-  }
-};
-
-#if DSTS_SM70
-// The same sources for `Volta`, whose registers are full: few values, and no branch from step to step.
-template <bool FILTERS_BY_K, bool LISTED_COLUMNS>
-class ImplicitOperands<Volta<true, FILTERS_BY_K>, FILTERS_BY_K, LISTED_COLUMNS> {
-  using Engine = Volta<true, FILTERS_BY_K>;
-  using T = typename Engine::T;
-  using A = Copies<typename Engine::A, T, Engine::kThreads>;
-  using B = Copies<typename Engine::B, T, Engine::kThreads>;
-  static constexpr int kDepth = Engine::A::kDepth;
-  static constexpr int kBlock = kBlockBytes / static_cast<int>(sizeof(T));
-  static_assert(kBlock == 2 * kDepth && A::kCount == 4 && B::kCount == 4 && kTaps < 15);
-
- public:
-  static constexpr int kStepsOfBlock = kBlock / kDepth;
-
-  __device__ __forceinline__ ImplicitOperands(const Implicit<T>& in, const Reduction& sum, int b, int p0,
-                                              int o0, const int* list)
-      : in_(in), sum_(sum) {
-    const int64 first = static_cast<int64>(b) * in.extent->positions + p0 + A::row();
-    panel_ = in.panel + first * in.pitch + A::column();
-    const Edges edges(in.taps);
-#  pragma unroll
-    for (int i = 0; i < A::kCount; ++i) {
-      const int position = p0 + A::row() + i * A::kRowsApart;
-      if (position < in.extent->positions)
-        met_[i / 2] |= edges.met(*in.extent, place_of(*in.extent, position)) << i % 2 * 16;
-    }
-#  pragma unroll
-    for (int i = 0; i < B::kCount; ++i) {
-      const int o = o0 + (FILTERS_BY_K ? B::row() + i * B::kRowsApart : B::column());
-      if (o < in.outputs) met_[i / 2] |= 1u << (i % 2 * 16 + kColumn);
-      if (LISTED_COLUMNS) own_[i] = o < in.outputs ? list[o] : 0;
-    }
-    column_ = in.filters + (FILTERS_BY_K ? B::column() : o0 + B::column());
-    if (FILTERS_BY_K && !LISTED_COLUMNS) column_ += static_cast<int64>(o0 + B::row()) * in.filter_pitch;
-  }
-
-  // Starts at K block and tap number `at` of all.
-  __device__ __forceinline__ void start(int at) {
-    index_ = sum_.base + (in_.packed ? at : 0);
-    first_ = at < sum_.blocks_1 * in_.taps.first;
-    if (!first_) at -= sum_.blocks_1 * in_.taps.first;
-    const int taps = first_ ? in_.taps.first : in_.taps.second, block = taps ? at / taps : 0;
-    k_ = block * kBlock;
-    tap_ = at - block * taps + (first_ ? 0 : in_.taps.first);
-    k_end_ = sum_.blocks_1 * kBlock;
-    move();
-  }
-
-  __device__ __forceinline__ void end(bool really) {
-#  pragma unroll
-    for (unsigned& bits : met_) bits = really ? 0 : bits;
-  }
-
-  __device__ __forceinline__ void next() {
-    k_ ^= kDepth;  // the halves of a K block, then its next tap, then the next block
-    const bool whole = (k_ & kDepth) == 0;
-    index_ += whole & in_.packed, tap_ += whole;
-    const bool all_taps = whole & (tap_ == in_.taps.first + (first_ ? 0 : in_.taps.second));
-    k_ += all_taps ? kBlock : 0;
-    const bool all_blocks = all_taps & first_ & (k_ >= k_end_);
-    k_ = all_blocks ? 0 : k_;
-    first_ = first_ & !all_blocks;
-    tap_ = all_taps ? (first_ ? 0 : in_.taps.first) : tap_;
-    move();
-  }
-
-  __device__ __forceinline__ Source<T> a(int i) const {
-    return {from_a_ + static_cast<int64>(i * A::kRowsApart) * in_.pitch,
-            static_cast<bool>(is_set(i, tap_) & (k_ < in_.width - A::column()))};
-  }
-
-  __device__ __forceinline__ Source<T> b(int i) const {
-    if constexpr (FILTERS_BY_K) {
-      const int64 row = LISTED_COLUMNS ? own_[i] : i * B::kRowsApart;
-      return {from_b_ + row * in_.filter_pitch,
-              static_cast<bool>(is_set(i, kColumn) & (in_.packed | (k_ < in_.rows - B::column())))};
-    } else {
-      return {from_b_ + static_cast<int64>(own_[i]) * in_.filter_pitch,
-              static_cast<bool>(is_set(i, kColumn) & (own_[i] >= 0))};
-    }
-  }
-
- private:
-  static constexpr int kColumn = 15;  // the bit of met_ that says whether a vector's column is there
-
-  __device__ __forceinline__ bool is_set(int i, int bit) const {
-    return (met_[i / 2] >> (i % 2 * 16 + bit) & 1) != 0;
-  }
-
-  // What the present step's sources share; of filters by output also the channels that its rows are of, so
-  // that a list's entries are here when the rows are asked for.
-  __device__ __forceinline__ void move() {
-    from_a_ = panel_ + in_.shifts[tap_] + ((first_ ? 0 : sum_.columns_2) + k_);
-    from_b_ = column_ + (index_ + (in_.packed ? 0 : tap_)) * in_.matrix;
-    if constexpr (FILTERS_BY_K) {
-      from_b_ += in_.packed ? k_ & kDepth : k_;
-    } else {
-      const int* order = sum_.order;
-      const int start = order && !first_ ? sum_.start_2 : 0;
-      const int count = order && first_ ? sum_.count_1 : in_.rows - start;
-#  pragma unroll
-      for (int i = 0; i < B::kCount; ++i) {
-        const int k = k_ + B::row() + i * B::kRowsApart;
-        own_[i] = k >= count ? -1 : order ? order[start + k] : k;
-      }
-    }
-  }
-
-  const Implicit<T>& in_;
-  const Reduction& sum_;
-  const T *panel_, *column_, *from_a_, *from_b_;
-  unsigned met_[2] = {};  // by vector 16 bits: which taps of its position lie inside; and kColumn
-  int own_[FILTERS_BY_K && !LISTED_COLUMNS ? 1 : B::kCount];  // rows of filters that vectors come from
-  int index_, tap_, k_, k_end_;
-  bool first_;
-};
-#endif
 
 }  // namespace dsts::cuda
