@@ -35,8 +35,8 @@ UNITS = {
 NEVER, ZEROS = 0xF, 0xF  # the predicate !PT: of an instruction, and of a copy that writes zeros
 
 # Multiply-adds a cycle of a scheduler's tensor core, kindly and not; TF32 has half. From Turing on they follow from the
-# stall counts by which the compiler spaces a warp's products: 6 cycles for one of 16x8x16 on Hopper, where others reach
-# 63% of the peak (6.4 cycles) by such instructions.
+# stall counts by which the compiler spaces a warp's products: 6 cycles for one of 16x8x16 on Hopper, unkindly 6.4 (63%
+# of the peak, an estimate).
 RATE = {70: (128.0, 128.0), 75: (128.0, 128.0), 80: (256.0, 256.0), 90: (2048 / 6.0, 2048 / 6.4)}
 LEAST = {90: 4.0}  # cycles of the shortest product: of 16x8x4 and of 16x8x8
 FRESH = 3.0  # Volta, unkindly: of a product none of whose three register pairs was read by the one before

@@ -144,6 +144,19 @@ def test_main_loop(times, steps):
     assert "S2R" not in found.kinds and found.ends[-1] and sum(found.ends) == 1 + (512 // times if times < 512 else 0)
 
 
+def test_counted_is_of_one_step():
+    """A turn of two steps counts half of what it takes; passes are those of all warps of a block."""
+    step = [load(1, 16), *[product(1, 2)] * 512, made(0xB1D)]
+    one, two = (
+        turn_of(code_of(*step * steps, branch(-len(step) * steps - 1)), 70, "float32", 4)._replace(steps=steps)
+        for steps in (1, 2)
+    )
+    found = [cuda_loops.counted(turn, 70, "float32", "by_k") for turn in (one, two)]
+    assert [each.passes for each in found] == [4 * 4, 4 * 4]
+    assert [each.instructions for each in found] == [515, 514]
+    assert found[1].cycles[1] == pytest.approx(found[0].cycles[1], rel=0.02) and found[0].cycles[1][0] > 1024
+
+
 def test_a_loop_of_no_whole_step():
     turn = [*[product(1, 2)] * 100, made(0xB1D)]
     with pytest.raises(ValueError, match="got 25600 multiply-adds a warp, wanted whole steps of 131072"):

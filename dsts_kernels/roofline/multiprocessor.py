@@ -58,13 +58,14 @@ class Machine(NamedTuple):
     queue: int | None = None  # accesses of a scheduler that may wait for the pipe
 
 
+UNKIND = Machine(12.0, operands=12.0, pass_=1.1, shared=24.0, trip=450.0, barrier=24.0, jump=16.0, queue=8)
 # By compute capability, kindly and with every assumption unfavourable. Estimates: Turing's products answer later than
 # Volta's, whose scoreboard is released early, and its pipe to shared memory is half as wide.
 MACHINES = {
-    70: (Machine(), Machine(12.0, 12.0, 6.0, 1.1, 24.0, 450.0, 25.0, 24.0, 16.0, 8)),
-    75: (Machine(18.0, pass_=2.0), Machine(24.0, 12.0, 6.0, 2.2, 24.0, 450.0, 35.0, 24.0, 16.0, 8)),
-    80: (Machine(33.0), Machine(40.0, 12.0, 6.0, 1.1, 24.0, 450.0, 35.0, 24.0, 16.0, 8)),
-    90: (Machine(33.0), Machine(40.0, 12.0, 6.0, 1.1, 24.0, 450.0, 50.0, 24.0, 16.0, 8)),
+    70: (Machine(), UNKIND),
+    75: (Machine(products=18.0, pass_=2.0), UNKIND._replace(products=24.0, pass_=2.2, slow=35.0)),
+    80: (Machine(products=33.0), UNKIND._replace(products=40.0, slow=35.0)),
+    90: (Machine(products=33.0), UNKIND._replace(products=40.0, slow=50.0)),
 }
 
 
