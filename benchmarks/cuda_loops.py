@@ -71,6 +71,8 @@ def step(code: bytes, arch: int) -> Counted:
     times: Counter[str] = Counter()
     for at in range(outer.first, outer.last + 1):
         times[kinds[at]] += TRIPS ** sum(loop.first <= at <= loop.last for loop in inside)
+    if 75 <= arch < 80 and times["HMMA"]:  # brings 32 bytes of K
+        times += times
     return Counted(times.total(), times)
 
 

@@ -8,7 +8,7 @@ together, and where one is waited for before the next is asked for.
 
 from __future__ import annotations
 
-from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE
+from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE, block_kib
 from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from ..backends.triton.tuning import Tile
@@ -38,9 +38,8 @@ def pitch(case: Case) -> int:
 
 def tile_of(case: Case, chip: Chip) -> Tile:
     exact = case.kind == "ieee"
-    needed = 44 if chip.capability < 80 else 66  # KiB of a block, as in the launchers
-    resident = 2 if not exact and chip.shared >= 2 * needed else 1
-    stages = 2 if chip.capability < 80 else 3
+    resident = 2 if not exact and chip.shared >= 2 * block_kib(chip.capability) else 1
+    stages = 2 if chip.capability < 80 else 3 if exact else 4
     return Tile(TILE, TILE, tile_channels(case.dtype), 8 if exact else 4, stages, False, resident)
 
 
@@ -59,8 +58,8 @@ def product(launch: Launch, case: Case, chip: Chip, kernel: str, steps: int, hel
     """Completes a launch whose longest block has ``steps`` of 64 bytes, with ``held`` blocks a multiprocessor."""
     dtype = "tf32" if case.kind == "tf32" else str(case.dtype).removeprefix("torch.")
     cost = step_of(chip.capability, dtype, kernel, chip.width)
-    # What is asked for during one half of a step is stored after it; later chips ask two steps ahead.
-    trips = 2.0 if chip.capability < 80 else 0.5
+    # What is asked for during one half of a step is stored after it; later chips ask steps ahead, one less than stages.
+    trips = 2.0 if chip.capability < 80 else 1 / (tile_of(case, chip).stages - 1)
     return launch._replace(
         busiest=2.0 * steps * held * TILE * TILE * (64 // case.element),
         shared=steps * held * cost.shared,

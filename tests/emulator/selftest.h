@@ -16,6 +16,12 @@ int double_buffer(const float* x, float* out, int chunks, int keep);
 // d = a b, 16 x depth and depth x 16, of kind 0 (half), 1 (bfloat16) or 2 (tf32).
 int product(const void* a, const void* b, float* d, int kind, int depth, int a_by_column, int b_by_column,
             int d_by_column, int repeat);
+// What ldmatrix gives 32 lanes, four registers each, of as many rows of 16 bytes; with rows `offset` bytes
+// further, and by the first `lanes` only.
+int matrices(const unsigned char* rows, unsigned* out, int turned, int offset, int lanes);
+// mma.sync of each lane's registers, over so many bytes of K; kinds as above.
+int fragment_product(const unsigned* a, const unsigned* b, const float* c, float* out, int kind,
+                     int depth_bytes);
 // kind 0: half of the threads wait at another barrier; 1: at a shuffle; 2: one thread has left, and the rest
 // go on.
 int divergent(int kind, float* out);
