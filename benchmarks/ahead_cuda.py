@@ -17,7 +17,7 @@ from . import cubin, cuda_compilers
 
 NEURONS = 10
 PRODUCTS = ("conv", "data_gradient", "weight_gradient")
-TILE, CHUNK = 128, 64  # of products: sides of a tile, columns that an epilogue takes at once
+TILE = 128  # of products: sides of a tile
 BYTES = {"half": 2, "bfloat16": 2, "tf32": 4, "float": 4}
 MOST_PROGRAMS = 1024
 
@@ -75,19 +75,22 @@ class Resources(NamedTuple):
         return self.name.base not in PRODUCTS or self.element in ("half", "float") or self.arch >= 80
 
 
-def operand_bytes(element: str, by_k: bool) -> int:
-    """``SharedTile::kBytes`` of csrc/cuda/product.h."""
+def operand_bytes(element: str, by_k: bool, arch: int) -> int:
+    """Of one step: ``SharedTile::kBytes`` of csrc/cuda/product.h, and ``SwizzledTile::kBytes`` of turing.h."""
     size = BYTES[element]
     depth, vector = 64 // size, 16 // size
+    if element != "float" and arch >= 75:
+        return TILE * (64 if arch >= 80 else 32)
     rows, columns = (TILE, depth) if by_k else (depth, TILE)
     return rows * (columns + (1 if by_k else 2) * vector) * size
 
 
 def product_bytes(element: str, a_by_k: bool, b_by_k: bool, arch: int) -> int:
     """``product_bytes`` of csrc/cuda/product.h."""
-    stages = 3 if arch >= 80 else 2
-    chunk = TILE * (CHUNK + 4) * 4 + 2 * CHUNK * 9 * 4
-    return max(stages * (operand_bytes(element, a_by_k) + operand_bytes(element, b_by_k)), chunk)
+    stages = 2 if arch < 80 else 3 if element == "float" else 4
+    columns = TILE // 4 if 75 <= arch < 80 else TILE // 2  # that an epilogue takes at once
+    chunk = TILE * (columns + 4) * 4 + TILE * 9 * 4
+    return max(stages * (operand_bytes(element, a_by_k, arch) + operand_bytes(element, b_by_k, arch)), chunk)
 
 
 # sizeof(ConvShared), sizeof(GradientShared): what tests/backends/cuda/test_ahead.py asks the C++ compiler.
@@ -97,7 +100,8 @@ CONV_SHARED, GRADIENT_SHARED = 192, 2176
 def launched_programs(element: str, arch: int) -> int:
     """The most programs a convolution is launched with: as ``conv_problem`` has them."""
     chip = CHIPS[arch]
-    twice = element != "float" and chip.shared_kib >= 2 * (66 if arch >= 80 else 44)
+    block = 44 if arch < 75 else 32 if arch < 80 else 70  # KiB: block_kib of the launchers
+    twice = element != "float" and chip.shared_kib >= 2 * block
     return min(chip.processors * (2 if twice else 1), MOST_PROGRAMS)
 
 

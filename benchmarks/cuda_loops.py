@@ -14,6 +14,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from dsts_kernels.roofline.counted import Counted
@@ -45,7 +46,7 @@ class Turn(NamedTuple):
     words: list[cuda_program.Words]
     ends: list[bool]
     kinds: Counter[str]
-    steps: int  # that it does
+    steps: Fraction  # that it does: whole ones, or half of one
     warps: int  # of a block
 
 
@@ -93,13 +94,13 @@ def turn_of(code: bytes, arch: int, dtype: str, warps: int) -> Turn:
     inside = [loop for loop in found if outer.first <= loop.first and loop.last <= outer.last and loop != outer]
     for trips in TRIPS if inside else TRIPS[:1] if whole else ():
         turn = unrolled(outer, inside, trips)
-        steps, more = divmod(sum(done[at] for at, _ in turn), needed)
-        if steps and not more:
+        steps = Fraction(sum(done[at] for at, _ in turn), needed)
+        if steps.denominator == 1 or (steps == Fraction(1, 2) and not inside):
             times = Counter(kinds[at] for at, _ in turn)
             return Turn([words[at] for at, _ in turn], [ends for _, ends in turn], times, steps, warps)
     raise ValueError(
         f"main loop for sm_{arch}, {dtype}: got {whole and sum(done[outer.first : outer.last + 1])} multiply-adds "
-        f"a warp, wanted whole steps of {needed}"
+        f"a warp, wanted whole steps of {needed}, or half of one"
     )
 
 
@@ -130,9 +131,11 @@ def counted(turn: Turn, arch: int, dtype: str, kernel: str) -> Counted:
     cycles = {}
     for blocks in (1, 2) if dtype != "float32" else (1,):
         both = zip((program, unkind), MACHINES[arch], strict=True)
-        cycles[blocks] = tuple(round(estimate(*one, blocks=blocks, warps=turn.warps) / turn.steps) for one in both)
+        cycles[blocks] = tuple(
+            round(estimate(*one, blocks=blocks, warps=turn.warps) / float(turn.steps)) for one in both
+        )
     moved = turn.warps * sum(one.cost for one in program if one.unit in MEMORY)
-    return Counted(round(turn.kinds.total() / turn.steps), round(moved / turn.steps), cycles)
+    return Counted(round(turn.kinds.total() / turn.steps), round(moved / float(turn.steps)), cycles)
 
 
 def count(arch: int) -> dict[str, dict[str, Counted]]:

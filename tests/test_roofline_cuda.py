@@ -26,7 +26,6 @@ from dsts_kernels.roofline.loops import (
     quad_load,
     step_of,
     store_passes,
-    tf32_fragment,
 )
 from dsts_kernels.roofline.tables import run_on
 
@@ -194,11 +193,10 @@ def test_quad_loads():
 
 
 def test_passes_of_loads():
-    """What lanes' addresses make of every load, where it was worked out; TF32's by output meet."""
+    """What lanes' addresses make of every load, where it is worked out."""
     assert load_passes(70, "float16", "by_k") == {8: (2, 2)}
     assert load_passes(70, "float16", "by_output") == {8: (2, 2), 16: (4, 4)}
     assert load_passes(70, "float16", "weight_gradient") == {16: (4, 4)}
-    assert load_passes(80, "tf32", "by_output") == {4: (1, 2)} and tf32_fragment(False, pitch_of(80, False, 4)) == 2
     assert load_passes(75, "float16", "by_k") == load_passes(70, "float32", "by_k") == {}
 
 

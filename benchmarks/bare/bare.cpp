@@ -87,7 +87,9 @@ struct Launch {
   int programs, waves, flags, shared;
 
   Launch(const bare::Layer& layer, const bare::Driver& driver, int capability) {
-    const int columns = bare::ceil_div(layer.channels, kTile), needed = capability < 80 ? 44 : 66;
+    const int columns = bare::ceil_div(layer.channels, kTile);
+    const bool turing = capability >= 75 && capability < 80;
+    const int needed = capability < 75 ? 44 : turing ? 32 : 70;
     const int resident = driver.attribute(bare::kSharedOfProcessor) >= 2 * needed * 1024 ? 2 : 1;
     const int tiles = layer.batch * bare::ceil_div(layer.positions(), kTile) * columns;
     const int most = tiles * (layer.width / bare::kBlock) * 12;
@@ -95,8 +97,10 @@ struct Launch {
                          bare::ceil_div(most, dsts::cuda::kLeast), kMostPrograms});
     waves = std::max(0, tiles / programs - 1);
     flags = programs + layer.batch * columns;
-    const int stages = capability < 80 ? 2 : 3, operand = kTile * (32 + 8) * 2;  // product_bytes
-    const int chunk = kTile * (kTile / 2 + 4) * 4 + kTile * 9 * 4;
+    // product_bytes
+    const int stages = capability < 80 ? 2 : 4;
+    const int operand = kTile * (capability < 75 ? 80 : turing ? 32 : 64);
+    const int chunk = kTile * (kTile / (turing ? 4 : 2) + 4) * 4 + kTile * 9 * 4;
     const int tile = 192;  // sizeof(ConvShared)
     shared = std::max(stages * 2 * operand, chunk) + tile + 4 * (3 * programs + 1 + kThreads);
   }

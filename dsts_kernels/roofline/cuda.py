@@ -8,7 +8,7 @@ is as their SASS has it (sm_70): where loads come together, and where one is wai
 
 from __future__ import annotations
 
-from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE
+from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE, block_kib
 from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from ..backends.triton.tuning import Tile
@@ -38,9 +38,8 @@ def pitch(case: Case) -> int:
 
 def tile_of(case: Case, chip: Chip) -> Tile:
     exact = case.kind == "ieee"
-    needed = 44 if chip.capability < 80 else 66  # KiB of a block, as in the launchers
-    resident = 2 if not exact and chip.shared >= 2 * needed else 1
-    stages = 2 if chip.capability < 80 else 3
+    resident = 2 if not exact and chip.shared >= 2 * block_kib(chip.capability) else 1
+    stages = 2 if chip.capability < 80 else 3 if exact else 4
     return Tile(TILE, TILE, tile_channels(case.dtype), 8 if exact else 4, stages, False, resident)
 
 

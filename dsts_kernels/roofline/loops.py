@@ -41,7 +41,7 @@ def passes(addresses: Iterable[int], width: int) -> int:
 
 
 def pitch_of(capability: int, by_k: bool, element: int) -> int:
-    """Bytes from row to row in shared memory, as ``SharedTile`` of csrc/cuda/product.h has them."""
+    """Bytes from row to row in shared memory, as ``SharedTile`` of csrc/cuda/product.h has them: sm_70, and float32."""
     return STEP + 16 if by_k else TILE * element + (32 if capability < 75 else 16)
 
 
@@ -56,27 +56,19 @@ def quad_load(left: bool, by_k: bool, pitch: int) -> int:
     return passes((low * pitch + 2 * (16 * upper + 8 * half) for low, upper, half in lanes), 16)
 
 
-def tf32_fragment(by_k: bool, pitch: int) -> int:
-    """Passes of one load of a TF32 fragment: 4 bytes a lane, four lanes along K and eight across."""
-    along = [(lane % 4, lane // 4) for lane in LANES]
-    return passes((k * WORD + mn * pitch if by_k else k * pitch + mn * WORD for k, mn in along), WORD)
-
-
 def load_passes(capability: int, dtype: str, kernel: str) -> dict[int, tuple[float, float]]:
-    """Passes of a load of the left operand and of the right one, by its bytes a lane, where those are not a word each.
+    """Passes of a load of the left operand and of the right one, by its bytes a lane.
 
-    Other loads meet in no bank: as many passes as a lane loads words.
+    Loads that are not named meet in no bank: as many passes as a lane loads words (from sm_75 on
+    tests/backends/cuda/test_banks.py asks the kernels themselves).
     """
-    by_k = kernel != "weight_gradient", kernel in ("by_k", "data_gradient")
-    pitches = [pitch_of(capability, way, 4 if dtype in ("float32", "tf32") else 2) for way in by_k]
-    if dtype == "tf32":
-        return {WORD: tuple(map(tf32_fragment, by_k, pitches))}
     if capability >= 75 or dtype == "float32":
         return {}
+    by_k = kernel != "weight_gradient", kernel in ("by_k", "data_gradient")
     found: dict[int, tuple[float, float]] = {}
     for side in range(2):
         width = 8 if by_k[side] else 16
-        own = quad_load(side == 0, by_k[side], pitches[side])
+        own = quad_load(side == 0, by_k[side], pitch_of(capability, by_k[side], 2))
         other = found.get(width, (width / WORD,) * 2)
         found[width] = (own, other[1]) if side == 0 else (other[0], own)
     return found

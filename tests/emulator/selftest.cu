@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
+#include <cuda_ptx.h>
 #include <cuda_runtime.h>
 #include <mma.h>
 
@@ -164,6 +165,40 @@ __global__ void misaligned_kernel(const __grid_constant__ Misaligned p) {
   wmma::load_matrix_sync(a, static_cast<const __half*>(p.a) + p.offset, p.stride);
 }
 
+#if __CUDA_ARCH__ >= 750
+struct Matrices {
+  const unsigned char* rows;
+  unsigned* out;
+  int turned, offset, lanes;
+};
+__global__ void matrices_kernel(const __grid_constant__ Matrices p) {
+  DSTS_DYNAMIC_SHARED(memory);
+  const int t = threadIdx.x, other = 31 - t;
+  memcpy(memory + other * 16, p.rows + other * 16, 16);
+  __syncthreads();  // here: rows
+  if (t >= p.lanes) return;
+  unsigned to[4];
+  emulator::load_matrices(to, memory + t * 16 + p.offset, p.turned != 0);  // here: matrices
+  for (int i = 0; i < 4; ++i) p.out[t * 4 + i] = to[i];
+}
+
+struct FragmentProduct {
+  const unsigned *a, *b;
+  const float* c;
+  float* out;
+  emulator::Operand operand;
+  int depth_bytes;
+};
+__global__ void fragment_product_kernel(const __grid_constant__ FragmentProduct p) {
+  const int t = threadIdx.x;
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = p.c[t * 4 + i];
+  emulator::multiply_add(p.operand, p.depth_bytes, sum, p.a + t * (p.depth_bytes / 8),
+                         p.b + t * (p.depth_bytes / 16));
+  for (int i = 0; i < 4; ++i) p.out[t * 4 + i] = sum[i];
+}
+#endif
+
 struct Divergent {
   int kind;
   float* out;
@@ -232,6 +267,20 @@ int quads(const void* a, const void* b, float* c, int a_by_row, int b_by_column)
   const Quads p{static_cast<const uint2*>(a), static_cast<const uint2*>(b), c, a_by_row, b_by_column};
   return run(quads_kernel, p, 1, 32, 0);
 }
+#if __CUDA_ARCH__ >= 750
+int matrices(const unsigned char* rows, unsigned* out, int turned, int offset, int lanes) {
+  return run(matrices_kernel, Matrices{rows, out, turned, offset, lanes}, 1, 32, 32 * 16);
+}
+int fragment_product(const unsigned* a, const unsigned* b, const float* c, float* out, int kind,
+                     int depth_bytes) {
+  using emulator::Operand;
+  const Operand operand = kind == 0 ? Operand::kHalf : kind == 1 ? Operand::kBFloat16 : Operand::kTf32;
+  return run(fragment_product_kernel, FragmentProduct{a, b, c, out, operand, depth_bytes}, 1, 32, 0);
+}
+#else
+int matrices(const unsigned char*, unsigned*, int, int, int) { return -1; }
+int fragment_product(const unsigned*, const unsigned*, const float*, float*, int, int) { return -1; }
+#endif
 int divergent(int kind, float* out) { return run(divergent_kernel, Divergent{kind, out}, 1, 32, 0); }
 int round_trip(const float* x, float* halves, float* bfloats, int n) {
   return run(round_trip_kernel, RoundTrip{x, halves, bfloats, n}, (n + 63) / 64, 64, 0);

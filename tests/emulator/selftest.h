@@ -18,6 +18,12 @@ int product(const void* a, const void* b, float* d, int kind, int depth, int a_b
             int d_by_column, int repeat);
 // c += a b by mma.sync.m8n8k4: [32][4] halves of either operand and [32][8] floats, by lane.
 int quads(const void* a, const void* b, float* c, int a_by_row, int b_by_column);
+// What ldmatrix gives 32 lanes, four registers each, of as many rows of 16 bytes; with rows `offset` bytes
+// further, and by the first `lanes` only.
+int matrices(const unsigned char* rows, unsigned* out, int turned, int offset, int lanes);
+// mma.sync of each lane's registers, over so many bytes of K; kinds as above.
+int fragment_product(const unsigned* a, const unsigned* b, const float* c, float* out, int kind,
+                     int depth_bytes);
 // kind 0: half of the threads wait at another barrier; 1: at a shuffle; 2: one thread has left, and the rest
 // go on.
 int divergent(int kind, float* out);

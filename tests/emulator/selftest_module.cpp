@@ -28,6 +28,8 @@ void bind(pybind11::module_& m) {
   def(m, "double_buffer", &selftest::double_buffer);
   def(m, "product", &selftest::product);
   def(m, "quads", &selftest::quads);
+  def(m, "matrices", &selftest::matrices);
+  def(m, "fragment_product", &selftest::fragment_product);
   def(m, "divergent", &selftest::divergent);
   def(m, "round_trip", &selftest::round_trip);
   def(m, "misaligned_product", &selftest::misaligned_product);

@@ -67,13 +67,17 @@ def uses_tf32(x: Tensor) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def block_kib(capability: int) -> int:
+    """KiB of shared memory that a block of tensor core products takes at most."""
+    return 44 if capability < 75 else 32 if capability < 80 else 70
+
+
 def resident(x: Tensor) -> int:
     """Blocks of a product that a multiprocessor holds: of exact float32 one, else two where shared memory allows."""
     capability = chip(x.device).capability
     if x.dtype == torch.float32 and not uses_tf32(x):
         return 1
-    needed = 44 if capability < 80 else 66  # KiB of a block
-    return 2 if SHARED_KIB.get(capability, 100) >= 2 * needed else 1
+    return 2 if SHARED_KIB.get(capability, 100) >= 2 * block_kib(capability) else 1
 
 
 def address(tensor: Tensor | None) -> int:

@@ -50,7 +50,7 @@ def built(flavour: str, arch: int = 800) -> Path:
     return emulator.build(flavour, arch, SOURCES)
 
 
-@pytest.fixture(scope="module", params=[700, 800])
+@pytest.fixture(scope="module", params=[700, 750, 800])
 def arch(request):
     return request.param
 
@@ -62,13 +62,13 @@ def m(arch):
     module.emulator.reset()
 
 
-def run(flavour: str, script: str) -> tuple[int, str]:
+def run(flavour: str, script: str, arch: int = 800) -> tuple[int, str]:
     """Runs a script in its own process, where x is 1024 floats, out as many zeros and p() an array's address."""
     opening = f"""
         import sys
         import numpy as np
         from tests.emulator import build
-        m = build.load(build.Path({str(built(flavour))!r}))
+        m = build.load(build.Path({str(built(flavour, arch))!r}))
         x = np.arange(1024, dtype=np.float32)
         out = np.zeros_like(x)
         def p(a): return a.ctypes.data
@@ -184,6 +184,56 @@ def test_products_of_quad_pairs(m, a_by_row, b_by_column):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+LANE, FOUR = torch.arange(32)[:, None], torch.arange(4)
+G, T = LANE // 4, LANE % 4  # as the PTX ISA numbers groups of lanes, and lanes of a group
+
+
+def test_matrices_lane_by_lane(m, arch):
+    """ldmatrix: word T of row G of each matrix; turned round, elements G of rows 2 T and 2 T + 1."""
+    rows, out = torch.randint(-(2**15), 2**15, (4, 8, 8), dtype=torch.int16), torch.zeros(32, 4, 2, dtype=torch.int16)
+    for turned in (0, 1):
+        code = m.matrices(rows.data_ptr(), out.data_ptr(), turned, 0, 32)
+        if arch < 750:
+            assert code == -1
+            continue
+        pair = torch.arange(2)
+        first, second = 2 * T[..., None] + pair, G[..., None].expand(32, 1, 2)
+        assert torch.equal(out, rows[FOUR[:, None], first, second] if turned else rows[FOUR[:, None], second, first])
+
+
+def registers(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Each lane's elements, by the rows and columns that the PTX ISA names for them."""
+    return matrix[rows, columns].contiguous()
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, depth",
+    [(0, torch.float16, 8), (0, torch.float16, 16), (1, torch.bfloat16, 16), (2, torch.float32, 8)],
+)
+def test_fragment_products_lane_by_lane(m, arch, kind, dtype, depth):
+    """mma.sync.m16n8k8 and m16n8k16; float32 stands for TF32."""
+    a, b, c = torch.randn(16, depth).to(dtype), torch.randn(depth, 8).to(dtype), torch.randn(16, 8)
+    if kind == 2:
+        a, b = ((x.view(torch.int32) & -0x2000).view(torch.float32) for x in (a, b))
+        i, j = torch.arange(4), torch.arange(2)
+        of_a = registers(a, G + 8 * (i % 2), T + 4 * (i // 2))
+        of_b = registers(b, T + 4 * j, G.expand(32, 2))
+    else:
+        i, j = torch.arange(depth // 2), torch.arange(depth // 4)
+        of_a = registers(a, G + 8 * (i // 2 % 2), 2 * T + i % 2 + 8 * (i // 4))
+        of_b = registers(b, 2 * T + j % 2 + 8 * (j // 2), G.expand(32, len(j)))
+    of_c, out = registers(c, G + 8 * (FOUR // 2), 2 * T + FOUR % 2), torch.zeros(32, 4)
+    bytes_ = depth * a.element_size()
+    if arch < 800 and (kind or bytes_ > 16):
+        return  # an abort, below, or not there at all
+    code = m.fragment_product(of_a.data_ptr(), of_b.data_ptr(), of_c.data_ptr(), out.data_ptr(), kind, bytes_)
+    if arch < 750:
+        assert code == -1
+        return
+    expected = registers(a.double() @ b.double() + c.double(), G + 8 * (FOUR // 2), 2 * T + FOUR % 2)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_conversions_round_as_torch_does(m):
     edges = torch.tensor([0.0, -0.0, 65504, 65519.9, 65520, 6e-8, 2.9e-8, 1e-5, float("inf"), -float("inf"), 3.4e38])
     ties = torch.arange(4096).float() / 2 + 2048
@@ -196,7 +246,7 @@ def test_conversions_round_as_torch_does(m):
 
 
 def test_launch_limits(m, arch):
-    limit = (163 if arch >= 800 else 96) * 1024
+    limit = {700: 96, 750: 64, 800: 163}[arch] * 1024
     assert m.bare(1, 1024, 48 * 1024, 0) == 0
     assert m.bare(1, 1025, 0, 0) != 0
     assert m.bare(0, 32, 0, 0) != 0
@@ -219,12 +269,20 @@ def test_exited_threads_do_not_hold_others_up(m):
         ("m.double_buffer(p(x), p(out), 1, 5)", "never waited for"),
         ("m.misaligned_product(p(x) + 31 & -32, 8, 16)", "not 32-byte aligned"),
         ("m.misaligned_product(p(x) + 31 & -32, 0, 20)", "leading dimension 20"),
+        ("m.matrices(p(x), p(out), 0, 8, 32)", "not 16-byte aligned"),
+        ("m.matrices(p(x), p(out), 0, 16, 32)", "a row is outside shared memory"),
+        ("m.matrices(p(x), p(out), 0, 0, 31)", "ldmatrix needs all 32 lanes"),
     ],
 )
 def test_aborts_with_a_message(call, message):
     code, said = run("plain", call)
     assert code < 0
     assert message in said and "selftest.cu:" in said
+
+
+def test_products_before_sm_80():
+    code, said = run("plain", "m.fragment_product(p(x), p(x), p(x), p(out), 0, 32)", 750)
+    assert code < 0 and "before sm_80 there are only halves" in said and "selftest.cu:" in said
 
 
 CORRECT = """
@@ -238,6 +296,9 @@ CORRECT = """
     out = np.zeros_like(x)
     m.double_buffer(p(x), p(out), 4, 1)
     assert (out == 2 * x).all()
+    m.matrices(p(x), p(out), 0, 0, 32)
+    m.matrices(p(x), p(out), 1, 0, 32)
+    m.fragment_product(p(x), p(x), p(x), p(out), 2, 32)
     a = np.zeros(16 * 32 * 3, np.float32)
     m.product(p(a) + 31 & -32, p(a) + 31 & -32, (p(a) + 31 & -32) + 2048, 2, 16, 0, 0, 0, 1)
 """
@@ -250,11 +311,11 @@ def test_sanitizers_accept_what_is_right(flavour):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("mark", ["step", "filled", "emptied"])
+@pytest.mark.parametrize("mark", ["step", "filled", "emptied", "rows"])
 def test_missing_barrier_is_a_race(mark):
     code, said = run("thread", f"m.emulator.skip_barrier('selftest.cu', {line(mark)})\n" + textwrap.dedent(CORRECT))
     assert code == 66, said
-    kernel = "block_sum_kernel" if mark == "step" else "double_buffer_kernel"
+    kernel = {"step": "block_sum_kernel", "rows": "matrices_kernel"}.get(mark, "double_buffer_kernel")
     assert "data race" in said and kernel in said and "selftest.cu:" in said
 
 

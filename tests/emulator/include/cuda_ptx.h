@@ -6,6 +6,8 @@
 #include "cuda_fp16.h"
 #include "cuda_pipeline.h"
 
+#if __CUDA_ARCH__ >= 750
+
 namespace emulator {
 
 // ldmatrix.x4, with .trans where `turned`.
@@ -35,3 +37,5 @@ inline unsigned rounded_to_tf32(unsigned bits) {
 }
 
 }  // namespace emulator
+
+#endif

@@ -95,6 +95,8 @@ void multiply_add(Operand operand, int depth_bytes, float (&c)[4], const unsigne
                   Place place) {
   const char* name = "mma.sync";
   require_whole_warp(name, place);
+  if (EMULATOR_ARCH < 800 && (operand != Operand::kHalf || depth_bytes != 16))
+    fail(place, "%s: before sm_80 there are only halves, 8 of K at a time", name);
   Fiber* f = self();
   f->product = {c, a, b, c, depth_bytes};
   switch (operand) {
