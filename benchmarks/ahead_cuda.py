@@ -18,6 +18,7 @@ from . import cubin, cuda_compilers
 NEURONS = 10
 PRODUCTS = ("conv", "data_gradient", "weight_gradient")
 TILE, CHUNK = 128, 64  # of products: sides of a tile, columns that an epilogue takes at once
+FILTER_TILES = 4  # of a block that lays filters out
 BYTES = {"half": 2, "bfloat16": 2, "tf32": 4, "float": 4}
 MOST_PROGRAMS = 1024
 
@@ -126,7 +127,7 @@ def dynamic_shared(name: cubin.Name, arch: int, threads: int, programs: int | No
         case "route_and_pack":
             return panel + 4 * (256 + NEURONS)
         case "pack_filters" | "unpack_filters":
-            return BYTES[str(name.arguments[-1])] * 64 * 65
+            return FILTER_TILES * 128 * (128 // BYTES[str(name.arguments[-1])])  # by channel; by output at most 16 KiB
         case "semhash_forward" | "semhash_backward":
             return 0
     raise KeyError(f"{name}: not known how much shared memory it is launched with")

@@ -191,7 +191,9 @@ FilterParams filter_params(const char* kernel, Address from, Address into, Addre
           all_taps,
           by_channel,
           pitch,
-          bit};
+          bit,
+          divide_by(taps),
+          0};
 }
 
 void pack_filters_py(Address from, Address into, Address neuron_of, int outputs, int channels, int taps,

@@ -94,6 +94,8 @@ struct FilterParams {
   const int* index;           // pack: neuron_of (S,); unpack: slot_of (N,)
   const signed char* listed;  // unpack: (S, C), or null
   int outputs, channels, taps, first_tap, all_taps, by_channel, pitch, bit;  // pitch: of rows by tap
+  Divide by_taps;
+  int vector;  // what is not padded here, parameters and gradients by tap, goes 16 bytes at a time
 };
 
 struct ConvParams {

@@ -18,7 +18,8 @@ from .common import busiest, deal, library, stream
 from .loops import step_of
 
 SEMHASH = 256  # channels of a program
-FILTERS, SUM_POSITIONS, SUM_CHANNELS = 64, 64, 64  # as in the launchers and kernels
+SUM_POSITIONS, SUM_CHANNELS = 64, 64  # as in the launchers and kernels
+LINE, FILTER_TILES = 128, 4  # bytes of a line, and of a filter tile's rows and columns; tiles of a block
 THREADS = 256  # of a block that gathers or sums
 CHUNK = 256  # channels whose scores are added up at a time
 EPILOGUE_AT_ONCE = 4  # the same of the data gradient's epilogue
@@ -217,23 +218,29 @@ def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
     return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 
-def filter_tiles(case: Case, taps: int) -> int:
-    """Filters laid out by channel have rows of outputs, padded."""
-    return cdiv(pitch(case), FILTERS) * cdiv(case.channels * taps, FILTERS)
+def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dram: float) -> Launch:
+    """Filters by channel, whose rows of outputs are padded, and back: every thread has a square of vectors in flight.
+
+    A multiprocessor holds three blocks at most, by registers, and 128 bytes of shared memory for each row of a tile.
+    """
+    line = LINE // case.element
+    programs = cdiv(pitch(case), line) * cdiv(case.channels * taps, FILTER_TILES * line) * stacks
+    held = max(1, min(3, chip.shared * 1024 // (FILTER_TILES * LINE * line)))
+    launch = stream(kernel, chip, programs, dram, 0.0)
+    return launch._replace(chain=cdiv(programs, held * chip.processors) * (L2_US + DRAM_US))
 
 
 def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """Parameters of the chosen neurons, laid out for the kernels."""
     dram = case.slots * case.channels * (case.channels + pitch(case)) * taps * case.element
-    return stream("pack_filters", chip, filter_tiles(case, taps) * case.slots, dram, L2_US + DRAM_US)
+    return lay_filters("pack_filters", case, chip, taps, case.slots, dram)
 
 
 def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """The way back for gradients, whose rows are not padded: listed channels are read, and all neurons written."""
     listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
     dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
-    programs = cdiv(case.channels, FILTERS) * cdiv(case.channels * taps, FILTERS) * case.neurons
-    return stream("unpack_filters", chip, programs, dram, L2_US + DRAM_US)
+    return lay_filters("unpack_filters", case, chip, taps, case.neurons, dram)
 
 
 def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,9 +110,14 @@ def test_pack_features(layout, dtype):
         assert torch.equal(panel[b].nan_to_num(nan=77), wanted.nan_to_num(nan=77))
 
 
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, an element away from where a tensor is laid."""
+    return torch.cat([x.new_empty(1), x.flatten()])[1:].view(x.shape)
+
+
 @dtypes
 @pytest.mark.parametrize("by_channel", [True, False])
-@pytest.mark.parametrize("outputs, channels", [(5, 3), (40, 33), (70, 64)])
+@pytest.mark.parametrize("outputs, channels", [(5, 3), (40, 33), (70, 64), (24, 136)])
 def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     """Chosen neurons' filters by slot and tap; on the way back others, and channels in no list, are zero."""
     spatial, temporal = torch.randn(4, outputs, channels, 1, 3, 3), torch.randn(4, outputs, channels, 3, 1, 1)
@@ -123,11 +130,15 @@ def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     wanted = F.pad(wanted, (0, found.shape[-1] - wanted.shape[-1]))  # rows may be padded
     assert torch.equal(found[:2], wanted)
     assert found[2:].isnan().all(), "slots without a neuron are not written"
+    for change in (lambda x: x.to(dtype), shifted, lambda x: shifted(x.to(dtype))):
+        again = KERNELS.pack_filters([change(spatial), change(temporal)], groups.neuron_of, dtype, by_channel)
+        assert torch.equal(again.view(found.shape)[:2], wanted)
     listed = torch.full((4, channels), 3, dtype=torch.int8)
     listed[0, 0], listed[1, 1] = 1, 2
+    dense = packed[..., : outputs if by_channel else channels].contiguous()  # as products leave gradients
     for like, bit, first in ((spatial, 1, 0), (temporal, 2, 9)):
-        for own in (None, listed):
-            back = KERNELS.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
+        for own, filters in itertools.product((None, listed), (packed, dense, shifted(packed))):
+            back = KERNELS.unpack_filters(filters, like, groups, own, bit, first, 12, by_channel)
             wanted = like.to(dtype).float()
             wanted[[0, 2]] = 0
             if own is not None:
