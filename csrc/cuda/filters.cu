@@ -29,10 +29,11 @@ __host__ __device__ constexpr int cell_by_output(int taps, int row, int tap, int
   return row * taps * Side<T>::kLine + (lane * Side<T>::kVector + e) * taps + tap;
 }
 
-// Row of a filter by tap.
+// Row of a filter by tap. All that depends on the slot is alike for a block; the rest takes one wide product.
 __device__ __forceinline__ int64 row_by_tap(const FilterParams& p, int slot, int tap, int row) {
   const int rows = p.by_channel ? p.channels : p.outputs;
-  return ((static_cast<int64>(slot) * p.all_taps + p.first_tap + tap) * rows + row) * p.pitch;
+  return static_cast<int64>(slot) * p.all_taps * rows * p.pitch +
+         static_cast<int64>((p.first_tap + tap) * rows + row) * p.pitch;
 }
 
 // The same of element `f` of channels and taps, where filters lie by channel.

@@ -8,7 +8,7 @@ together, and where one is waited for before the next is asked for.
 
 from __future__ import annotations
 
-from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE
+from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, ROWS_BYTES, TILE
 from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from ..backends.triton.tuning import Tile
@@ -185,6 +185,12 @@ def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
     return stream("tap_sums", chip, case.batch * parts * cdiv(case.channels, channels), dram, trips), parts
 
 
+def rows_at_once(case: Case) -> int:
+    """Positions whose channels a block of a gather takes whole; 0 where it goes element by element."""
+    row = case.channels * case.element
+    return 0 if row % 16 else min(GATHER, ROWS_BYTES // row)
+
+
 def gather(
     kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
 ) -> Launch:
@@ -192,18 +198,23 @@ def gather(
 
     ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
     """
-    along, block = cdiv(case.positions, GATHER), tile_channels(case.dtype)
-    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
+    block, rows = tile_channels(case.dtype), rows_at_once(case)
     columns = [reduction(case, *pair).columns for pair in lists]
-    panel = sum(columns) * case.positions * case.element
+    moved = sum(columns) * case.positions * case.element + more
+    if rows:
+        shares = max(1, min(cdiv(case.positions, rows), cdiv(4 * chip.processors, case.batch)))
+        programs, loads = shares * case.batch, case.features
+        # The lists, then rows, of which the next are asked for before a round's are written.
+        trips = L2_US + cdiv(cdiv(case.positions, rows), shares) * DRAM_US
+        return stream(kernel, chip, programs, loads + moved, trips, l2=loads + moved + programs * l2, tail=tail)
+    along = cdiv(case.positions, GATHER)
+    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
     programs = along * shares * case.batch
     # Channels of some elements, then those elements; what one list's block took from memory, the other's finds in L2.
     rounds = cdiv(max(columns) // block, shares) * (GATHER * block // THREADS // AT_ONCE)
     trips = rounds * (L2_US + (L2_US + DRAM_US) / 2)
-    moved = panel + more
-    return stream(
-        kernel, chip, programs, case.features + moved, trips, l2=2 * case.features + moved + programs * l2, tail=tail
-    )
+    loads = case.features
+    return stream(kernel, chip, programs, loads + moved, trips, l2=2 * loads + moved + programs * l2, tail=tail)
 
 
 def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
-from .support import GATES, KERNELS, LAYOUTS, SIZE, dtypes, emulated, hard_gate
+from .support import GATES, KERNELS, LAYOUTS, SIZE, TILES, dtypes, emulated, hard_gate
 
 pytestmark = emulated
 
@@ -86,12 +86,14 @@ def test_list_channels_of_a_union(channels):
     assert found.plans[2:].count_nonzero() == 0, "a slot without a neuron has an empty plan, for strays read it"
 
 
+# The last one's rows are 16 bytes at a time where channels lie side by side, and several rounds of a block.
 @dtypes
+@pytest.mark.parametrize("channels, size", [(70, SIZE), (72, SIZE), (1040, TILES)], ids=["70", "72", "1040"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pack_features(layout, dtype):
+def test_pack_features(layout, channels, size, dtype):
     """Listed channels, gated, in K blocks with zeros behind each list; not a column beyond, NaN for a stray."""
-    block, channels = tile_channels(dtype), 70
-    x, gate = LAYOUTS[layout](torch.randn(3, channels, *SIZE).to(dtype)), GATES["mixed"](3, channels).to(dtype)
+    block = tile_channels(dtype)
+    x, gate = LAYOUTS[layout](torch.randn(3, channels, *size).to(dtype)), GATES["mixed"](3, channels).to(dtype)
     neuron = torch.tensor([1, 0, 2])
     groups = KERNELS.group_samples(neuron, 2)
     found = KERNELS.list_channels(gate, groups, False, block)
@@ -101,7 +103,7 @@ def test_pack_features(layout, dtype):
     for b in range(3):
         _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()
         order = found.order[b].long()
-        wanted = torch.full((*SIZE, width), torch.nan, dtype=dtype)
+        wanted = torch.full((*size, width), torch.nan, dtype=dtype)
         wanted[..., : (blocks_1 + blocks_2) * block] = 0
         for at, own, scale in ((0, order[:read], gate[b]), (blocks_1 * block, order[second:], 1 - gate[b].float())):
             wanted[..., at : at + len(own)] = (rows[b][..., own].float() * scale.float()[own]).to(dtype)
