@@ -20,6 +20,10 @@ constexpr int kGroups = kFilterThreads / kAcross;        // of lanes that take a
 constexpr int kAtOnce = 4;                               // lines of a group on their way together
 constexpr int kLines = kGroups * kAtOnce;                // of a block by output, where taps allow
 
+// Blocks that a multiprocessor is to hold of those that pack; converted elements take twice the registers.
+template <class From, class To>
+constexpr int blocks_of = sizeof(From) == sizeof(To) ? 3 : 2;
+
 // Rows of parameters that a block takes where filters lie by output.
 __host__ __device__ constexpr int rows_by_output(int taps) { return taps < kLines ? kLines / taps : 1; }
 
@@ -169,7 +173,7 @@ __device__ void lay_lines(const FilterParams& p, const Lines<To>& own, int slot)
 }
 
 template <class From, class To>
-__global__ void __launch_bounds__(kFilterThreads, 3)
+__global__ void __launch_bounds__(kFilterThreads, blocks_of<From, To>)
     pack_filters_kernel(const __grid_constant__ FilterParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const int slot = blockIdx.y, n = p.index[slot];
@@ -260,7 +264,7 @@ __device__ void lay_taps(const FilterParams& p, const Lines<T>& own, T* to) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFilterThreads, 3)
+__global__ void __launch_bounds__(kFilterThreads, 2)
     unpack_filters_kernel(const __grid_constant__ FilterParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const int n = blockIdx.y, slot = p.index[n];

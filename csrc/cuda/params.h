@@ -73,7 +73,7 @@ struct GatherParams {
   Strides x_strides;
   void* panel;  // (B, T, H, W, pitch)
   int batch, channels, pitch, shares;
-  int rows;           // of features that a block takes whole at a time; 0: element by element
+  int rows;           // of features that a block takes whole at a time, positions x_strides.w apart; or 0
   Divide by_vectors;  // 16 bytes of a row
   // Training: lists of samples, or of slots where `slots` is given.
   const int *order, *slots, *plans;

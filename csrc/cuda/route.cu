@@ -111,7 +111,7 @@ struct Rows {
     pitch = p.channels + kVector, vectors = p.channels / kVector;
   }
 
-  // This thread's vectors of the rows from position `p0` on.
+  // This thread's vectors of the rows from position `p0` on; positions lie `x_strides.w` apart.
   __device__ __forceinline__ void ask(const GatherParams& p, int b, int p0,
                                       Vector<T> (&found)[kAsked]) const {
     const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b;
@@ -120,8 +120,8 @@ struct Rows {
       const int i = threadIdx.x + k * kGatherThreads, row = quotient(p.by_vectors, i);
       found[k] = zeros<T>();
       if (row < p.rows && p0 + row < p.extent.positions)
-        found[k] = *reinterpret_cast<const Vector<T>*>(
-            x + offset_of(p.x_strides, place_of(p.extent, p0 + row)) + (i - row * vectors) * kVector);
+        found[k] = *reinterpret_cast<const Vector<T>*>(x + (p0 + row) * p.x_strides.w +
+                                                       (i - row * vectors) * kVector);
     }
   }
 

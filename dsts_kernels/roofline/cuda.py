@@ -229,14 +229,14 @@ def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
     return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 
-def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dram: float) -> Launch:
+def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dram: float, most: int) -> Launch:
     """Filters by channel, whose rows of outputs are padded, and back: every thread has a square of vectors in flight.
 
-    A multiprocessor holds three blocks at most, by registers, and 128 bytes of shared memory for each row of a tile.
+    A multiprocessor holds ``most`` blocks by registers; each has 128 bytes of shared memory for a row of a tile.
     """
     line = LINE // case.element
     programs = cdiv(pitch(case), line) * cdiv(case.channels * taps, FILTER_TILES * line) * stacks
-    held = max(1, min(3, chip.shared * 1024 // (FILTER_TILES * LINE * line)))
+    held = max(1, min(most, chip.shared * 1024 // (FILTER_TILES * LINE * line)))
     launch = stream(kernel, chip, programs, dram, 0.0)
     return launch._replace(chain=cdiv(programs, held * chip.processors) * (L2_US + DRAM_US))
 
@@ -244,14 +244,14 @@ def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dra
 def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """Parameters of the chosen neurons, laid out for the kernels."""
     dram = case.slots * case.channels * (case.channels + pitch(case)) * taps * case.element
-    return lay_filters("pack_filters", case, chip, taps, case.slots, dram)
+    return lay_filters("pack_filters", case, chip, taps, case.slots, dram, 3)
 
 
 def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """The way back for gradients, whose rows are not padded: listed channels are read, and all neurons written."""
     listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
     dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
-    return lay_filters("unpack_filters", case, chip, taps, case.neurons, dram)
+    return lay_filters("unpack_filters", case, chip, taps, case.neurons, dram, 2)
 
 
 def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:

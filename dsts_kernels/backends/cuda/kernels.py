@@ -181,10 +181,14 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
     return Lists(order, plans, listed)
 
 
-def gather_rows(x: Tensor) -> int:
-    """Positions whose channels a block of a gather takes whole, 16 bytes at a time; 0 where it goes by elements."""
+def gather_rows(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Positions whose channels a block of a gather takes whole, 16 bytes at a time, and strides whose last one leads
+    from position to position; 0 and the strides of ``x`` where it goes by elements."""
+    strides, flat = features.steps_of(x)
     row = x.shape[1] * x.element_size()
-    return min(GATHER, ROWS_BYTES // row) if x.stride(1) == 1 and row and vectors_fit(x) else 0
+    whole = flat and row and x.stride(1) == 1 and vectors_fit(x)
+    rows = min(GATHER, ROWS_BYTES // row) if whole else 0
+    return rows, strides if rows else x.stride()
 
 
 def gather_shares(x: Tensor, rows: int) -> int:
@@ -200,9 +204,9 @@ def pack_features(
 ) -> Tensor:
     b, c, *size = x.shape
     panel = x.new_empty(b, *size, width)
-    gate, rows = gate.float(), gather_rows(x)
+    gate, (rows, strides) = gate.float(), gather_rows(x)
     native().pack_features(
-        address(x), size, x.stride(), address(panel), b, c, width, gather_shares(x, rows), rows, address(lists.order),
+        address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(lists.order),
         address(slots), address(lists.plans), address(gate), address(neuron), neurons, DTYPE_CODES[x.dtype], target(x),
     )  # fmt: skip
     return panel
@@ -213,11 +217,11 @@ def route_and_pack(
 ) -> tuple[Tensor, Tensor]:
     check_count(scores.shape[1])
     b, c, *size = x.shape
-    width, rows = panel_width(c, x.dtype, False), gather_rows(x)
+    width, (rows, strides) = panel_width(c, x.dtype, False), gather_rows(x)
     panel = x.new_empty(b, *size, width)
     plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
     native().route_and_pack(
-        address(x), size, x.stride(), address(panel), b, c, width, gather_shares(x, rows), rows, address(sums),
+        address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(sums),
         address(w.scoring), address(w.channels), address(w.starts), address(plan), address(neuron), address(scores),
         address(flags), divisor, scores.shape[1], sums.shape[1], w.scoring.shape[2], flags.numel(),
         DTYPE_CODES[x.dtype], target(x),

@@ -131,3 +131,18 @@ def test_filters_move_sixteen_bytes(arch):
     for name, kernel in found.items():
         assert kernel.vectors["STG"] >= square["float" if name.endswith("float>") else "half"], name
         assert not kernel.counts["LDL"] + kernel.counts["STL"], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [70, 75, 80, 90])
+def test_gathers_move_sixteen_bytes(arch):
+    """Four vectors of rows on their way, before the first round and in each; one of the panel at a time."""
+    if reason := cuda_compilers.missing(arch):
+        pytest.skip(reason)
+    source = next(path for path in cuda_compilers.SOURCES if path.stem == "route")
+    kernels = cubin.kernels(cuda_compilers.compile_source(source, arch).cubin, arch)
+    found = {str(cubin.readable(kernel.symbol)): kernel for kernel in kernels}
+    for name in ("pack_rows<half>", "pack_rows<float>", "route_and_pack_rows<half>", "route_and_pack_rows<float>"):
+        kernel = found[name]
+        assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)
+        assert kernel.vectors["STS"] >= 4 and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)
