@@ -18,6 +18,8 @@ from . import cubin, cuda_compilers
 NEURONS = 10
 PRODUCTS = ("conv", "data_gradient", "weight_gradient")
 TILE = 128  # of products: sides of a tile
+FILTER_TILES = 4  # of a block that lays filters out
+CHANNELS, ROWS_BYTES = 1024, 16384  # of features; of whole rows that a block of a gather holds
 BYTES = {"half": 2, "bfloat16": 2, "tf32": 4, "float": 4}
 MOST_PROGRAMS = 1024
 
@@ -129,8 +131,15 @@ def dynamic_shared(name: cubin.Name, arch: int, threads: int, programs: int | No
             return panel
         case "route_and_pack":
             return panel + 4 * (256 + NEURONS)
+        case "pack_rows" | "route_and_pack_rows":
+            size = BYTES[first]
+            block, rows = 128 // size, min(64, ROWS_BYTES // (CHANNELS * size))
+            tile = rows * (CHANNELS * size + 16)
+            if name.base == "pack_rows":
+                return tile + 2 * CHANNELS * (2 + 4)
+            return tile + (CHANNELS + block) * 2 + 4 * (256 + NEURONS)
         case "pack_filters" | "unpack_filters":
-            return BYTES[str(name.arguments[-1])] * 64 * 65
+            return FILTER_TILES * 128 * (128 // BYTES[str(name.arguments[-1])])  # by channel; by output at most 16 KiB
         case "semhash_forward" | "semhash_backward":
             return 0
     raise KeyError(f"{name}: not known how much shared memory it is launched with")

@@ -22,6 +22,7 @@ KINDS = {
     0x18C: "ATOMS", 0x18E: "RED", 0x1A3: "ATOMG", 0x1A6: "RED", 0x1A8: "ATOMG", 0x1AE: "LDGSTS",
 }  # fmt: skip
 HALF = ("HADD2", "HFMA2", "HMUL2")
+MEMORY, SIXTEEN_BYTES = ("LDG", "STG", "LDS", "STS"), 6  # the code of that width
 
 
 class Section(NamedTuple):
@@ -61,6 +62,12 @@ def instructions(code: bytes, arch: int) -> Counter[str]:
     return Counter(kind for kind in kinds if kind)
 
 
+def vectors(code: bytes, arch: int) -> Counter[str]:
+    """Of loads and stores, those of 16 bytes a lane."""
+    kinds = (kind_of(low, arch) for low, high in struct.iter_unpack("<QQ", code) if high >> 9 & 7 == SIXTEEN_BYTES)
+    return Counter(kind for kind in kinds if kind in MEMORY)
+
+
 def threads(info: bytes) -> int:
     """The threads of a block that a kernel is bound to, of its .nv.info section; 0 if it is not."""
     at = 0
@@ -81,13 +88,14 @@ class Kernel(NamedTuple):
     symbol: str
     threads: int
     counts: Counter[str]
+    vectors: Counter[str]  # of those, loads and stores of 16 bytes
 
 
 def kernels(path: Path, arch: int) -> list[Kernel]:
     found = {section.name: section.data for section in sections(path.read_bytes())}
     prefix = ".text."
     return [
-        Kernel(name, threads(found[f".nv.info.{name}"]), instructions(code, arch))
+        Kernel(name, threads(found[f".nv.info.{name}"]), instructions(code, arch), vectors(code, arch))
         for name, code in ((key.removeprefix(prefix), code) for key, code in found.items() if key.startswith(prefix))
     ]
 

@@ -155,10 +155,10 @@ def evaluation_rows(
         bench.row("evaluation", variant, work.problem(shape, batch), measure, ROW_NEEDS)
 
 
-def graph_rows(bench: Bench, backend: str, module: nn.Module) -> None:
+def graph_rows(bench: Bench, backend: str, module: nn.Module, cases: Sequence[tuple[str, int]] = CASES) -> None:
     """The frozen module replayed: a graph an input, for a static input that is written first would be in the cache."""
     work = bench.work
-    for shape, batch in CASES:
+    for shape, batch in cases:
 
         def measure(shape: str = shape, batch: int = batch) -> dict[str, Any]:
             inputs, graphs, outputs = work.inputs(shape, batch), [], []

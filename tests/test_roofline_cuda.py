@@ -52,9 +52,10 @@ def tap_sum_blocks(size, strides, sums, b, c, parts, taps, vector, dtype, target
     return b * parts * cdiv(c, 8 * (4 if dtype == 0 else 8) if vector else 32)
 
 
-def filter_blocks(outputs: int, channels: int, taps: int, by_channel: bool, pitch: int) -> int:
-    across, along = (pitch, channels * taps) if by_channel else (outputs, pitch * taps)
-    return cdiv(across, 64) * cdiv(along, 64)
+def filter_blocks(outputs: int, channels: int, taps: int, by_channel: bool, pitch: int, dtype: int) -> int:
+    line = 32 if dtype == 0 else 64
+    along = cdiv(channels * taps, 4 * line) if by_channel else cdiv(outputs, max(1, 128 // taps))
+    return cdiv(pitch, line) * along
 
 
 def products(a: tuple) -> int:
@@ -68,10 +69,10 @@ GRIDS: dict[str, Callable[[tuple], int]] = {
     "tap_sums": lambda a: tap_sum_blocks(*a[1:]),
     "group_samples": lambda a: a[6],
     "list_channels": lambda a: a[8],
-    "pack_features": lambda a: a[4] * cdiv(math.prod(a[1]), 64) * a[7],
-    "route_and_pack": lambda a: a[4] * cdiv(math.prod(a[1]), 64) * a[7],
-    "pack_filters": lambda a: filter_blocks(a[3], a[4], a[5], a[8], a[9]) * a[10],
-    "unpack_filters": lambda a: filter_blocks(a[5], a[6], a[7], a[10], a[11]) * a[12],
+    "pack_features": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
+    "route_and_pack": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
+    "pack_filters": lambda a: filter_blocks(a[3], a[4], a[5], a[8], a[9], a[12]) * a[10],
+    "unpack_filters": lambda a: filter_blocks(a[5], a[6], a[7], a[10], a[11], a[13]) * a[12],
     "conv": lambda a: a[17],
     "data_gradient": lambda a: a[10] * cdiv(math.prod(a[8]), 128) * cdiv(a[11], 128),
     "weight_gradient": products,

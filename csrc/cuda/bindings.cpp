@@ -138,14 +138,26 @@ void list_channels_py(Address gate, Address slots, Address neuron_of, Address gr
                 pointer<void>(to.stream));
 }
 
+// How many rows of features a block takes whole at a time: such rows are 16 bytes at a time and fit.
+void by_rows(const char* kernel, GatherParams& p, int rows, int dtype) {
+  const int vector = dtype == kFloat32 ? 4 : 8;
+  require(rows == 0 || (p.x_strides.c == 1 && p.channels % vector == 0), kernel,
+          "rows is " + std::to_string(rows) + "; wanted 0 where channels are no whole 16 bytes side by side");
+  require(rows >= 0 && rows * (p.channels / vector) <= kRowsBytes / 16, kernel,
+          "rows is " + std::to_string(rows) + "; wanted at most " + std::to_string(kRowsBytes) +
+              " bytes of them");
+  p.rows = rows, p.by_vectors = divide_by(std::max(1, p.channels / vector));
+}
+
 void pack_features_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                      int channels, int pitch, int shares, Address order, Address slots, Address plans,
-                      Address gate, Address neuron, int neurons, int dtype, const Target& to) {
+                      int channels, int pitch, int shares, int rows, Address order, Address slots,
+                      Address plans, Address gate, Address neuron, int neurons, int dtype, const Target& to) {
   check_dtype("pack_features", dtype), check_sizes("pack_features", batch, channels, pitch, shares, neurons);
   check_given("pack_features", x, panel, order, plans, gate, neuron);
   GatherParams p{};
   p.x = pointer<void>(x), p.extent = extent("pack_features", size), p.x_strides = strides(x_strides);
   p.panel = pointer<void>(panel), p.batch = batch, p.channels = channels, p.pitch = pitch, p.shares = shares;
+  by_rows("pack_features", p, rows, dtype);
   p.order = pointer<int>(order), p.slots = pointer<int>(slots), p.plans = pointer<int>(plans);
   p.gate = pointer<float>(gate), p.neuron = pointer<int64>(neuron), p.neurons = neurons;
   const OnDevice guard(to.device);
@@ -153,7 +165,7 @@ void pack_features_py(Address x, const Sizes3& size, const Strides5& x_strides, 
 }
 
 void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                       int channels, int pitch, int shares, Address sums, Address scoring,
+                       int channels, int pitch, int shares, int rows, Address sums, Address scoring,
                        Address channels_of, Address starts, Address plan, Address chosen, Address scores,
                        Address flags, float divisor, int neurons, int parts, int taps, int flag_count,
                        int dtype, const Target& to) {
@@ -164,6 +176,7 @@ void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides,
   GatherParams p{};
   p.x = pointer<void>(x), p.extent = extent("route_and_pack", size), p.x_strides = strides(x_strides);
   p.panel = pointer<void>(panel), p.batch = batch, p.channels = channels, p.pitch = pitch, p.shares = shares;
+  by_rows("route_and_pack", p, rows, dtype);
   p.sums = pointer<float>(sums), p.scoring = pointer<float>(scoring),
   p.channels_of = pointer<int>(channels_of);
   p.starts = pointer<int64>(starts), p.plan = pointer<int>(plan), p.chosen = pointer<int64>(chosen);
@@ -191,7 +204,9 @@ FilterParams filter_params(const char* kernel, Address from, Address into, Addre
           all_taps,
           by_channel,
           pitch,
-          bit};
+          bit,
+          divide_by(taps),
+          0};
 }
 
 void pack_filters_py(Address from, Address into, Address neuron_of, int outputs, int channels, int taps,
@@ -314,6 +329,7 @@ void bind(py::module_& m) {
                [](int device, int capability, Address stream) { return Target{device, capability, stream}; }),
            "device"_a, "capability"_a, "stream"_a);
   m.attr("TILE") = kTile, m.attr("GATHER") = kGather, m.attr("LEAST") = kLeast;
+  m.attr("ROWS_BYTES") = kRowsBytes;
   m.def("semhash", &semhash_py, unlocked);
   m.def("tap_sums", &tap_sums_py, unlocked);
   m.def("group_samples", &group_samples_py, unlocked);

@@ -15,10 +15,11 @@ using int64 = long long;
 
 constexpr int kFloat32 = 0, kBFloat16 = 2, kFloat16 = 3;  // dtype codes, those of the CPU kernels
 constexpr int kPlan = 6;
-constexpr int kTile = 128;        // positions and outputs of a tile of a product
-constexpr int kBlockBytes = 128;  // of a K block: 64 channels of a half type, 32 of float32
-constexpr int kGather = 64;       // positions of a block that gathers
-constexpr int kLeast = 8;         // K blocks: what a program of a shared tile takes at least
+constexpr int kTile = 128;         // positions and outputs of a tile of a product
+constexpr int kBlockBytes = 128;   // of a K block: 64 channels of a half type, 32 of float32
+constexpr int kGather = 64;        // positions of a block that gathers
+constexpr int kRowsBytes = 16384;  // of whole rows of features that such a block holds
+constexpr int kLeast = 8;          // K blocks: what a program of a shared tile takes at least
 
 // n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994).
 struct Divide {
@@ -72,6 +73,8 @@ struct GatherParams {
   Strides x_strides;
   void* panel;  // (B, T, H, W, pitch)
   int batch, channels, pitch, shares;
+  int rows;           // of features that a block takes whole at a time, positions x_strides.w apart; or 0
+  Divide by_vectors;  // 16 bytes of a row
   // Training: lists of samples, or of slots where `slots` is given.
   const int *order, *slots, *plans;
   const float* gate;
@@ -94,6 +97,8 @@ struct FilterParams {
   const int* index;           // pack: neuron_of (S,); unpack: slot_of (N,)
   const signed char* listed;  // unpack: (S, C), or null
   int outputs, channels, taps, first_tap, all_taps, by_channel, pitch, bit;  // pitch: of rows by tap
+  Divide by_taps;
+  int vector;  // what is not padded here, parameters and gradients by tap, goes 16 bytes at a time
 };
 
 struct ConvParams {

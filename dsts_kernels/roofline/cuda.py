@@ -8,7 +8,7 @@ is as their SASS has it (sm_70): where loads come together, and where one is wai
 
 from __future__ import annotations
 
-from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, TILE, block_kib
+from ..backends.cuda.kernels import GATHER, LEAST, MOST_PROGRAMS, ROWS_BYTES, TILE, block_kib
 from ..backends.packing import tile_channels
 from ..backends.triton.boxes import cdiv
 from ..backends.triton.tuning import Tile
@@ -18,7 +18,8 @@ from .common import busiest, deal, library, stream
 from .loops import step_of
 
 SEMHASH = 256  # channels of a program
-FILTERS, SUM_POSITIONS, SUM_CHANNELS = 64, 64, 64  # as in the launchers and kernels
+SUM_POSITIONS, SUM_CHANNELS = 64, 64  # as in the launchers and kernels
+LINE, FILTER_TILES = 128, 4  # bytes of a line, and of a filter tile's rows and columns; tiles of a block
 THREADS = 256  # of a block that gathers or sums
 CHUNK = 256  # channels whose scores are added up at a time
 EPILOGUE_AT_ONCE = 4  # the same of the data gradient's epilogue
@@ -179,6 +180,12 @@ def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
     return stream("tap_sums", chip, case.batch * parts * cdiv(case.channels, channels), dram, trips), parts
 
 
+def rows_at_once(case: Case) -> int:
+    """Positions whose channels a block of a gather takes whole; 0 where it goes element by element."""
+    row = case.channels * case.element
+    return 0 if row % 16 else min(GATHER, ROWS_BYTES // row)
+
+
 def gather(
     kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
 ) -> Launch:
@@ -186,18 +193,23 @@ def gather(
 
     ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
     """
-    along, block = cdiv(case.positions, GATHER), tile_channels(case.dtype)
-    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
+    block, rows = tile_channels(case.dtype), rows_at_once(case)
     columns = [reduction(case, *pair).columns for pair in lists]
-    panel = sum(columns) * case.positions * case.element
+    moved = sum(columns) * case.positions * case.element + more
+    if rows:
+        shares = max(1, min(cdiv(case.positions, rows), cdiv(4 * chip.processors, case.batch)))
+        programs, loads = shares * case.batch, case.features
+        # The lists, then rows, of which the next are asked for before a round's are written.
+        trips = L2_US + cdiv(cdiv(case.positions, rows), shares) * DRAM_US
+        return stream(kernel, chip, programs, loads + moved, trips, l2=loads + moved + programs * l2, tail=tail)
+    along = cdiv(case.positions, GATHER)
+    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
     programs = along * shares * case.batch
     # Channels of some elements, then those elements; what one list's block took from memory, the other's finds in L2.
     rounds = cdiv(max(columns) // block, shares) * (GATHER * block // THREADS // AT_ONCE)
     trips = rounds * (L2_US + (L2_US + DRAM_US) / 2)
-    moved = panel + more
-    return stream(
-        kernel, chip, programs, case.features + moved, trips, l2=2 * case.features + moved + programs * l2, tail=tail
-    )
+    loads = case.features
+    return stream(kernel, chip, programs, loads + moved, trips, l2=2 * loads + moved + programs * l2, tail=tail)
 
 
 def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
@@ -212,23 +224,29 @@ def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
     return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 
-def filter_tiles(case: Case, taps: int) -> int:
-    """Filters laid out by channel have rows of outputs, padded."""
-    return cdiv(pitch(case), FILTERS) * cdiv(case.channels * taps, FILTERS)
+def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dram: float, most: int) -> Launch:
+    """Filters by channel, whose rows of outputs are padded, and back: every thread has a square of vectors in flight.
+
+    A multiprocessor holds ``most`` blocks by registers; each has 128 bytes of shared memory for a row of a tile.
+    """
+    line = LINE // case.element
+    programs = cdiv(pitch(case), line) * cdiv(case.channels * taps, FILTER_TILES * line) * stacks
+    held = max(1, min(most, chip.shared * 1024 // (FILTER_TILES * LINE * line)))
+    launch = stream(kernel, chip, programs, dram, 0.0)
+    return launch._replace(chain=cdiv(programs, held * chip.processors) * (L2_US + DRAM_US))
 
 
 def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """Parameters of the chosen neurons, laid out for the kernels."""
     dram = case.slots * case.channels * (case.channels + pitch(case)) * taps * case.element
-    return stream("pack_filters", chip, filter_tiles(case, taps) * case.slots, dram, L2_US + DRAM_US)
+    return lay_filters("pack_filters", case, chip, taps, case.slots, dram, 3)
 
 
 def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """The way back for gradients, whose rows are not padded: listed channels are read, and all neurons written."""
     listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
     dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
-    programs = cdiv(case.channels, FILTERS) * cdiv(case.channels * taps, FILTERS) * case.neurons
-    return stream("unpack_filters", chip, programs, dram, L2_US + DRAM_US)
+    return lay_filters("unpack_filters", case, chip, taps, case.neurons, dram, 2)
 
 
 def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:

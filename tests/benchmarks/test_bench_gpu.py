@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import faster, gpu, gpu_bench, gpu_goals, report
+from benchmarks import faster, gpu, gpu_bench, gpu_goals, report, v100
 from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu import Outcome, Step, allowance, chosen_steps, parse_parts, run_step, run_steps
 from benchmarks.gpu_baselines import PLANS, padded, training_plan
@@ -28,6 +28,8 @@ from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.backends import OPS
 from dsts_kernels.backends.gpu import measured
 from dsts_kernels.reference import DSTS, Draws
+from dsts_kernels.roofline import CHIPS, SHAPES, Case, frozen_step, total
+from dsts_kernels.roofline.tables import run_on
 
 CPU = torch.device("cpu")
 BOTH = ("triton", "cuda")
@@ -407,3 +409,15 @@ def test_winners_are_what_backends_read(tmp_path: Path, monkeypatch: pytest.Monk
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             wanted = "cuda" if op == "tap_sums" else "triton"
             assert measured.winner(op, torch.device("cuda"), dtype) == wanted
+
+
+def test_the_papers_row_without_a_gpu(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what it needs; the roofline's figure is marked as a prediction; the command fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert v100.PAPER_MS == 129 and v100.main([]) == 1
+    first, _, paper, mark, _, predicted = capsys.readouterr().out.splitlines()
+    assert "no CUDA GPU" in first and "nothing was measured" in first and "docs/gpu.md" in first
+    assert paper.endswith("129 ms a batch of 8") and mark.startswith("PREDICTION, NOT A MEASUREMENT")
+    case = run_on(Case(*SHAPES["tpn"], batch=8), CHIPS["v100"])
+    expected = total(frozen_step(case, CHIPS["v100"]), case.kind, CHIPS["v100"])
+    assert "V100" in predicted and f"{expected.graph:.3f}" in predicted.split()

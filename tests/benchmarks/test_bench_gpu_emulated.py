@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_bench_gpu import CPU, made_up
 
-from benchmarks import faster, gpu_bench, gpu_ops, gpu_sanitize, report
+from benchmarks import faster, gpu_bench, gpu_ops, gpu_sanitize, report, v100
 from benchmarks.gpu_timing import Timing
 from benchmarks.gpu_workload import Workload
 from benchmarks.shapes import Problem
@@ -90,6 +91,52 @@ def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, request: A
     assert all(op["us"] and op["bytes"] > 0 for op in bench.results["ops"])
     saved = json.loads((tmp_path / "made-up.json").read_text())
     assert any("FrozenDSTS, CUDA C++" in line for line in report.plain(saved))
+
+
+@pytest.fixture
+def no_cuda_device(emulated_cuda: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What benchmarks.v100 asks of torch about the device is answered for the emulated one."""
+    dtype = torch.float16 if "sm_70" in request.node.name else torch.bfloat16
+    for name, found in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_properties", SimpleNamespace(L2_cache_size=1000)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    monkeypatch.setattr(v100, "describe", lambda device, commit: made_up({}, "Emulated")["machine"])
+    monkeypatch.setattr(
+        v100, "Workload", lambda device, l2_bytes: Workload(CPU, l2_bytes, channels=256, grids=GRIDS, dtype=dtype)
+    )
+
+
+def test_the_papers_row(no_cuda_device: None, no_clock: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every variant at the paper's batch, compared and timed, beside the paper's time; the device is named."""
+    out = tmp_path / "folder" / "row.json"
+    assert v100.main(["--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["literal", "handwritten", "fused cuda", "frozen cuda", "graph cuda"]
+    assert all(row["shape"] == "tpn 8x256x2x3x3" and row["ms"] == 1.0 and 0 < row["error"] < 5e-2 for row in rows)
+    table = said[said.index("Emulated, 1 threads") :].splitlines()
+    assert table[2].split()[-3:] == ["129", "1.0", "-"] and "the paper, V100 (870 - 741)" in table[2]
+    assert [line.split()[-3:-1] for line in table[3:8]] == [["1", "129.0"]] * 5, "129 ms / 1 ms"
+    assert "triton did not run: " in said and "PREDICTION, NOT A MEASUREMENT" in said
+
+
+def test_a_wrong_result_has_no_time(
+    no_cuda_device: None, no_clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A variant that gives something else is not timed, and the command fails."""
+
+    def build(variant: str, *options: Any) -> torch.nn.Module:
+        return gpu_bench.build(variant, *options) if variant == "frozen" else torch.nn.Identity()
+
+    monkeypatch.setattr(v100, "build", build)
+    assert v100.main(["--out", str(tmp_path / "row.json")]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED evaluation tpn 8x256x2x3x3 fused cuda: not timed: " in said
+    rows = {row["variant"]: row["ms"] for row in json.loads((tmp_path / "row.json").read_text())["rows"]}
+    assert rows["fused cuda"] is None and rows["frozen cuda"] == 1.0
 
 
 def test_comparison_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from ..gpu.lists import PLAN, Groups, Lists, panel_width
 from ..packing import tile_channels
 
 TILE, GATHER, LEAST = 128, 64, 8  # positions and outputs of a tile, positions of a gather, K blocks of a short range
+ROWS_BYTES = 16384  # of whole rows of features that a block of a gather holds
 MOST_PROGRAMS = 1024
 MOST_NEURONS = 8192  # kernels keep a score or a flag of each in shared memory
 SHARED_KIB = {70: 96, 75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228}  # a processor
@@ -184,11 +185,22 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
     return Lists(order, plans, listed)
 
 
-def gather_shares(x: Tensor) -> int:
-    """Blocks that share a list's K blocks: about four blocks a multiprocessor in all."""
-    along = x.shape[0] * cdiv(x.shape[2:].numel(), GATHER)
-    blocks = cdiv(x.shape[1], tile_channels(x.dtype))
-    return max(1, min(blocks, cdiv(4 * chip(x.device).processors, along)))
+def gather_rows(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Positions whose channels a block of a gather takes whole, 16 bytes at a time, and strides whose last one leads
+    from position to position; 0 and the strides of ``x`` where it goes by elements."""
+    strides, flat = features.steps_of(x)
+    row = x.shape[1] * x.element_size()
+    whole = flat and row and x.stride(1) == 1 and vectors_fit(x)
+    rows = min(GATHER, ROWS_BYTES // row) if whole else 0
+    return rows, strides if rows else x.stride()
+
+
+def gather_shares(x: Tensor, rows: int) -> int:
+    """Blocks that share a sample's rows, or a list's K blocks: about four blocks a multiprocessor in all."""
+    positions = x.shape[2:].numel()
+    along = x.shape[0] * (1 if rows else cdiv(positions, GATHER))
+    most = cdiv(positions, rows) if rows else cdiv(x.shape[1], tile_channels(x.dtype))
+    return max(1, min(most, cdiv(4 * chip(x.device).processors, along)))
 
 
 def pack_features(
@@ -196,9 +208,9 @@ def pack_features(
 ) -> Tensor:
     b, c, *size = x.shape
     panel = x.new_empty(b, *size, width)
-    gate = gate.float()
+    gate, (rows, strides) = gate.float(), gather_rows(x)
     native().pack_features(
-        address(x), size, x.stride(), address(panel), b, c, width, gather_shares(x), address(lists.order),
+        address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(lists.order),
         address(slots), address(lists.plans), address(gate), address(neuron), neurons, DTYPE_CODES[x.dtype], target(x),
     )  # fmt: skip
     return panel
@@ -209,11 +221,11 @@ def route_and_pack(
 ) -> tuple[Tensor, Tensor]:
     check_count(scores.shape[1])
     b, c, *size = x.shape
-    width = panel_width(c, x.dtype, False)
+    width, (rows, strides) = panel_width(c, x.dtype, False), gather_rows(x)
     panel = x.new_empty(b, *size, width)
     plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
     native().route_and_pack(
-        address(x), size, x.stride(), address(panel), b, c, width, gather_shares(x), address(sums),
+        address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(sums),
         address(w.scoring), address(w.channels), address(w.starts), address(plan), address(neuron), address(scores),
         address(flags), divisor, scores.shape[1], sums.shape[1], w.scoring.shape[2], flags.numel(),
         DTYPE_CODES[x.dtype], target(x),

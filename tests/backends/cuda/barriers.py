@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from dsts_kernels import FusedDSTS
+from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.ops.frozen import frozen_layer
 from dsts_kernels.testing import assert_close, poisoned_memory
 
@@ -88,6 +89,18 @@ def sums() -> None:
             assert_close(found.sum(-1) if taps == 1 else found[..., 4], x.double().sum((2, 3, 4)))
 
 
+def rows() -> None:
+    """Whole rows of features, in several rounds of a block."""
+    BACKEND.processors = 1
+    x = torch.randn(4, 1040, 1, 3, 5).half().contiguous(memory_format=torch.channels_last_3d)
+    gate, neuron = (torch.rand(4, 1040) < 0.5).half(), torch.tensor([1, 0, 1, 0])
+    lists = KERNELS.list_channels(gate, KERNELS.group_samples(neuron, 2), False, 64)
+    panel = KERNELS.pack_features(x, gate, neuron, 2, None, lists, panel_width(1040, HALF, True))
+    for b, plan in enumerate(lists.plans.tolist()):
+        own = lists.order[b, : plan[3]].long()
+        assert torch.equal(panel[b, ..., : plan[3]], x[b, own].movedim(0, -1))
+
+
 TWO = dict(batch=1, channels=40, outputs=72, size=(1, 9, 15))  # tiles of positions; outputs in both halves of a tile
 SHORT = dict(batch=5, channels=40, outputs=72, size=(1, 2, 3))
 WIDE = dict(batch=2, channels=72, outputs=24, size=(1, 2, 3))  # channels in both halves of a tile
@@ -95,6 +108,7 @@ ALL = (True,) * 4
 CASES: dict[str, Callable[[], None]] = {
     "lists": lists,
     "sums": sums,
+    "rows": rows,
     "waves float": lambda: gated(FLOAT, 1, **SHORT),
     "waves half": lambda: gated(HALF, 1, **SHORT),
     "shares float": lambda: gated(FLOAT, 9, **TWO),

@@ -23,7 +23,7 @@ SIZE, STRIDES, HERE = (
     (6, 6, 6, 3, 1),
     4096,
 )  # HERE is no address: to read it ends the process
-GATHER = dict(x=HERE, size=SIZE, x_strides=STRIDES, panel=HERE, batch=1, channels=1, pitch=64, shares=1)
+GATHER = dict(x=HERE, size=SIZE, x_strides=STRIDES, panel=HERE, batch=1, channels=1, pitch=64, shares=1, rows=0)
 FILTER = dict(outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8)
 # Arguments that every function takes, in order; the target follows.
 GOOD: dict[str, dict[str, Any]] = {
@@ -71,12 +71,15 @@ SIZES = (
 )  # fmt: skip
 
 
+MAY_BE_NONE = ("conv", "pack_features", "route_and_pack")  # rows
+
+
 def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
     """One bad argument at a time, and what is said of it."""
     for key, value in GOOD[name].items():
         if value == HERE:
             yield {key: 0}, "null"
-        elif key in SIZES and not (name == "conv" and key == "rows"):
+        elif key in SIZES and not (name in MAY_BE_NONE and key == "rows"):
             yield from (({key: bad}, f"is {bad}; wanted 1 or ") for bad in (0, -1))
         elif key in ("dtype", "from_dtype"):
             said = r"wanted 0 \(float32\), 2 \(bfloat16\) or 3 \(float16\)"
@@ -84,6 +87,11 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         elif key == "size":
             yield {key: (1, 0, 3)}, "a size is 0"
             yield {key: (1 << 11, 1 << 10, 1 << 10)}, "too many positions"
+    if name in ("pack_features", "route_and_pack"):
+        lying = {"channels": 8, "x_strides": (48, 1, 48, 24, 8)}
+        yield {"rows": 1}, "rows is 1; wanted 0 where channels are no whole 16 bytes side by side"
+        yield lying | {"rows": 1, "channels": 9}, "rows is 1; wanted 0 where"
+        yield from ((lying | {"rows": bad}, f"rows is {bad}; wanted at most 16384 bytes of them") for bad in (-1, 513))
     if name in ("tap_sums", "route_and_pack"):
         yield {"taps": 3}, "taps is 3; wanted 1 or 9"
     if name in ("pack_filters", "unpack_filters"):
@@ -154,7 +162,8 @@ def test_too_large_a_grid():
 def test_constants():
     """Sizes that launchers count with in Python."""
     native = kernels.native()
-    assert (native.TILE, native.GATHER, native.LEAST) == (kernels.TILE, kernels.GATHER, kernels.LEAST)
+    for name in ("TILE", "GATHER", "LEAST", "ROWS_BYTES"):
+        assert getattr(native, name) == getattr(kernels, name), name
 
 
 def test_every_function_is_tried_here():

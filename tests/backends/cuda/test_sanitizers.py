@@ -34,6 +34,7 @@ SITES = [
     "lists.block_counts-2",
     "product.accumulate-3",
     "volta.accumulate-3",
+    "route.gather-2",
     "route.gather_block-2",
     "schedule.scan-3",
     "tap_sums.tap_sums_kernel-1",

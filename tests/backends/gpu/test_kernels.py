@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
-from .support import GATES, KERNELS, LAYOUTS, SIZE, dtypes, emulated, hard_gate
+from .support import GATES, KERNELS, LAYOUTS, SIZE, TILES, dtypes, emulated, hard_gate
 
 pytestmark = emulated
 
@@ -84,12 +86,14 @@ def test_list_channels_of_a_union(channels):
     assert found.plans[2:].count_nonzero() == 0, "a slot without a neuron has an empty plan, for strays read it"
 
 
+# The last one's rows are 16 bytes at a time where channels lie side by side, and several rounds of a block.
 @dtypes
+@pytest.mark.parametrize("channels, size", [(70, SIZE), (72, SIZE), (1040, TILES)], ids=["70", "72", "1040"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pack_features(layout, dtype):
+def test_pack_features(layout, channels, size, dtype):
     """Listed channels, gated, in K blocks with zeros behind each list; not a column beyond, NaN for a stray."""
-    block, channels = tile_channels(dtype), 70
-    x, gate = LAYOUTS[layout](torch.randn(3, channels, *SIZE).to(dtype)), GATES["mixed"](3, channels).to(dtype)
+    block = tile_channels(dtype)
+    x, gate = LAYOUTS[layout](torch.randn(3, channels, *size).to(dtype)), GATES["mixed"](3, channels).to(dtype)
     neuron = torch.tensor([1, 0, 2])
     groups = KERNELS.group_samples(neuron, 2)
     found = KERNELS.list_channels(gate, groups, False, block)
@@ -99,7 +103,7 @@ def test_pack_features(layout, dtype):
     for b in range(3):
         _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()
         order = found.order[b].long()
-        wanted = torch.full((*SIZE, width), torch.nan, dtype=dtype)
+        wanted = torch.full((*size, width), torch.nan, dtype=dtype)
         wanted[..., : (blocks_1 + blocks_2) * block] = 0
         for at, own, scale in ((0, order[:read], gate[b]), (blocks_1 * block, order[second:], 1 - gate[b].float())):
             wanted[..., at : at + len(own)] = (rows[b][..., own].float() * scale.float()[own]).to(dtype)
@@ -108,9 +112,14 @@ def test_pack_features(layout, dtype):
         assert torch.equal(panel[b].nan_to_num(nan=77), wanted.nan_to_num(nan=77))
 
 
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, an element away from where a tensor is laid."""
+    return torch.cat([x.new_empty(1), x.flatten()])[1:].view(x.shape)
+
+
 @dtypes
 @pytest.mark.parametrize("by_channel", [True, False])
-@pytest.mark.parametrize("outputs, channels", [(5, 3), (40, 33), (70, 64)])
+@pytest.mark.parametrize("outputs, channels", [(5, 3), (40, 33), (70, 64), (24, 136)])
 def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     """Chosen neurons' filters by slot and tap; on the way back others, and channels in no list, are zero."""
     spatial, temporal = torch.randn(4, outputs, channels, 1, 3, 3), torch.randn(4, outputs, channels, 3, 1, 1)
@@ -123,11 +132,15 @@ def test_filters_there_and_back(outputs, channels, by_channel, dtype):
     wanted = F.pad(wanted, (0, found.shape[-1] - wanted.shape[-1]))  # rows may be padded
     assert torch.equal(found[:2], wanted)
     assert found[2:].isnan().all(), "slots without a neuron are not written"
+    for change in (lambda x: x.to(dtype), shifted, lambda x: shifted(x.to(dtype))):
+        again = KERNELS.pack_filters([change(spatial), change(temporal)], groups.neuron_of, dtype, by_channel)
+        assert torch.equal(again.view(found.shape)[:2], wanted)
     listed = torch.full((4, channels), 3, dtype=torch.int8)
     listed[0, 0], listed[1, 1] = 1, 2
+    dense = packed[..., : outputs if by_channel else channels].contiguous()  # as products leave gradients
     for like, bit, first in ((spatial, 1, 0), (temporal, 2, 9)):
-        for own in (None, listed):
-            back = KERNELS.unpack_filters(packed, like, groups, own, bit, first, 12, by_channel)
+        for own, filters in itertools.product((None, listed), (packed, dense, shifted(packed))):
+            back = KERNELS.unpack_filters(filters, like, groups, own, bit, first, 12, by_channel)
             wanted = like.to(dtype).float()
             wanted[[0, 2]] = 0
             if own is not None:
