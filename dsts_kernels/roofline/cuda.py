@@ -22,7 +22,7 @@ SUM_POSITIONS, SUM_CHANNELS = 64, 64  # as in the launchers and kernels
 LINE, FILTER_TILES = 128, 4  # bytes of a line, and of a filter tile's rows and columns; tiles of a block
 THREADS = 256  # of a block that gathers or sums
 CHUNK = 256  # channels whose scores are added up at a time
-EPILOGUE_AT_ONCE = 4  # the same of the data gradient's epilogue
+EPILOGUE_AT_ONCE = 4  # loads of a thread that are on their way together in epilogues: vectors of skip, cells of x
 AT_ONCE = 8  # loads of a thread that are on their way together: parts of a tile, features that are gathered
 BY_K = ("packed", "rows")  # forms of filters that lie by K
 
@@ -86,9 +86,9 @@ def conv(
     panel = sum(sample.columns for sample in samples) * case.positions * case.element
     scratch = share.parts * TILE * TILE * FLOAT
     loads = sum(steps) * per_sample * loaded(case) * tile.k * case.element
-    # An epilogue waits for a vector's skip before it asks for the next; parts of a tile are added up one by one.
+    # An epilogue asks for four vectors of skip at once; parts of a tile are added up one by one.
     cells = TILE * TILE // (32 * tile.warps)
-    rounds = cells / (vector(case) if case.channels % vector(case) == 0 else 1)
+    rounds = cells / (vector(case) if case.channels % vector(case) == 0 else 1) / EPILOGUE_AT_ONCE
     adding = cells / AT_ONCE * share.pieces * L2_US if share.parts else 0.0
     launch = Launch(
         f"conv {form}",
