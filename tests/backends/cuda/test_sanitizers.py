@@ -1,7 +1,7 @@
 """The CUDA kernels under sanitizers: nothing to report of them as they are, and a report where a barrier is left out.
 
-AddressSanitizer and UndefinedBehaviorSanitizer see the kernels of sm_80, ThreadSanitizer those of sm_70; marked slow,
-with all tests, the other way round. Each takes a process of its own, started with the sanitizer's library.
+AddressSanitizer and UndefinedBehaviorSanitizer see the kernels of sm_80 and the half products of sm_75, ThreadSanitizer
+those of sm_70; marked slow, with all tests, the other way round. Each takes a process of its own, started with the sanitizer's library.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def passes(flavour: str, arch: int, suite: list[str], *options: str) -> None:
     assert code == 0 and " passed" in said, said[-6000:]
 
 
-@pytest.mark.parametrize("flavour, arch", [("address", 800), ("thread", 700)])
+@pytest.mark.parametrize("flavour, arch", [("address", 800), ("address", 750), ("thread", 700)])
 def test_nothing_to_report(flavour, arch):
-    passes(flavour, arch, SUITE, "-m", "emulated", "-k", CHOSEN if flavour == "thread" else f"{CHOSEN} {LARGE}")
+    wanted = CHOSEN if flavour == "thread" else f"{CHOSEN} {LARGE}"
+    passes(flavour, arch, SUITE, "-m", "emulated", "-k", f"({wanted}) and float16" if arch == 750 else wanted)
 
 
 @pytest.mark.slow
@@ -91,7 +92,15 @@ def swept(arch: int, *sites: str) -> dict[str, str]:
     return {name: outcome.split()[0] for name, outcome in found if name != "nothing"}
 
 
-@pytest.mark.parametrize("arch, sites", [(700, SITES), (800, ["product.accumulate-2"])], ids=["700", "800"])
+@pytest.mark.parametrize(
+    "arch, sites",
+    [
+        (700, SITES),
+        (750, ["turing.accumulate-1", "turing.accumulate-4", "turing.accumulate-5"]),
+        (800, ["product.accumulate-2", "turing.accumulate-1", "turing.accumulate-2", "turing.accumulate-3"]),
+    ],
+    ids=["700", "750", "800"],
+)
 def test_a_barrier_left_out_is_noticed(arch, sites):
     """One of every source; with nothing left out there is nothing to report."""
     outcomes = swept(arch, *sites)
@@ -101,7 +110,7 @@ def test_a_barrier_left_out_is_noticed(arch, sites):
 
 @pytest.mark.slow
 def test_every_barrier_left_out_is_noticed():
-    """All that the kernels of sm_70 have; those of sm_80 differ in one, above."""
+    """All that the kernels of sm_70 have; those of later chips differ in the ones above."""
     outcomes = swept(700)
     assert len(outcomes) > 40
     assert [name for name, outcome in outcomes.items() if outcome == "unnoticed"] == []
