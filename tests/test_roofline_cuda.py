@@ -184,13 +184,16 @@ def test_volta_fragments():
 def test_steps_by_hand():
     """The convolution's step on a V100: fragments, stores, and what goes through L1."""
     fragments, stores, through = 4 * 2 * 4 * (16 + 8), 2 * 16 * 4, 128
-    assert step_of(70, "float16", "by_k", 128) == (833.0, fragments + stores + through)
-    assert step_of(75, "float16", "by_k", 64).shared == 2 * (4 * 2 * 8 * 4 + stores + through)
-    assert step_of(80, "float16", "by_k", 128).shared == 4 * 2 * 8 * 4 + stores
+    assert step_of(70, "float16", "by_k", 128) == (773.0, fragments + stores + through)
+    fragments = 4 * (64 + 64) * 64 // 128  # 4 warps, 64 rows of either side, 64 bytes of K
+    assert step_of(75, "float16", "by_k", 64).shared == 2 * (fragments + stores + through)
+    for kernel in KERNELS:
+        assert step_of(80, "float16", kernel, 128).shared == fragments + stores
+        assert step_of(80, "tf32", kernel, 128) == (COUNTED[80]["tf32"][KERNELS.index(kernel)], fragments + stores)
 
 
 def test_stores_meet_in_no_bank():
-    """Every tile is written at 128 bytes a pass, by K and by column, at every pitch; sm_70 reads it at 288."""
+    """Every padded tile is written at 128 bytes a pass, by K and by column, at every pitch; sm_70 reads it at 288."""
     for capability, element in itertools.product(COUNTED, (2, 4)):
         for by_k in (True, False):
             assert store_passes(by_k, pitch_of(capability, by_k, element), element) == 64
@@ -206,13 +209,15 @@ def test_counts_are_of_the_compiled_kernels(capability):
         pytest.skip(reason)
     found = cuda_loops.count(capability)
     for dtype, row in found.items():
-        products = {"tf32": 128, "float32": 1024}.get(dtype, {70: 512, 75: 128}.get(capability, 64))
-        for one in row:
+        products = {"tf32": 64, "float32": 1024}.get(dtype, {70: 512, 75: 128}.get(capability, 64))
+        matrices = {70: [0] * 4}.get(capability, [16] * 4)  # whole ones that a warp loads; words lie by column
+        matrices = {"tf32": [16, 8, 16, 0], "float32": [0] * 4}.get(dtype, matrices)
+        for one, loads in zip(row, matrices, strict=True):
             assert products == one.kinds["FFMA" if dtype == "float32" else "HMMA.884" if capability < 75 else "HMMA"]
-            vectors = 4 if dtype == "float32" else 8  # of a thread, of both operands
-            assert (one.kinds["STS"], one.kinds["LDGSTS"] // 2)[capability >= 80] == vectors
-            matrices = {70: 0, 75: 32}.get(capability, 16)
-            assert one.kinds["LDSM"] == (matrices if dtype in ("float16", "bfloat16") else 0)
+            exact = dtype == "float32"  # copies or zeros: two instructions
+            vectors = 4 if exact else 8  # of a thread, of both operands
+            assert (one.kinds["STS"], one.kinds["LDGSTS"] // (2 if exact else 1))[capability >= 80] == vectors
+            assert one.kinds["LDSM"] == loads
     # Another release of the compilers may move a few instructions; these are what the counts were taken with.
     counted = {dtype: tuple(one.instructions for one in row) for dtype, row in found.items()}
     assert counted.keys() == COUNTED[capability].keys()
@@ -224,7 +229,7 @@ def test_counts_are_of_the_compiled_kernels(capability):
 def test_instructions_are_at_least_the_products(capability):
     """A step needs its multiplications: by tensor cores of a warp's 64x64, of a thread's 8x8 in float32."""
     matrix = {70: 512, 75: 128}.get(capability, 64)  # of one warp, 32 deep in half
-    needed = {"float16": matrix, "bfloat16": matrix, "tf32": 2 * matrix, "float32": 8 * 8 * 16}
+    needed = {"float16": matrix, "bfloat16": matrix, "tf32": matrix, "float32": 8 * 8 * 16}
     for dtype, counts in COUNTED[capability].items():
         assert len(counts) == len(KERNELS)
         assert all(needed[dtype] < count < 10 * needed[dtype] for count in counts), dtype

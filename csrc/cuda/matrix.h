@@ -53,9 +53,9 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
                  "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])        \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (__is_same(E, __half))
+  if constexpr (kSame<E, __half>)
     DSTS_MULTIPLY_ADD("m16n8k16", "f16");
-  else if constexpr (__is_same(E, __nv_bfloat16))
+  else if constexpr (kSame<E, __nv_bfloat16>)
     DSTS_MULTIPLY_ADD("m16n8k16", "bf16");
   else
     DSTS_MULTIPLY_ADD("m16n8k8", "tf32");

@@ -61,7 +61,7 @@ constexpr int kCapability = DSTS_SM80 ? 80 : DSTS_SM70 ? 70 : 75;
 // Stages of the pipeline.
 template <class E>
 __host__ __device__ constexpr int stages_of(int capability) {
-  return capability < 80 ? 2 : __is_same(E, float) ? 3 : 4;
+  return capability < 80 ? 2 : kSame<E, float> ? 3 : 4;
 }
 
 // Bytes of K that `Turing` takes at a time.
@@ -228,7 +228,7 @@ using Engine = typename EngineOf<E, A_BY_K, B_BY_K>::Type;
 template <class E, bool A_BY_K, bool B_BY_K>
 __host__ __device__ constexpr int product_bytes(int capability) {
   using T = typename Multiplier<E>::Element;
-  const bool padded = capability < 75 || __is_same(E, float);
+  const bool padded = capability < 75 || kSame<E, float>;
   const int step = padded ? SharedTile<T, A_BY_K>::kBytes + SharedTile<T, B_BY_K>::kBytes
                           : 2 * kTile * step_bytes(capability);
   const int operands = stages_of<E>(capability) * step, chunk = chunk_bytes(capability) + kSumsBytes;

@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Warp instructions of one step: all that stand in the loop that holds the products of a whole step (512 HMMA.884, 128
-# HMMA.1688, or 2 x 32 HMMA.16816), inner loops times their trips, branches not taken included. Counted on 2026-11-22
+# Warp instructions of one step: all that stand in the loop that holds the products of a whole step (512 HMMA.884, 64
+# HMMA.16816, or twice 64 HMMA.1688), inner loops times their trips, branches not taken included. Counted on 2026-11-26
 # by `python -m benchmarks.cuda_loops`, sm_70 as NVRTC 12.9 and its ptxas compile it, others as nvcc 13.0 does. By dtype
 # of products, then by kernel: filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
 KERNELS = ("by_k", "by_output", "data_gradient", "weight_gradient")
 COUNTED: dict[int, dict[str, tuple[int, int, int, int]]] = {
-    70: {"float16": (833, 903, 877, 941), "float32": (1273, 1402, 1318, 1414)},
-    75: {"float16": (409, 484, 459, 526), "float32": (1246, 1384, 1291, 1401)},
+    70: {"float16": (773, 828, 822, 766), "float32": (1248, 1384, 1286, 1336)},
+    75: {"float16": (324, 368, 326, 394), "float32": (1223, 1364, 1263, 1334)},
     80: {
-        "float16": (298, 389, 337, 393),
-        "bfloat16": (298, 389, 339, 388),
-        "tf32": (602, 705, 634, 696),
-        "float32": (1251, 1386, 1271, 1393),
+        "float16": (171, 193, 169, 175),
+        "bfloat16": (171, 193, 169, 175),
+        "tf32": (300, 358, 298, 411),
+        "float32": (1228, 1350, 1243, 1336),
     },
     90: {
-        "float16": (315, 402, 350, 427),
-        "bfloat16": (315, 402, 350, 418),
-        "tf32": (616, 716, 643, 723),
-        "float32": (1266, 1398, 1275, 1414),
+        "float16": (171, 220, 168, 186),
+        "bfloat16": (171, 222, 168, 186),
+        "tf32": (304, 366, 298, 388),
+        "float32": (1236, 1361, 1237, 1352),
     },
 }
 
@@ -58,7 +58,7 @@ def passes(addresses: Iterable[int], width: int) -> int:
 
 
 def pitch_of(capability: int, by_k: bool, element: int) -> int:
-    """Bytes from row to row in shared memory, as ``SharedTile`` of csrc/cuda/product.h has them."""
+    """Bytes from row to row in shared memory, as ``SharedTile`` of csrc/cuda/product.h has them: on sm_70, of float32."""
     return STEP + 16 if by_k else TILE * element + (32 if capability < 75 else 16)
 
 
