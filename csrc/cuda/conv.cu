@@ -36,13 +36,19 @@ struct ConvShared {
   int flag;
 };
 
+// Units of an epilogue whose skips are on their way together; from sm_100 on registers are full without.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSkipsAtOnce = 1;
+#else
+constexpr int kSkipsAtOnce = 4;
+#endif
+
 // Bias, ReLU, skip and the store of one part of a tile's columns; leaves what was stored in the chunk, zero
 // outside.
 template <class T, int V, int THREADS>
 __device__ __forceinline__ void finish_cells(const ConvParams& p, const Tile& tile, int column0,
                                              float* chunk) {
-  constexpr int kUnits = kTile * kChunkColumns / V,
-                kAtOnce = 4;  // units whose skips are on their way together
+  constexpr int kUnits = kTile * kChunkColumns / V, kAtOnce = kSkipsAtOnce;
   static_assert(kUnits % (THREADS * kAtOnce) == 0);
   const bool along_rows = V == 1 && p.out_strides.c != 1;
   T* out = static_cast<T*>(p.out) + tile.b * p.out_strides.b;
