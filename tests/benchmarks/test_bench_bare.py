@@ -32,18 +32,16 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, a driver that runs the kernel on the CPU, and PTX that this driver does not read."""
+def made(folder: Path, arch: int) -> Path:
+    """The program, a driver that runs the kernel of a chip on the CPU, and PTX that this driver does not read."""
     try:
         emulator.run([*emulator.compiler(), "--version"])
     except (OSError, RuntimeError):
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("bare")
     sources = [emulator.ROOT / "csrc/cuda/conv.cu", *emulator.RUNTIME, emulator.HERE / "fake_driver.cpp"]
     objects = [str(folder / f"{source.stem}.o") for source in sources]
     for source, target in zip(sources, objects, strict=True):
-        flags = emulator.flags(source, "plain", 700, "fake")
+        flags = emulator.flags(source, "plain", arch, "fake")
         emulator.run([*emulator.compiler(), *flags, "-c", str(source), "-o", target])
     driver = folder / "libcuda.so.1"
     emulator.run([*emulator.compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", str(driver), "-pthread"])
@@ -53,6 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     emulator.run([*emulator.compiler(), *options, "-o", str(folder / "bare")])
     (folder / "conv.ptx").write_text(PTX)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("bare"), 700)
 
 
 def bare(folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
@@ -118,11 +121,12 @@ def test_no_driver(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [70, 75, 90])
-def test_real_cubin(folder, arch):
+@pytest.mark.parametrize("arch, emulated", [(70, 700), (75, 750), (90, 800)])
+def test_real_cubin(tmp_path, arch, emulated):
     """Names and target of a file that a compiler wrote, where one is installed; also its PTX."""
     if cuda_compilers.missing(arch):
         pytest.skip(cuda_compilers.missing(arch))
+    folder = made(tmp_path, emulated)
     source = next(path for path in cuda_compilers.SOURCES if path.stem == "conv")
     built = cuda_compilers.compile_source(source, arch)
     for path in filter(None, (built.cubin, built.ptx)):
