@@ -248,8 +248,6 @@ class FrozenDSTS(NotScripted):
         check_input(x, self.in_channels, like)
         if draws is not None:
             check_draws(draws, (len(layers), x.shape[0]), self.in_channels, self.num_neurons, like)
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
         if torch.is_grad_enabled():  # asking costs less than entering
             with torch.no_grad():
                 return self._run(x, layers, return_routing)
@@ -257,6 +255,7 @@ class FrozenDSTS(NotScripted):
 
     def _run(self, x: Tensor, layers: list[FrozenLayer], return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
         last = len(layers) - 1
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         h, sums, routings = x, None, []
         for index, layer in enumerate(layers):
             next_taps = 0 if index == last else layers[index + 1].taps
