@@ -63,9 +63,10 @@ class PositionOperands {
     const Place at = place_of(p_.extent, position);
     const bool exists = more_ & (position < p_.extent.positions);
     // Within its row and column a shifted position is in a frame if it is one at all.
-    const bool met = exists & (static_cast<unsigned>(position + shift_) < p_.extent.positions) &
-                     (static_cast<unsigned>(at.h + by_.h) < p_.extent.h) &
-                     (static_cast<unsigned>(at.w + by_.w) < p_.extent.w);
+    const bool met = exists &
+                     (static_cast<unsigned>(position + shift_) < static_cast<unsigned>(p_.extent.positions)) &
+                     (static_cast<unsigned>(at.h + by_.h) < static_cast<unsigned>(p_.extent.h)) &
+                     (static_cast<unsigned>(at.w + by_.w) < static_cast<unsigned>(p_.extent.w));
     met_ = __ballot_sync(0xffffffffu, met) >> A::row(),
     exist_ = __ballot_sync(0xffffffffu, exists) >> B::row();
     met_ = left_inside_ ? met_ : 0, exist_ = right_inside_ ? exist_ : 0;
