@@ -106,7 +106,7 @@ def test_a_barrier_left_out_is_noticed(arch, sites):
     """One of every source; with nothing left out there is nothing to report."""
     outcomes = swept(arch, *sites)
     assert set(outcomes) == set(sites)
-    assert [name for name, outcome in outcomes.items() if outcome == "unnoticed"] == []
+    assert [name for name, outcome in outcomes.items() if outcome in ("unnoticed", "hung")] == []
 
 
 @pytest.mark.slow
@@ -114,4 +114,4 @@ def test_every_barrier_left_out_is_noticed():
     """All that the kernels of sm_70 have; those of later chips differ in the ones above."""
     outcomes = swept(700)
     assert len(outcomes) > 40
-    assert [name for name, outcome in outcomes.items() if outcome == "unnoticed"] == []
+    assert [name for name, outcome in outcomes.items() if outcome in ("unnoticed", "hung")] == []
