@@ -189,8 +189,8 @@ class Child(NamedTuple):
     def finish(self) -> tuple[str, str, list[str]]:
         """Its name, outcome and what it said.
 
-        Once in some twenty sweeps a child never ended, and the same one did the next time. A lock that ThreadSanitizer's
-        own thread held while the process forked would explain it. So a child that hung is started once more.
+        Once in some twenty sweeps a child never ended; repeated, that sweep passed. A lock that ThreadSanitizer's own
+        thread held while the process forked would explain it. So a child that hung is started once more.
         """
         outcome, said = self.result()
         if outcome == "hung":
