@@ -100,7 +100,7 @@ CONV_SHARED, GRADIENT_SHARED = 192, 2176
 
 
 def launched_programs(element: str, arch: int) -> int:
-    """The most programs a convolution is launched with: as ``conv_problem`` has them."""
+    """The most programs a convolution is launched with: as ``conv_grid`` has them."""
     chip = CHIPS[arch]
     block = 44 if arch < 75 else 32 if arch < 80 else 70  # KiB: block_kib of the launchers
     twice = element != "float" and chip.shared_kib >= 2 * block
@@ -129,13 +129,13 @@ def dynamic_shared(name: cubin.Name, arch: int, threads: int, programs: int | No
             return 4 * 3 * threads // 32
         case "pack":
             return panel
-        case "route_and_pack":
+        case "route_and_gather":
             return panel + 4 * (256 + NEURONS)
-        case "pack_rows" | "route_and_pack_rows":
+        case "gather_rows" | "route_and_gather_rows":
             size = BYTES[first]
             block, rows = 128 // size, min(64, ROWS_BYTES // (CHANNELS * size))
             tile = rows * (CHANNELS * size + 16)
-            if name.base == "pack_rows":
+            if name.base == "gather_rows":
                 return tile + 2 * CHANNELS * (2 + 4)
             return tile + (CHANNELS + block) * 2 + 4 * (256 + NEURONS)
         case "pack_filters" | "unpack_filters":

@@ -102,7 +102,7 @@ def gather_calls(work: Workload, backend: str) -> Iterator[Call]:
     lists = kernels.list_channels(gate, kernels.group_samples(neuron, neurons), False, tile_channels(work.dtype))
     for shape in work.grids:
         inputs = work.inputs(shape, TRAINING_BATCH)
-        step = cycling(lambda x: kernels.pack_features(x, gate, neuron, neurons, None, lists, width), inputs)
+        step = cycling(lambda x: kernels.gather_panel(x, gate, neuron, neurons, None, lists, width), inputs)
         yield Call(work.problem(shape, TRAINING_BATCH).label, step, 2 * size_of(inputs[0]))
 
 

@@ -20,7 +20,7 @@ from .backends.packing import channel_lists, pack, pack_mixing
 from .frozen_state import LayerDescription, fingerprint
 from .modules import DSTSLayer
 from .ops import _checks
-from .ops.mixing import MIXING_KERNELS
+from .ops.mixing_conv import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends.base import FLOATS, accumulate_dtype
 from .backends.packing import PACKINGS, Layout, channel_lists, filters_size, mixing_shape
 from .ops._checks import describe
-from .ops.mixing import MIXING_KERNELS
+from .ops.mixing_conv import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
 
 __all__ = ["ALGORITHMS", "BUFFERS", "EXTRA", "Description", "LayerDescription", "decode", "differences", "encode"]

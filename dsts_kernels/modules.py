@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import backends, ops
 from .ops import _checks
 from .ops._library import autocast_on, listened
-from .ops.mixing import MIXING_KERNELS
+from .ops.mixing_conv import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
 from .routing import Draws, Routing, check_draws, sample_draws
 

@@ -196,7 +196,7 @@ def test_refuses_training():
 
 def test_opcheck(backend):
     """Schema, fake and dispatch of the frozen op."""
-    from dsts_kernels.ops.frozen import frozen_layer_op
+    from dsts_kernels.ops.frozen_layer import frozen_layer_op
 
     _, fused = pair(6, torch.float32, backend, mixing_kernel=(1, 3, 3))
     layer = fused.eval().freeze().layers[0]

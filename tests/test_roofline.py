@@ -31,7 +31,7 @@ from dsts_kernels.roofline import (
     total,
 )
 from dsts_kernels.roofline.common import deal
-from dsts_kernels.roofline.launches import conv_problem, gather, route_and_pack
+from dsts_kernels.roofline.launches import conv_grid, gather, route_and_gather
 from dsts_kernels.roofline.tables import run_on
 
 from .conftest import require_triton
@@ -99,7 +99,7 @@ def test_sums(case, chip):
 def test_frozen_order():
     """Two launches a layer and one before them."""
     names = [launch.kernel for launch in frozen_step(TPN._replace(layers=4), CHIPS["a100"])]
-    assert names == ["tap_sums", *["route_and_pack", "conv packed"] * 4]
+    assert names == ["tap_sums", *["route_and_gather", "conv packed"] * 4]
 
 
 @pytest.mark.parametrize("steps", [[96] * 8, [96], [24, 192, 3, 96, 96], [1, 1], [5, 300]], ids=str)
@@ -126,11 +126,11 @@ def test_gather_bytes():
     assert case.features < CHIPS["h100"].l2 * 1e6 / 4 and case.split == (102, 154)
     with launchers(CHIPS["h100"]) as (launch, recorded):
         run_frozen(launch, case)
-        found = next(call for call in recorded if call.kernel == "route_and_pack")
+        found = next(call for call in recorded if call.kernel == "route_and_gather")
     parts = found.tensors["sums"].shape[1]
     expected = sum(t.numel() * t.element_size() for t in found.tensors.values())
     assert found.tensors["panel"].shape[-1] == 5 * 64
-    assert route_and_pack(case, CHIPS["h100"], parts).dram == expected
+    assert route_and_gather(case, CHIPS["h100"], parts).dram == expected
 
     lists = case.sample_lists()  # two hard samples in 2 and 3 blocks, two soft ones in 4 and 4
     launch = gather("pack", case, CHIPS["h100"], lists, 4, 0.0)
@@ -241,8 +241,8 @@ def test_conv_problem_is_the_launchers(case, name, batch):
     """Tile, tiles and programs of the persistent convolution, and how many waves it deals whole."""
     case, chip = case._replace(batch=batch), CHIPS[name]
     with launchers(chip):
-        theirs = load("conv").conv_problem(features_of(case), case.channels, case.channels + 64, 9, 1)
-    tile, per_sample, programs = conv_problem(case, chip, case.channels + 64, 9)
+        theirs = load("conv").conv_grid(features_of(case), case.channels, case.channels + 64, 9, 1)
+    tile, per_sample, programs = conv_grid(case, chip, case.channels + 64, 9)
     assert (tile, programs) == (theirs.tile, theirs.programs)
     assert max(0, batch * per_sample // programs - 1) == theirs.waves
 
@@ -255,7 +255,7 @@ def test_command(name, capsys):
     sizes = "x".join(map(str, (8, SHAPES[name][0], *SHAPES[name][1])))
     assert text.startswith("PREDICTIONS, NOT MEASUREMENTS") and "SASS" in text
     wanted = (
-        "route_and_pack",
+        "route_and_gather",
         "conv packed",
         "conv listed",
         "data_gradient",

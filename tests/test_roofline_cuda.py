@@ -69,15 +69,15 @@ GRIDS: dict[str, Callable[[tuple], int]] = {
     "tap_sums": lambda a: tap_sum_blocks(*a[1:]),
     "group_samples": lambda a: a[6],
     "list_channels": lambda a: a[8],
-    "pack_features": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
-    "route_and_pack": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
+    "gather_panel": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
+    "route_and_gather": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
     "pack_filters": lambda a: filter_blocks(a[3], a[4], a[5], a[8], a[9], a[12]) * a[10],
     "unpack_filters": lambda a: filter_blocks(a[5], a[6], a[7], a[10], a[11], a[13]) * a[12],
     "conv": lambda a: a[17],
     "data_gradient": lambda a: a[10] * cdiv(math.prod(a[8]), 128) * cdiv(a[11], 128),
     "weight_gradient": products,
 }
-NAMES = {"group_samples": "group", "list_channels": "list", "pack_features": "pack"}
+NAMES = {"group_samples": "group", "list_channels": "list", "gather_panel": "pack"}
 
 
 class Call(NamedTuple):
@@ -147,14 +147,14 @@ def test_schedule_is_the_launchers(case, name):
     case = run_on(case, chip)
     with precision(case), launchers(chip) as (launch, recorded):
         run_frozen(launch, case)
-        theirs = kernels.conv_problem(features_of(case), case.channels, case.channels + 64, 9, 1)
+        theirs = kernels.conv_grid(features_of(case), case.channels, case.channels + 64, 9, 1)
         held = kernels.resident(features_of(case))
-    tile, per_sample, programs = model.conv_problem(case, chip, case.channels + 64, 9)
+    tile, per_sample, programs = model.conv_grid(case, chip, case.channels + 64, 9)
     assert tile.per_sm == held and programs == theirs.programs
     assert max(0, case.batch * per_sample // programs - 1) == theirs.waves
     calls = {call.kernel: call.arguments for call in recorded}
     assert calls["tap_sums"][6] == model.tap_sums(case, chip)[1]
-    assert calls["route_and_pack"][-3] == theirs.flags == programs + case.batch * model.tiles_of(case)[1]
+    assert calls["route_and_gather"][-3] == theirs.flags == programs + case.batch * model.tiles_of(case)[1]
     assert calls["conv packed"][17:19] == (programs, theirs.waves)
 
 

@@ -81,7 +81,7 @@ dsts::cuda::Divide divide_by(int divisor) {
   return {static_cast<unsigned>(divisor), static_cast<unsigned>(magic), shift};
 }
 
-// Grid, waves and shared memory of a launch: conv_problem of dsts_kernels/backends/cuda/kernels.py, and the
+// Grid, waves and shared memory of a launch: conv_grid of dsts_kernels/backends/cuda/kernels.py, and the
 // launcher in csrc/cuda/conv.cu.
 struct Launch {
   int programs, waves, flags, shared;

@@ -149,41 +149,41 @@ void by_rows(const char* kernel, GatherParams& p, int rows, int dtype) {
   p.rows = rows, p.by_vectors = divide_by(std::max(1, p.channels / vector));
 }
 
-void pack_features_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                      int channels, int pitch, int shares, int rows, Address order, Address slots,
-                      Address plans, Address gate, Address neuron, int neurons, int dtype, const Target& to) {
-  check_dtype("pack_features", dtype), check_sizes("pack_features", batch, channels, pitch, shares, neurons);
-  check_given("pack_features", x, panel, order, plans, gate, neuron);
+void gather_panel_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
+                     int channels, int pitch, int shares, int rows, Address order, Address slots,
+                     Address plans, Address gate, Address neuron, int neurons, int dtype, const Target& to) {
+  check_dtype("gather_panel", dtype), check_sizes("gather_panel", batch, channels, pitch, shares, neurons);
+  check_given("gather_panel", x, panel, order, plans, gate, neuron);
   GatherParams p{};
-  p.x = pointer<void>(x), p.extent = extent("pack_features", size), p.x_strides = strides(x_strides);
+  p.x = pointer<void>(x), p.extent = extent("gather_panel", size), p.x_strides = strides(x_strides);
   p.panel = pointer<void>(panel), p.batch = batch, p.channels = channels, p.pitch = pitch, p.shares = shares;
-  by_rows("pack_features", p, rows, dtype);
+  by_rows("gather_panel", p, rows, dtype);
   p.order = pointer<int>(order), p.slots = pointer<int>(slots), p.plans = pointer<int>(plans);
   p.gate = pointer<float>(gate), p.neuron = pointer<int64>(neuron), p.neurons = neurons;
   const OnDevice guard(to.device);
-  pack_features(p, dtype, pointer<void>(to.stream));
+  gather_panel(p, dtype, pointer<void>(to.stream));
 }
 
-void route_and_pack_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
-                       int channels, int pitch, int shares, int rows, Address sums, Address scoring,
-                       Address channels_of, Address starts, Address plan, Address chosen, Address scores,
-                       Address flags, float divisor, int neurons, int parts, int taps, int flag_count,
-                       int dtype, const Target& to) {
-  check_dtype("route_and_pack", dtype);
-  check_sizes("route_and_pack", batch, channels, pitch, shares, neurons, parts, taps, flag_count);
-  require(taps == 1 || taps == 9, "route_and_pack", "taps is " + std::to_string(taps) + "; wanted 1 or 9");
-  check_given("route_and_pack", x, panel, sums, scoring, channels_of, starts, plan, chosen, scores, flags);
+void route_and_gather_py(Address x, const Sizes3& size, const Strides5& x_strides, Address panel, int batch,
+                         int channels, int pitch, int shares, int rows, Address sums, Address scoring,
+                         Address channels_of, Address starts, Address plan, Address chosen, Address scores,
+                         Address flags, float divisor, int neurons, int parts, int taps, int flag_count,
+                         int dtype, const Target& to) {
+  check_dtype("route_and_gather", dtype);
+  check_sizes("route_and_gather", batch, channels, pitch, shares, neurons, parts, taps, flag_count);
+  require(taps == 1 || taps == 9, "route_and_gather", "taps is " + std::to_string(taps) + "; wanted 1 or 9");
+  check_given("route_and_gather", x, panel, sums, scoring, channels_of, starts, plan, chosen, scores, flags);
   GatherParams p{};
-  p.x = pointer<void>(x), p.extent = extent("route_and_pack", size), p.x_strides = strides(x_strides);
+  p.x = pointer<void>(x), p.extent = extent("route_and_gather", size), p.x_strides = strides(x_strides);
   p.panel = pointer<void>(panel), p.batch = batch, p.channels = channels, p.pitch = pitch, p.shares = shares;
-  by_rows("route_and_pack", p, rows, dtype);
+  by_rows("route_and_gather", p, rows, dtype);
   p.sums = pointer<float>(sums), p.scoring = pointer<float>(scoring),
   p.channels_of = pointer<int>(channels_of);
   p.starts = pointer<int64>(starts), p.plan = pointer<int>(plan), p.chosen = pointer<int64>(chosen);
   p.scores = pointer<float>(scores), p.flags = pointer<int>(flags), p.divisor = divisor, p.neurons = neurons;
   p.parts = parts, p.taps = taps, p.flag_count = flag_count;
   const OnDevice guard(to.device);
-  route_and_pack(p, dtype, pointer<void>(to.stream));
+  route_and_gather(p, dtype, pointer<void>(to.stream));
 }
 
 FilterParams filter_params(const char* kernel, Address from, Address into, Address index, Address listed,
@@ -244,7 +244,7 @@ void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_str
   check_dtype("conv", dtype),
       check_sizes("conv", batch, width, pitch, outputs, filter_pitch, programs, waves + 1);
   check_given("conv", a[0], a[1], a[7], a[10], a[11], a[3] ? a[3] : a[4]);
-  require(form == "packed" || form == "rows" || form == "listed" || form == "columns", "conv",
+  require(form == "packed" || form == "stored" || form == "listed" || form == "transposed", "conv",
           "form is '" + form + "'; wanted 'packed', 'rows', 'listed' or 'columns'");
   require(sum_taps == 0 || ((sum_taps == 1 || sum_taps == 9) && a[8] && a[9]), "conv",
           "sum_taps is " + std::to_string(sum_taps) + "; wanted 0, or 1 or 9 with part_sums and sums");
@@ -269,7 +269,7 @@ void conv_py(const ConvAddresses& a, const Sizes3& size, const Strides5& out_str
   p.packed = form == "packed", p.relu = relu, p.sum_taps = sum_taps, p.programs = programs, p.waves = waves;
   p.vector_out = vector_out;
   const OnDevice guard(to.device);
-  conv(p, form == "listed" || form == "columns", dtype, tf32, to.capability, pointer<void>(to.stream));
+  conv(p, form == "listed" || form == "transposed", dtype, tf32, to.capability, pointer<void>(to.stream));
 }
 
 void data_gradient_py(Address grad, Address filters, Address order, Address plans, Address gate, Address x,
@@ -334,8 +334,8 @@ void bind(py::module_& m) {
   m.def("tap_sums", &tap_sums_py, unlocked);
   m.def("group_samples", &group_samples_py, unlocked);
   m.def("list_channels", &list_channels_py, unlocked);
-  m.def("pack_features", &pack_features_py, unlocked);
-  m.def("route_and_pack", &route_and_pack_py, unlocked);
+  m.def("gather_panel", &gather_panel_py, unlocked);
+  m.def("route_and_gather", &route_and_gather_py, unlocked);
   m.def("pack_filters", &pack_filters_py, unlocked);
   m.def("unpack_filters", &unpack_filters_py, unlocked);
   m.def("conv", &conv_py, unlocked);

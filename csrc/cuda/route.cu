@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kGatherThreads, 2) pack_kernel(const __grid_co
 
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads, 4)
-    pack_rows_kernel(const __grid_constant__ GatherParams p) {
+    gather_rows_kernel(const __grid_constant__ GatherParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const Rows<T> own(p, shared);
   const int b = blockIdx.x;
@@ -299,7 +299,7 @@ __device__ Lists route(const GatherParams& p, int b, float* room, bool writes) {
 
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads, 2)
-    route_and_pack_kernel(const __grid_constant__ GatherParams p) {
+    route_and_gather_kernel(const __grid_constant__ GatherParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const int along = ceil_div(p.extent.positions, kGather), b = blockIdx.x / along;
   const Lists lists = route<T>(p, b, reinterpret_cast<float*>(shared + Panel<T>::kBytes),
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kGatherThreads, 2)
 
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads, 4)
-    route_and_pack_rows_kernel(const __grid_constant__ GatherParams p) {
+    route_and_gather_rows_kernel(const __grid_constant__ GatherParams p) {
   DSTS_DYNAMIC_SHARED(shared);
   const Rows<T> own(p, shared);
   const int b = blockIdx.x;
@@ -320,11 +320,11 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   own.template gather<false>(p, lists, nullptr, b, asked);
 }
 
-#define INSTANTIATE(T)                                                                     \
-  template __global__ void pack_kernel<T>(const __grid_constant__ GatherParams);           \
-  template __global__ void pack_rows_kernel<T>(const __grid_constant__ GatherParams);      \
-  template __global__ void route_and_pack_kernel<T>(const __grid_constant__ GatherParams); \
-  template __global__ void route_and_pack_rows_kernel<T>(const __grid_constant__ GatherParams);
+#define INSTANTIATE(T)                                                                       \
+  template __global__ void pack_kernel<T>(const __grid_constant__ GatherParams);             \
+  template __global__ void gather_rows_kernel<T>(const __grid_constant__ GatherParams);      \
+  template __global__ void route_and_gather_kernel<T>(const __grid_constant__ GatherParams); \
+  template __global__ void route_and_gather_rows_kernel<T>(const __grid_constant__ GatherParams);
 DSTS_ELEMENTS(INSTANTIATE)
 #undef INSTANTIATE
 
@@ -338,21 +338,22 @@ dim3 gather_grid(const GatherParams& p) {
 
 }  // namespace
 
-void pack_features(const GatherParams& p, int dtype, void* stream) {
+void gather_panel(const GatherParams& p, int dtype, void* stream) {
   for_element(dtype, [&](auto element) {
     using T = decltype(element);
     const size_t shared = p.rows ? Rows<T>::bytes(p, true) : Panel<T>::kBytes;
-    launch(p.rows ? pack_rows_kernel<T> : pack_kernel<T>, gather_grid(p), kGatherThreads, shared, stream, p);
+    launch(p.rows ? gather_rows_kernel<T> : pack_kernel<T>, gather_grid(p), kGatherThreads, shared, stream,
+           p);
   });
 }
 
-void route_and_pack(const GatherParams& p, int dtype, void* stream) {
+void route_and_gather(const GatherParams& p, int dtype, void* stream) {
   for_element(dtype, [&](auto element) {
     using T = decltype(element);
     const size_t tile = p.rows ? Rows<T>::bytes(p, false) : Panel<T>::kBytes;
     const size_t shared = tile + sizeof(float) * (kChunk + static_cast<size_t>(p.neurons));
-    launch(p.rows ? route_and_pack_rows_kernel<T> : route_and_pack_kernel<T>, gather_grid(p), kGatherThreads,
-           shared, stream, p);
+    launch(p.rows ? route_and_gather_rows_kernel<T> : route_and_gather_kernel<T>, gather_grid(p),
+           kGatherThreads, shared, stream, p);
   });
 }
 #endif

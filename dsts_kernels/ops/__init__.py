@@ -1,9 +1,9 @@
 """One op a file: its schema, checks, fake, autograd and public function. Ops call backends; nothing else does."""
 
-from .frozen import frozen_layer
+from .frozen_layer import frozen_layer
 from .gated_conv import gated_conv3d
 from .layout import to_memory_format
-from .mixing import mixing_conv3d
+from .mixing_conv import mixing_conv3d
 from .relevance import collapse_scoring, relevance_scores
 from .routing_weight import all_neurons_weight, selected_weight
 from .semhash import saturating_sigmoid, semhash_gate

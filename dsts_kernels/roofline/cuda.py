@@ -66,7 +66,7 @@ def product(launch: Launch, case: Case, chip: Chip, kernel: str, steps: int, hel
     )
 
 
-def conv_problem(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
+def conv_grid(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
     """Tile, tiles a sample and programs of a convolution over at most ``width`` columns by ``taps``."""
     tile, (along, across) = tile_of(case, chip), tiles_of(case)
     most = case.batch * along * across * cdiv(width, tile.k) * taps
@@ -78,7 +78,7 @@ def conv(
     case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, more: float = 0.0
 ) -> Launch:
     """``more`` bytes are read or written by the epilogue besides the output."""
-    tile, per_sample, programs = conv_problem(case, chip, width, taps)
+    tile, per_sample, programs = conv_grid(case, chip, width, taps)
     steps = [sample.steps for sample in samples]
     share = deal(steps, per_sample, programs)
     held = min(tile.per_sm, cdiv(programs, chip.processors))
@@ -212,16 +212,16 @@ def gather(
     return stream(kernel, chip, programs, loads + moved, trips, l2=2 * loads + moved + programs * l2, tail=tail)
 
 
-def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
+def route_and_gather(case: Case, chip: Chip, parts: int) -> Launch:
     """Every block adds up its sample's ``parts`` and works its scores out before it gathers."""
     c, n, block = case.channels, case.neurons, tile_channels(case.dtype)
-    programs = conv_problem(case, chip, c + block, SPATIAL)[2]
+    programs = conv_grid(case, chip, c + block, SPATIAL)[2]
     flags = programs + case.batch * tiles_of(case)[1]
     read = (case.batch * parts + n) * c * FLOAT + case.slots * c * 4 + (n + 1) * 8
     written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
     tail = (cdiv(c, CHUNK) * (cdiv(parts, 4) + cdiv(n, THREADS // 32)) + 3) * L2_US  # a warp a neuron
     lists, most = [case.split] * case.batch, cdiv(c, block)
-    return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
+    return gather("route_and_gather", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 
 def lay_filters(kernel: str, case: Case, chip: Chip, taps: int, stacks: int, dram: float, most: int) -> Launch:

@@ -31,7 +31,7 @@ def box_rows(case: Case, rows: int) -> tuple[int, float]:
     return boxes, case.positions / boxes
 
 
-def conv_problem(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
+def conv_grid(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
     """Tile, tiles a sample and programs of a convolution over at most ``width`` columns by ``taps``."""
     tile = tile_for("conv", case, chip)
     per_sample = box_rows(case, tile.m)[0] * cdiv(case.channels, tile.n)
@@ -43,7 +43,7 @@ def conv(
     case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, more: float = 0.0
 ) -> Launch:
     """``more`` bytes are read or written by the epilogue besides the output."""
-    tile, per_sample, programs = conv_problem(case, chip, width, taps)
+    tile, per_sample, programs = conv_grid(case, chip, width, taps)
     steps = [sample.steps for sample in samples]
     share = deal(steps, per_sample, programs)
     rows = sum(steps) * tile.k if form == "packed" else sum(sample.rows for sample in samples)
@@ -166,17 +166,17 @@ def gather(
     )
 
 
-def route_and_pack(case: Case, chip: Chip, parts: int) -> Launch:
+def route_and_gather(case: Case, chip: Chip, parts: int) -> Launch:
     """Every program adds up its sample's ``parts`` and works its scores out before it gathers."""
     c, n, block = case.channels, case.neurons, tile_channels(case.dtype)
-    tile, _, programs = conv_problem(case, chip, c + block, SPATIAL)
+    tile, _, programs = conv_grid(case, chip, c + block, SPATIAL)
     flags = programs + case.batch * cdiv(c, tile.n)
     read = (case.batch * parts + n) * c * FLOAT + case.slots * c * 4 + (n + 1) * 8
     written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
     chunk = max(16, min(256, 4096 // next_power(n)))
     tail = (cdiv(c, chunk) * (cdiv(parts, 4) + 1) + 3) * L2_US  # the compiler reads four parts of a chunk at a time
     lists, most = [case.split] * case.batch, cdiv(c, block)
-    return gather("route_and_pack", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
+    return gather("route_and_gather", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
 
 
 def filter_tiles(case: Case, taps: int) -> int:

@@ -31,7 +31,7 @@ def frozen_step(case: Case, chip: Chip, backend: str | None = None) -> list[Laun
     # All layers but the last write the next one's sums, box by box and then whole; the last reads the skip connection.
     more = [2.0 * case.batch * case.channels * FLOAT] * (case.layers - 1) + [case.features]
     convs = {extra: run.conv(case, chip, "packed", samples, width, SPATIAL, extra) for extra in set(more)}
-    packs = [run.route_and_pack(case, chip, parts), *[run.route_and_pack(case, chip, 1)] * (case.layers - 1)]
+    packs = [run.route_and_gather(case, chip, parts), *[run.route_and_gather(case, chip, 1)] * (case.layers - 1)]
     return [sums, *(launch for pack, extra in zip(packs, more, strict=True) for launch in (pack, convs[extra]))]
 
 

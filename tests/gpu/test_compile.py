@@ -8,10 +8,10 @@ import torch
 from dsts_kernels import functional
 from dsts_kernels.backends import use_backend
 from dsts_kernels.ops import mixing_conv3d, tap_sums
-from dsts_kernels.ops.frozen import frozen_layer_op
+from dsts_kernels.ops.frozen_layer import frozen_layer_op
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
-from dsts_kernels.ops.mixing import backward_op as mixing_backward_op
-from dsts_kernels.ops.mixing import forward_op as mixing_op
+from dsts_kernels.ops.mixing_conv import backward_op as mixing_backward_op
+from dsts_kernels.ops.mixing_conv import forward_op as mixing_op
 from dsts_kernels.ops.semhash import backward_op as gate_backward_op
 from dsts_kernels.ops.semhash import gate_op
 from dsts_kernels.ops.tap_sums import tap_sums_op

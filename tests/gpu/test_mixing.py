@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsts_kernels.ops import mixing_conv3d
-from dsts_kernels.ops.mixing import MIXING_KERNELS
+from dsts_kernels.ops.mixing_conv import MIXING_KERNELS
 from dsts_kernels.testing import assert_close
 
 from .support import DEVICE, DTYPES, HALF, LAYOUTS, gpu_only, mixing_conv, randn

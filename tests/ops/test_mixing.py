@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dsts_kernels.ops import mixing_conv3d
-from dsts_kernels.ops.mixing import MIXING_KERNELS, backward_op, forward_op
+from dsts_kernels.ops.mixing_conv import MIXING_KERNELS, backward_op, forward_op
 from dsts_kernels.testing import TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -110,7 +110,7 @@ def vectors_fit(x: Tensor) -> bool:
     if strides[1] == 1:
         others = [strides[i] for i in (0, 2, 3, 4) if x.shape[i] > 1]
         return x.shape[1] % v == 0 and all(stride % v == 0 for stride in others)
-    steps, flat = features.steps_of(x)
+    steps, flat = features.kernel_strides(x)
     outer = [strides[i] for i in (0, 1) if x.shape[i] > 1]
     return flat and steps[4] == 1 and x.shape[2:].numel() % v == 0 and all(stride % v == 0 for stride in outer)
 
@@ -188,7 +188,7 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
 def gather_rows(x: Tensor) -> tuple[int, tuple[int, ...]]:
     """Positions whose channels a block of a gather takes whole, 16 bytes at a time, and strides whose last one leads
     from position to position; 0 and the strides of ``x`` where it goes by elements."""
-    strides, flat = features.steps_of(x)
+    strides, flat = features.kernel_strides(x)
     row = x.shape[1] * x.element_size()
     whole = flat and row and x.stride(1) == 1 and vectors_fit(x)
     rows = min(GATHER, ROWS_BYTES // row) if whole else 0
@@ -203,32 +203,32 @@ def gather_shares(x: Tensor, rows: int) -> int:
     return max(1, min(most, cdiv(4 * chip(x.device).processors, along)))
 
 
-def pack_features(
+def gather_panel(
     x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
 ) -> Tensor:
     b, c, *size = x.shape
     panel = x.new_empty(b, *size, width)
     gate, (rows, strides) = gate.float(), gather_rows(x)
-    native().pack_features(
+    native().gather_panel(
         address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(lists.order),
         address(slots), address(lists.plans), address(gate), address(neuron), neurons, DTYPE_CODES[x.dtype], target(x),
     )  # fmt: skip
     return panel
 
 
-def route_and_pack(
-    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, flags: Tensor
+def route_and_gather(
+    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, arrival_counters: Tensor
 ) -> tuple[Tensor, Tensor]:
     check_count(scores.shape[1])
     b, c, *size = x.shape
     width, (rows, strides) = panel_width(c, x.dtype, False), gather_rows(x)
     panel = x.new_empty(b, *size, width)
     plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
-    native().route_and_pack(
+    native().route_and_gather(
         address(x), size, strides, address(panel), b, c, width, gather_shares(x, rows), rows, address(sums),
         address(w.scoring), address(w.channels), address(w.starts), address(plan), address(neuron), address(scores),
-        address(flags), divisor, scores.shape[1], sums.shape[1], w.scoring.shape[2], flags.numel(),
-        DTYPE_CODES[x.dtype], target(x),
+        address(arrival_counters), divisor, scores.shape[1], sums.shape[1], w.scoring.shape[2],
+        arrival_counters.numel(), DTYPE_CODES[x.dtype], target(x),
     )  # fmt: skip
     return panel, plan
 
@@ -271,21 +271,21 @@ def unpack_filters(
     return weight.to(like.dtype)
 
 
-class Problem(NamedTuple):
+class ConvGrid(NamedTuple):
     """A convolution's grid, known before its operands are."""
 
     programs: int
     waves: int
-    flags: int
+    arrival_counters: int
 
 
-def conv_problem(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> Problem:
+def conv_grid(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
     tiles = x.shape[0] * cdiv(x.shape[2:].numel(), TILE) * cdiv(outputs, TILE)
     most = tiles * cdiv(width, tile_channels(x.dtype)) * taps
     if most > INT32:
         raise ValueError(f"x: got {tuple(x.shape)}, wanted fewer than 2^31 steps of 128 bytes of channels in all tiles")
     programs = max(1, min(chip(x.device).processors * resident(x), cdiv(most, LEAST), MOST_PROGRAMS))
-    return Problem(programs, max(0, tiles // programs - 1), programs + x.shape[0] * cdiv(outputs, TILE))
+    return ConvGrid(programs, max(0, tiles // programs - 1), programs + x.shape[0] * cdiv(outputs, TILE))
 
 
 def vector_rows(out: Tensor, skip: Tensor | None) -> bool:
@@ -302,13 +302,13 @@ def conv(
     form: str,
     plan: Tensor,
     out: Tensor,
-    p: Problem,
+    grid: ConvGrid,
     *,
     kernel: tuple[int, int, int] = SPATIAL,
-    second: bool = True,
+    with_temporal: bool = True,
     sign: int = 1,
     order: Tensor | None = None,
-    rows: int = 0,
+    k_channels: int = 0,
     slots: int = 0,
     epilogue: Epilogue = PLAIN,
 ) -> None:
@@ -322,21 +322,23 @@ def conv(
     taps = 0 if sums is None else sums.shape[2]
     tiles = cdiv(math.prod(size), TILE)
     parts = panel.new_empty((b, tiles, outputs, taps), dtype=torch.float32) if taps else None
-    flags = panel.new_zeros(p.flags, dtype=torch.int32) if epilogue.flags is None else epilogue.flags
-    partial = panel.new_empty(2 * p.programs * TILE * TILE, dtype=torch.float32)
+    counters = epilogue.arrival_counters
+    if counters is None:
+        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
+    partial = panel.new_empty(2 * grid.programs * TILE * TILE, dtype=torch.float32)
     addresses = (
         panel, filters, order, plan if planned else None, None if planned else plan, epilogue.bias, epilogue.skip, out,
-        parts, sums if taps else None, partial, flags,
+        parts, sums if taps else None, partial, counters,
     )  # fmt: skip
     native().conv(
-        tuple(map(address, addresses)), size, out.stride(), b, width, panel.shape[-1], rows, slots, outputs,
-        filters.shape[-1], kernel, second, sign, form, plan.dtype == torch.int64, epilogue.relu, taps, p.programs,
-        p.waves, vector_rows(out, epilogue.skip), DTYPE_CODES[out.dtype], uses_tf32(out), target(out),
+        tuple(map(address, addresses)), size, out.stride(), b, width, panel.shape[-1], k_channels, slots, outputs,
+        filters.shape[-1], kernel, with_temporal, sign, form, plan.dtype == torch.int64, epilogue.relu, taps,
+        grid.programs, grid.waves, vector_rows(out, epilogue.skip), DTYPE_CODES[out.dtype], uses_tf32(out), target(out),
     )  # fmt: skip
 
 
 def data_gradient(
-    rows: Tensor,
+    grad_ndhwc: Tensor,
     x: Tensor,
     gate: Tensor,
     groups: Groups,
@@ -349,27 +351,27 @@ def data_gradient(
     outputs, factors = spatial.shape[1], gate.float()
     lists = list_channels(factors, groups, False, tile_channels(x.dtype))
     filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-    rows = padded(rows)
+    grad_ndhwc = padded(grad_ndhwc)
     dx = torch.empty_like(x) if need_x else None
     if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both
         x = torch.empty_like(dx).copy_(x)
     parts = x.new_empty((b, cdiv(math.prod(size), TILE), c), dtype=torch.float32) if need_gate else None
     native().data_gradient(
-        address(rows), address(filters), address(lists.order), address(lists.plans), address(factors), address(x),
-        address(dx), address(parts), size, (x if dx is None else dx).stride(), b, c, outputs, rows.shape[-1],
+        address(grad_ndhwc), address(filters), address(lists.order), address(lists.plans), address(factors), address(x),
+        address(dx), address(parts), size, (x if dx is None else dx).stride(), b, c, outputs, grad_ndhwc.shape[-1],
         not need_gate, DTYPE_CODES[x.dtype], uses_tf32(x), target(x),
     )  # fmt: skip
     return dx, None if parts is None else parts.sum(1).to(gate.dtype)
 
 
-def filter_gradient(
+def weight_gradient(
     left: Tensor,
     right: Tensor,
     lists: Lists | None,
     groups: Groups,
     rows: int,
     kernel: tuple[int, int, int],
-    second: bool,
+    with_temporal: bool,
     sign: int,
     shape: tuple[int, ...] | None,
     dtype: torch.dtype,
@@ -384,14 +386,24 @@ def filter_gradient(
     native().weight_gradient(
         address(left), address(right), *((0, 0) if lists is None else (address(lists.order), address(lists.plans))),
         address(groups.neuron_of), address(groups.groups), address(groups.members), address(found), tuple(size),
-        left.shape[-1], right.shape[-1], rows, columns, groups.neuron_of.shape[0], kernel, second, sign, by_neuron,
-        kept == torch.float32, DTYPE_CODES[left.dtype], uses_tf32(left), target(left),
+        left.shape[-1], right.shape[-1], rows, columns, groups.neuron_of.shape[0], kernel, with_temporal, sign,
+        by_neuron, kept == torch.float32, DTYPE_CODES[left.dtype], uses_tf32(left), target(left),
     )  # fmt: skip
     return found
 
 
 __all__ = [
-    "conv", "conv_problem", "data_gradient", "filter_gradient", "group_samples", "list_channels",
-    "pack_features", "pack_filters", "partial_tap_sums", "route_and_pack", "semhash_gate", "semhash_gate_backward",
+    "conv",
+    "conv_grid",
+    "data_gradient",
+    "gather_panel",
+    "group_samples",
+    "list_channels",
+    "pack_filters",
+    "partial_tap_sums",
+    "route_and_gather",
+    "semhash_gate",
+    "semhash_gate_backward",
     "unpack_filters",
+    "weight_gradient",
 ]  # fmt: skip

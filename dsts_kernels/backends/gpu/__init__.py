@@ -1,7 +1,7 @@
 """What GPU backends share: every op put together from launches of kernels, of which each backend has its own.
 
-:mod:`.kernels` states the launchers, :mod:`.lists` the integers they hand on; :mod:`.gated_conv`, :mod:`.mixing` and
-:mod:`.frozen` say which run in which order. No kernel language is imported here.
+:mod:`.kernels` states the launchers, :mod:`.lists` the integers they hand on; :mod:`.gated_conv`, :mod:`.mixing_conv`
+and :mod:`.frozen_layer` say which run in which order. No kernel language is imported here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..base import Backend, FrozenOptions, FrozenWeights
-from .frozen import frozen_layer
+from .frozen_layer import frozen_layer
 from .gated_conv import gated_conv3d, gated_conv3d_backward
 from .kernels import Kernels
-from .mixing import mixing_conv3d, mixing_conv3d_backward
+from .mixing_conv import mixing_conv3d, mixing_conv3d_backward
 
 __all__ = ["GpuBackend", "Kernels"]
 

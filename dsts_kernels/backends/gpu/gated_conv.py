@@ -23,10 +23,10 @@ def gated_conv3d(
     with features.on_device(x):
         groups = kernels.group_samples(neuron, neurons)
         lists = kernels.list_channels(gate, groups, False, block_k)
-        panel = kernels.pack_features(x, gate, neuron, neurons, None, lists, width)
+        panel = kernels.gather_panel(x, gate, neuron, neurons, None, lists, width)
         filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-        problem = kernels.conv_problem(x, outputs, channels + block_k, 12, 0)
-        kernels.conv(panel, filters, "listed", lists.plans, out, problem, order=lists.order, rows=channels)
+        grid = kernels.conv_grid(x, outputs, channels + block_k, 12, 0)
+        kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)
     return out
 
 
@@ -48,19 +48,21 @@ def gated_conv3d_backward(
         return tuple(zeros)
     gate_rows, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
     with features.on_device(x):
-        groups, rows = kernels.group_samples(neuron, neurons), features.rows_of(grad)
+        groups, grad_ndhwc = kernels.group_samples(neuron, neurons), features.as_ndhwc(grad)
         dx = dgate = dspatial = dtemporal = None
         if need_x or need_gate:
-            dx, dgate = kernels.data_gradient(rows, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
+            dx, dgate = kernels.data_gradient(grad_ndhwc, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
         if need_spatial or need_temporal:
             wanted = spatial if need_spatial else None, temporal if need_temporal else None
-            dspatial, dtemporal = operator_gradients(kernels, rows, x, gate_rows, neuron, groups, spatial.shape, wanted)
+            dspatial, dtemporal = operator_gradients(
+                kernels, grad_ndhwc, x, gate_rows, neuron, groups, spatial.shape, wanted
+            )
     return dx, dgate, dspatial, dtemporal
 
 
 def operator_gradients(
     kernels: Kernels,
-    rows: Tensor,
+    grad_ndhwc: Tensor,
     x: Tensor,
     gate: Tensor,
     neuron: Tensor,
@@ -73,9 +75,9 @@ def operator_gradients(
     dtype = next(weight.dtype for weight in wanted if weight is not None)
     block_k = tile_channels(x.dtype)
     lists = kernels.list_channels(gate, groups, True, block_k)
-    panel = kernels.pack_features(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
+    panel = kernels.gather_panel(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
     room = (groups.neuron_of.shape[0] * 12, channels, outputs)
-    found = kernels.filter_gradient(panel, rows, lists, groups, channels, features.SPATIAL, True, 1, room, dtype)
+    found = kernels.weight_gradient(panel, grad_ndhwc, lists, groups, channels, features.SPATIAL, True, 1, room, dtype)
     return tuple(
         None if weight is None else kernels.unpack_filters(found, weight, groups, lists.listed, bit, first, 12, True)
         for weight, bit, first in zip(wanted, (1, 2), (0, 9), strict=True)

@@ -19,23 +19,23 @@ from .lists import Groups, Lists
 
 
 class Epilogue(NamedTuple):
-    """What a convolution does besides. ``flags`` are zeros from an earlier launch, else made here."""
+    """What a convolution does besides. ``arrival_counters`` are zeros from an earlier launch, else made here."""
 
     bias: Tensor | None = None
     relu: bool = False
     skip: Tensor | None = None
     sums: Tensor | None = None
-    flags: Tensor | None = None
+    arrival_counters: Tensor | None = None
 
 
 PLAIN = Epilogue()
 
 
-class Problem(Protocol):
+class ConvGrid(Protocol):
     """A convolution's tile and grid, known before its operands are: a backend's own."""
 
     @property
-    def flags(self) -> int:
+    def arrival_counters(self) -> int:
         """Integers that the convolution wants zeroed."""
 
 
@@ -59,15 +59,22 @@ class Kernels(Protocol):
     def list_channels(self, gate: Tensor, groups: Groups, union: bool, block_k: int) -> Lists:
         """Lists of every sample, or with ``union`` of every slot: what any of its samples reads."""
 
-    def pack_features(
+    def gather_panel(
         self, x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
     ) -> Tensor:
         """A panel: gated features gathered by each sample's own list row, or by that of its slot."""
 
-    def route_and_pack(
-        self, x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, flags: Tensor
+    def route_and_gather(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        w: FrozenWeights,
+        divisor: int,
+        neuron: Tensor,
+        scores: Tensor,
+        arrival_counters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``flags``."""
+        """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``arrival_counters``."""
 
     def pack_filters(self, weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, by_channel: bool) -> Tensor:
         """Filters of the chosen neurons, ``(slots * taps, C, O)`` or ``(slots * taps, O, C)``, every kernel's taps."""
@@ -85,7 +92,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Gradients ``filters`` of the chosen neurons, as a gradient of ``like (N, O, C, *kernel)``."""
 
-    def conv_problem(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> Problem:
+    def conv_grid(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
         """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``."""
 
     def conv(
@@ -95,21 +102,21 @@ class Kernels(Protocol):
         form: str,
         plan: Tensor,
         out: Tensor,
-        p: Problem,
+        grid: ConvGrid,
         *,
         kernel: tuple[int, int, int] = SPATIAL,
-        second: bool = True,
+        with_temporal: bool = True,
         sign: int = 1,
         order: Tensor | None = None,
-        rows: int = 0,
+        k_channels: int = 0,
         slots: int = 0,
         epilogue: Epilogue = PLAIN,
     ) -> None:
-        """A panel's convolution into ``out (B, O, T, H, W)``; ``form`` is packed, listed, rows or columns."""
+        """A panel's convolution into ``out (B, O, T, H, W)``; ``form`` is packed, listed, stored or transposed."""
 
     def data_gradient(
         self,
-        rows: Tensor,
+        grad_ndhwc: Tensor,
         x: Tensor,
         gate: Tensor,
         groups: Groups,
@@ -118,9 +125,9 @@ class Kernels(Protocol):
         need_x: bool,
         need_gate: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of ``x`` and ``gate`` from that of the output, ``rows (B, T, H, W, O)``."""
+        """Gradients of ``x`` and ``gate`` from that of the output, ``grad_ndhwc (B, T, H, W, O)``."""
 
-    def filter_gradient(
+    def weight_gradient(
         self,
         left: Tensor,
         right: Tensor,
@@ -128,7 +135,7 @@ class Kernels(Protocol):
         groups: Groups,
         rows: int,
         kernel: tuple[int, int, int],
-        second: bool,
+        with_temporal: bool,
         sign: int,
         shape: tuple[int, ...] | None,
         dtype: torch.dtype,

@@ -8,8 +8,8 @@ memory by the last of them, in order.
 Filters come in four forms (``FORM``), each read as it lies:
   packed   ``(blocks * O, BK)``: K blocks of one neuron behind one another, made by freezing
   listed   ``(slots * taps, C, O)``: rows picked by a channel list, for gated training
-  columns  the same with the rows in order: a mixing kernel's data gradient
-  rows     ``(slots * taps, O, C)``: a mixing kernel as it is stored
+  transposed  the same with the rows in order: a mixing kernel's data gradient
+  stored   ``(slots * taps, O, C)``: a mixing kernel as it is stored
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def load_filters(
         else:
             cells = o[None, :] * BK + tl.arange(0, BK)[:, None]
             found = tl.load(filters + row.to(tl.int64) * BK + cells, mask=(o < outputs)[None, :], other=0.0)
-    elif FORM == "rows":
+    elif FORM == "stored":
         if TMA:
             found = filters.load([matrix, o0, block * BK]).reshape(BN, BK).T
         else:
             mask = (o < outputs)[None, :] & (k < rows)[:, None]
             found = tl.load(start + o[None, :] * rows + k[:, None], mask=mask, other=0.0)
-    elif FORM == "columns":
+    elif FORM == "transposed":
         if TMA:
             found = filters.load([matrix, block * BK, o0]).reshape(BK, BN)
         else:
@@ -271,17 +271,17 @@ def conv_kernel(
         begin = tl.where(whole, begin, tile_start + length)
 
 
-class Problem(NamedTuple):
+class ConvGrid(NamedTuple):
     """A convolution's tile and grid, known before its operands are."""
 
     tile: tuning.Tile
     box: Box
     programs: int
     waves: int
-    flags: int
+    arrival_counters: int
 
 
-def conv_problem(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> Problem:
+def conv_grid(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
     """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``."""
     size = tuple(x.shape[2:])
     architecture, processors = launch.chip(x.device)
@@ -293,8 +293,8 @@ def conv_problem(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) 
     programs = max(1, min(processors * tile.per_sm, cdiv(most, tuning.LEAST_BLOCKS)))
     if most > features.INT32:
         raise ValueError(f"x: got {tuple(x.shape)}, wanted fewer than 2^31 steps of {tile.k} channels in all its tiles")
-    flags = programs + x.shape[0] * cdiv(outputs, tile.n)
-    return Problem(tile, box, programs, max(0, tiles // programs - 1), flags)
+    counters = programs + x.shape[0] * cdiv(outputs, tile.n)
+    return ConvGrid(tile, box, programs, max(0, tiles // programs - 1), counters)
 
 
 def conv(
@@ -303,28 +303,30 @@ def conv(
     form: str,
     plan: Tensor,
     out: Tensor,
-    p: Problem,
+    grid: ConvGrid,
     *,
     kernel: tuple[int, int, int] = features.SPATIAL,
-    second: bool = True,
+    with_temporal: bool = True,
     sign: int = 1,
     order: Tensor | None = None,
-    rows: int = 0,
+    k_channels: int = 0,
     slots: int = 0,
     epilogue: Epilogue = PLAIN,
 ) -> None:
     """:func:`.conv.conv_kernel` on a panel ``(B, T, H, W, width)`` into ``out (B, O, T, H, W)``."""
     b, outputs, *size = out.shape
-    tile, box = p.tile, p.box
+    tile, box = grid.tile, grid.box
     x, tma_x = launch.boxed(panel, box, tile.k, tile.tma, left=True)
-    shape = {"packed": [tile.n, tile.k], "rows": [1, tile.n, tile.k], "columns": [1, tile.k, tile.n]}.get(form)
+    shape = {"packed": [tile.n, tile.k], "stored": [1, tile.n, tile.k], "transposed": [1, tile.k, tile.n]}.get(form)
     f, tma_filters = launch.described(filters, shape, tile.tma) if shape else (filters, False)
     sums = epilogue.sums
     sum_taps = 0 if sums is None else sums.shape[2]
     parts = panel.new_empty((b, box.tiles(*size), outputs, sum_taps) if sum_taps else (1,), dtype=torch.float32)
-    flags = panel.new_zeros(p.flags, dtype=torch.int32) if epilogue.flags is None else epilogue.flags
-    partial = panel.new_empty(2 * p.programs * tile.m * tile.n, dtype=torch.float32)
-    conv_kernel[(p.programs,)](
+    counters = epilogue.arrival_counters
+    if counters is None:
+        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
+    partial = panel.new_empty(2 * grid.programs * tile.m * tile.n, dtype=torch.float32)
+    conv_kernel[(grid.programs,)](
         x,
         f,
         plan if order is None else order,
@@ -335,32 +337,32 @@ def conv(
         parts,
         parts if sums is None else sums,
         partial,
-        flags,
+        counters,
         b,
         *size,
         panel.shape[-1],
-        rows,
+        k_channels,
         slots,
         outputs,
         *out.stride(),
-        p.waves,
+        grid.waves,
         FORM=form,
         TMA_X=tma_x,
         TMA_FILTERS=tma_filters,
-        UNIFORM=form in ("rows", "columns"),
+        UNIFORM=form in ("stored", "transposed"),
         KT_1=kernel[0],
         KH_1=kernel[1],
         KW_1=kernel[2],
-        TAPS_2=3 if second else 0,
+        TAPS_2=3 if with_temporal else 0,
         SIGN=sign,
         HAS_BIAS=epilogue.bias is not None,
         RELU=epilogue.relu,
         HAS_SKIP=epilogue.skip is not None,
         SUM_TAPS=sum_taps,
-        WIDE=features.wide(out) or panel[0].numel() > features.INT32,
+        WIDE=features.needs_int64(out) or panel[0].numel() > features.INT32,
         PRECISION=launch.precision(panel.dtype),
         BATCH=next_power(b),
-        PROGRAMS=next_power(p.programs),
+        PROGRAMS=next_power(grid.programs),
         LEAST=tuning.LEAST_BLOCKS,
         BT=box.t,
         BH=box.h,

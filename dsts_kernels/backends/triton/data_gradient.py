@@ -146,7 +146,7 @@ def data_gradient_kernel(
 
 
 def data_gradient(
-    rows: Tensor,
+    grad_ndhwc: Tensor,
     x: Tensor,
     gate: Tensor,
     groups: Groups,
@@ -167,7 +167,7 @@ def data_gradient(
     like = x if dx is None else dx
     boxes = box.tiles(*size)
     parts = x.new_empty((b, boxes, c) if need_gate else (1,), dtype=torch.float32)
-    g, tma_grad = launch.boxed(rows, box, tile.k, tile.tma, left=True)
+    g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
     f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
     data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
         g,
@@ -187,7 +187,7 @@ def data_gradient(
         NEED_GATE=need_gate,
         TMA_GRAD=tma_grad,
         TMA_FILTERS=tma_filters,
-        WIDE=features.wide(like) or rows[0].numel() > features.INT32,
+        WIDE=features.needs_int64(like) or grad_ndhwc[0].numel() > features.INT32,
         PRECISION=launch.precision(x.dtype),
         BT=box.t,
         BH=box.h,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from .conv import conv, conv_problem
+from .conv import conv, conv_grid
 from .data_gradient import data_gradient
 from .filters import pack_filters, unpack_filters
 from .lists import group_samples, list_channels
-from .route import pack_features, route_and_pack
+from .route import gather_panel, route_and_gather
 from .semhash import semhash_gate, semhash_gate_backward
 from .tap_sums import partial_tap_sums
-from .weight_gradient import filter_gradient
+from .weight_gradient import weight_gradient
 
 __all__ = [
     "conv",
-    "conv_problem",
+    "conv_grid",
     "data_gradient",
-    "filter_gradient",
+    "gather_panel",
     "group_samples",
     "list_channels",
-    "pack_features",
     "pack_filters",
     "partial_tap_sums",
-    "route_and_pack",
+    "route_and_gather",
     "semhash_gate",
     "semhash_gate_backward",
     "unpack_filters",
+    "weight_gradient",
 ]

@@ -118,7 +118,7 @@ def gather_columns(
 
 
 @triton.jit(do_not_specialize=["parts", "flag_count"])
-def route_and_pack_kernel(
+def route_and_gather_kernel(
     x,
     sums,
     scoring,
@@ -232,14 +232,14 @@ def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -
     return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along)))
 
 
-def pack_features(
+def gather_panel(
     x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
 ) -> Tensor:
     """``(B, T, H, W, width)``: gated features gathered by each sample's own list row, or by that of its slot."""
     b, c, t, h, w = x.shape
     panel = x.new_empty(b, t, h, w, width)
     block_k = tile_channels(x.dtype)
-    strides, is_flat = features.steps_of(x)
+    strides, is_flat = features.kernel_strides(x)
     pack_kernel[gather_grid(b, t * h * w, cdiv(c, block_k), x.device)](
         x,
         lists.order,
@@ -257,17 +257,17 @@ def pack_features(
         width,
         BY_SLOT=slots is not None,
         FLAT=is_flat,
-        WIDE=features.wide(x),
+        WIDE=features.needs_int64(x),
         BP=tuning.GATHER_POSITIONS,
         BK=block_k,
     )
     return panel
 
 
-def route_and_pack(
-    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, flags: Tensor
+def route_and_gather(
+    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, arrival_counters: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``flags``.
+    """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``arrival_counters``.
 
     ``sums (B, parts, C * taps)`` are the tap sums of ``x`` in parts that are added up here.
     """
@@ -275,8 +275,8 @@ def route_and_pack(
     block_k, lanes = tile_channels(x.dtype), next_power(scores.shape[1])
     panel = x.new_empty(b, t, h, width, panel_width(c, x.dtype, False))
     plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
-    strides, is_flat = features.steps_of(x)
-    route_and_pack_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
+    strides, is_flat = features.kernel_strides(x)
+    route_and_gather_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
         x,
         sums,
         w.scoring,
@@ -286,7 +286,7 @@ def route_and_pack(
         plan,
         neuron,
         scores,
-        flags,
+        arrival_counters,
         sums.shape[1],
         w.scoring.shape[2],
         scores.shape[1],
@@ -297,9 +297,9 @@ def route_and_pack(
         width,
         *strides,
         panel.shape[-1],
-        flags.numel(),
+        arrival_counters.numel(),
         FLAT=is_flat,
-        WIDE=features.wide(x),
+        WIDE=features.needs_int64(x),
         NEURONS=lanes,
         BC=max(16, min(256, 4096 // lanes)),
         BP=tuning.GATHER_POSITIONS,

@@ -76,9 +76,9 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
     if sums.numel():
         with features.on_device(x):
-            strides, is_flat = features.steps_of(x)
+            strides, is_flat = features.kernel_strides(x)
             tap_sums_kernel[b, parts, blocks](
-                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=features.wide(x), BP=bp, BC=bc,
+                x, sums, c, t, h, w, *strides, TAPS=taps, FLAT=is_flat, WIDE=features.needs_int64(x), BP=bp, BC=bc,
                 num_warps=4 if taps == 1 else 8,
             )  # fmt: skip
     return sums

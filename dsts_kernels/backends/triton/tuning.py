@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
 
-``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m
-benchmarks.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits it
+``tuned/<architecture>.json`` maps a grid (:func:`grid`) to the index of a candidate; ``python -m
+benchmarks.tune`` measures and writes it on a GPU. Where a grid was not measured, the first candidate that fits it
 runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
 """
 
@@ -143,8 +143,8 @@ def candidates(kernel: str, architecture: str, kind: str) -> tuple[Tile, ...]:
     return CANDIDATES[kind][architecture][kernel]
 
 
-def problem(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
-    """A problem's name in a tuned file: positions, columns of the result and batch."""
+def grid(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
+    """A grid's name in a tuned file: positions, columns of the result and batch."""
     return f"{kernel} {kind} {'x'.join(map(str, size))} {columns} b{batch}"
 
 
@@ -158,12 +158,12 @@ def measured(architecture: str) -> dict[str, int]:
 def choose_tile(
     kernel: str, architecture: str, kind: str, size: tuple[int, int, int], columns: int, batch: int, small: bool = False
 ) -> Tile:
-    """The tile of a problem. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
+    """The tile of a grid. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
     if kernel in _forced:
         return _forced[kernel]
     every = candidates(kernel, architecture, kind)
     fitting = [tile for tile in every if not (small and tile.n > 128)]
-    index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
+    index = measured(architecture).get(grid(kernel, kind, size, columns, batch), -1)
     if 0 <= index < len(every) and every[index] in fitting:
         return every[index]
     positions = size[0] * size[1] * size[2]

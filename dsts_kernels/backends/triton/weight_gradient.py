@@ -104,7 +104,7 @@ def weight_gradient_kernel(
         tl.store(target + cells, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def filter_gradient(
+def weight_gradient(
     left: Tensor,
     right: Tensor,
     lists: Lists | None,

@@ -25,7 +25,7 @@ import torch
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends.gpu.lists import panel_width
-from dsts_kernels.ops.frozen import frozen_layer
+from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close, poisoned_memory
 
 from ..gpu.emulation import ARCHS, compiled
@@ -99,7 +99,7 @@ def rows() -> None:
     x = torch.randn(4, 1040, 1, 3, 5).half().contiguous(memory_format=torch.channels_last_3d)
     gate, neuron = (torch.rand(4, 1040) < 0.5).half(), torch.tensor([1, 0, 1, 0])
     lists = KERNELS.list_channels(gate, KERNELS.group_samples(neuron, 2), False, 64)
-    panel = KERNELS.pack_features(x, gate, neuron, 2, None, lists, panel_width(1040, HALF, True))
+    panel = KERNELS.gather_panel(x, gate, neuron, 2, None, lists, panel_width(1040, HALF, True))
     for b, plan in enumerate(lists.plans.tolist()):
         own = lists.order[b, : plan[3]].long()
         assert torch.equal(panel[b, ..., : plan[3]], x[b, own].movedim(0, -1))

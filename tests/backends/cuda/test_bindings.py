@@ -42,8 +42,8 @@ GOOD: dict[str, dict[str, Any]] = {
         gate=HERE, slots=HERE, neuron_of=HERE, groups=HERE, members=HERE, order=HERE, plans=HERE, listed=HERE, rows=1,
         channels=1, block=32, by_slot=True,
     ),
-    "pack_features": dict(**GATHER, order=HERE, slots=0, plans=HERE, gate=HERE, neuron=HERE, neurons=1, dtype=0),
-    "route_and_pack": dict(
+    "gather_panel": dict(**GATHER, order=HERE, slots=0, plans=HERE, gate=HERE, neuron=HERE, neurons=1, dtype=0),
+    "route_and_gather": dict(
         **GATHER, sums=HERE, scoring=HERE, channels_of=HERE, starts=HERE, plan=HERE, chosen=HERE, scores=HERE,
         flags=HERE, divisor=1.0, neurons=1, parts=1, taps=1, flag_count=1, dtype=0,
     ),
@@ -71,7 +71,7 @@ SIZES = (
 )  # fmt: skip
 
 
-MAY_BE_NONE = ("conv", "pack_features", "route_and_pack")  # rows
+MAY_BE_NONE = ("conv", "gather_panel", "route_and_gather")  # rows
 
 
 def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -87,12 +87,12 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         elif key == "size":
             yield {key: (1, 0, 3)}, "a size is 0"
             yield {key: (1 << 11, 1 << 10, 1 << 10)}, "too many positions"
-    if name in ("pack_features", "route_and_pack"):
+    if name in ("gather_panel", "route_and_gather"):
         lying = {"channels": 8, "x_strides": (48, 1, 48, 24, 8)}
         yield {"rows": 1}, "rows is 1; wanted 0 where channels are no whole 16 bytes side by side"
         yield lying | {"rows": 1, "channels": 9}, "rows is 1; wanted 0 where"
         yield from ((lying | {"rows": bad}, f"rows is {bad}; wanted at most 16384 bytes of them") for bad in (-1, 513))
-    if name in ("tap_sums", "route_and_pack"):
+    if name in ("tap_sums", "route_and_gather"):
         yield {"taps": 3}, "taps is 3; wanted 1 or 9"
     if name in ("pack_filters", "unpack_filters"):
         yield {"first_tap": 4}, "the taps do not lie within all_taps"
@@ -146,7 +146,7 @@ def test_no_such_device(name):
         call(name, {}, device=3)
 
 
-@pytest.mark.parametrize("name", ["route_and_pack", "group_samples"])
+@pytest.mark.parametrize("name", ["route_and_gather", "group_samples"])
 def test_more_neurons_than_shared_memory(name):
     """A launch that the device refuses is an error at once, and the next launch works."""
     with pytest.raises(RuntimeError, match="shared memory: invalid argument"):
@@ -156,7 +156,7 @@ def test_more_neurons_than_shared_memory(name):
 
 def test_too_large_a_grid():
     with pytest.raises(RuntimeError, match="launch: invalid configuration argument"):
-        call("pack_features", {"shares": 1 << 16})
+        call("gather_panel", {"shares": 1 << 16})
 
 
 def test_constants():

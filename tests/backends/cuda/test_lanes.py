@@ -142,7 +142,12 @@ def test_gathers_move_sixteen_bytes(arch):
     source = next(path for path in cuda_compilers.SOURCES if path.stem == "route")
     kernels = cubin.kernels(cuda_compilers.compile_source(source, arch).cubin, arch)
     found = {str(cubin.readable(kernel.symbol)): kernel for kernel in kernels}
-    for name in ("pack_rows<half>", "pack_rows<float>", "route_and_pack_rows<half>", "route_and_pack_rows<float>"):
+    for name in (
+        "gather_rows<half>",
+        "gather_rows<float>",
+        "route_and_gather_rows<half>",
+        "route_and_gather_rows<float>",
+    ):
         kernel = found[name]
         assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)
         assert kernel.vectors["STS"] >= 4 and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)

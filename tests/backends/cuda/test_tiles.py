@@ -12,7 +12,7 @@ from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.cuda import kernels
 from dsts_kernels.backends.packing import tile_channels
-from dsts_kernels.ops.frozen import frozen_layer
+from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.roofline.common import Share, deal
 from dsts_kernels.testing import TOLERANCES, assert_close, relative_error
 
@@ -51,7 +51,7 @@ def ragged(batch: int, dtype: torch.dtype, size: Sequence[int] = SIZE, channels:
     return inputs
 
 
-def steps_of(gate: Tensor, dtype: torch.dtype) -> list[int]:
+def kernel_strides(gate: Tensor, dtype: torch.dtype) -> list[int]:
     """K blocks of a tile of every sample: nine taps of those the first operator reads, three of the second's."""
     block = tile_channels(dtype)
     read = [(int((row != 0).sum()), int((row != 1).sum())) for row in gate]
@@ -79,7 +79,7 @@ def same(runs: Iterable[Sequence[Tensor | None]]) -> bool:
 def test_gated_on_any_chip(dtype, multiprocessors, launched, in_any_order):
     """The same to rounding however tiles are dealt, bit for bit in any order; all ways to deal them occur."""
     inputs, found, seen = ragged(5, dtype), {}, set()
-    ref, steps = literal_gated(*wide(inputs)), steps_of(inputs[1], dtype)
+    ref, steps = literal_gated(*wide(inputs)), kernel_strides(inputs[1], dtype)
     for count in CHIPS:
         multiprocessors(count)
         found[count] = BACKEND.gated_conv3d(*inputs)
@@ -102,7 +102,7 @@ def test_programs_without_work(multiprocessors, launched, in_any_order):
     inputs = gated_inputs(1, 40, 24, dtype=torch.float32, gate="all-temporal")
     multiprocessors(13)
     out = BACKEND.gated_conv3d(*inputs)
-    share, idle = shared(launched[-1][1], steps_of(inputs[1], torch.float32), 1)
+    share, idle = shared(launched[-1][1], kernel_strides(inputs[1], torch.float32), 1)
     assert idle > 0 and share.longest == 6
     assert_close(out, literal_gated(*wide(inputs)))
     inputs[1] = torch.full_like(inputs[1], 0.5)  # two K blocks of all twelve taps: three programs a tile
@@ -120,7 +120,7 @@ def test_more_samples_than_programs(multiprocessors, launched, in_any_order):
     multiprocessors(3)
     found = check_gated(inputs)
     assert launched[-1][1].waves == 23 * 2 // 3 - 1
-    share, _ = shared(launched[-1][1], steps_of(inputs[1], torch.float32), 2)
+    share, _ = shared(launched[-1][1], kernel_strides(inputs[1], torch.float32), 2)
     assert share.parts > 0
     in_any_order()
     assert torch.equal(BACKEND.gated_conv3d(*inputs), found[0])

@@ -90,7 +90,7 @@ def test_list_channels_of_a_union(channels):
 @dtypes
 @pytest.mark.parametrize("channels, size", [(70, SIZE), (72, SIZE), (1040, TILES)], ids=["70", "72", "1040"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pack_features(layout, channels, size, dtype):
+def test_gather_panel(layout, channels, size, dtype):
     """Listed channels, gated, in K blocks with zeros behind each list; not a column beyond, NaN for a stray."""
     block = tile_channels(dtype)
     x, gate = LAYOUTS[layout](torch.randn(3, channels, *size).to(dtype)), GATES["mixed"](3, channels).to(dtype)
@@ -98,7 +98,7 @@ def test_pack_features(layout, channels, size, dtype):
     groups = KERNELS.group_samples(neuron, 2)
     found = KERNELS.list_channels(gate, groups, False, block)
     width = panel_width(channels, dtype, True)
-    panel = KERNELS.pack_features(x, gate, neuron, 2, None, found, width)
+    panel = KERNELS.gather_panel(x, gate, neuron, 2, None, found, width)
     rows = x.permute(0, 2, 3, 4, 1)
     for b in range(3):
         _, blocks_1, blocks_2, read, second, _ = found.plans[b].tolist()

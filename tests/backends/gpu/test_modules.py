@@ -14,7 +14,8 @@ from benchmarks.margins import separate_draws, separate_features
 from dsts_kernels import Draws, reference
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu import features
-from dsts_kernels.ops import frozen, gated_conv, mixing, semhash
+from dsts_kernels.ops import gated_conv, mixing_conv, semhash
+from dsts_kernels.ops.frozen_layer import frozen_layer_op
 from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
@@ -201,12 +202,12 @@ def test_opcheck():
     for op, arguments in (
         (gated_conv.forward_op, (x, gate, neuron, spatial, temporal)),
         (gated_conv.backward_op, (grad, x, gate, neuron, spatial, temporal, [True, True, False, True])),
-        (mixing.forward_op, (x, neuron, w)),
-        (mixing.backward_op, (x, x, neuron, w, [True, False])),
+        (mixing_conv.forward_op, (x, neuron, w)),
+        (mixing_conv.backward_op, (x, x, neuron, w, [True, False])),
         (semhash.gate_op, (gate, neuron, torch.randn(2, 8), torch.tensor([True, False]))),
         (semhash.backward_op, (gate, gate, neuron, None)),
         (tap_sums_op, (x, 9)),
-        (frozen.frozen_layer_op, (x, None, x, *layer.weights(), *layer.options(0))),
+        (frozen_layer_op, (x, None, x, *layer.weights(), *layer.options(0))),
     ):
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(op.overload, (*arguments, BACKEND.name), test_utils=tests)
@@ -230,7 +231,7 @@ def test_a_sample_beyond_2_31_elements(strides):
     fast = fused.eval().freeze()
     far = torch.frombuffer(room, dtype=torch.float16).as_strided((1, 12, *SIZE), (1, *strides), first)
     far.copy_(inputs[0])
-    assert features.wide(far) and not features.wide(inputs[0])
+    assert features.needs_int64(far) and not features.needs_int64(inputs[0])
     for mine, theirs in zip(everything(far, inputs, fast), everything(inputs[0], inputs, fast), strict=True):
         # Sums over positions may be taken in another order where features lie otherwise.
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)

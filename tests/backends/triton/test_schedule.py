@@ -10,7 +10,7 @@ from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.lists import PLAN
 from dsts_kernels.backends.triton import tuning
 from dsts_kernels.backends.triton.boxes import best_box, cdiv, next_power
-from dsts_kernels.ops.frozen import frozen_layer
+from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close
 
 from ..gpu.support import BACKEND, TILES, gated_inputs, literal_gated, wide

@@ -8,7 +8,7 @@ import torch
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.triton import tuning
-from dsts_kernels.ops.frozen import frozen_layer
+from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close
 
 from ..gpu.support import BACKEND, check_gated, gated_inputs, literal_mixing, wide

@@ -35,15 +35,15 @@ def frozen_layer(
     last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
     with features.on_device(x):
         parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
-        problem = kernels.conv_problem(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
-        flags = torch.empty(problem.flags, dtype=torch.int32, device=x.device)
-        panel, plan = kernels.route_and_pack(x, parts, w, options.score_divisor(x), neuron, scores, flags)
+        grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
+        counters = torch.empty(grid.arrival_counters, dtype=torch.int32, device=x.device)
+        panel, plan = kernels.route_and_gather(x, parts, w, options.score_divisor(x), neuron, scores, counters)
         filters = w.filters.view(-1, block_k)
         if folds:
-            kernels.conv(panel, filters, "packed", plan, y, problem, epilogue=last._replace(flags=flags))
+            kernels.conv(panel, filters, "packed", plan, y, grid, epilogue=last._replace(arrival_counters=counters))
         else:
             z = features.empty_features(x, outputs)
-            kernels.conv(panel, filters, "packed", plan, z, problem, epilogue=Epilogue(flags=flags))
+            kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=Epilogue(arrival_counters=counters))
             mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
     return y, next_sums, neuron, scores
 
@@ -59,17 +59,17 @@ def mix_frozen(
 ) -> None:
     """A mixing kernel that does not fold: a second convolution, with the epilogue of the layer."""
     outputs, sum_taps = z.shape[1], 0 if last.sums is None else last.sums.shape[2]
-    problem = kernels.conv_problem(z, outputs, outputs, math.prod(kernel), sum_taps)
+    grid = kernels.conv_grid(z, outputs, outputs, math.prod(kernel), sum_taps)
     kernels.conv(
-        features.rows_of(z),
+        features.as_ndhwc(z),
         mixing.view(-1, outputs, outputs),
-        "rows",
+        "stored",
         neuron,
         y,
-        problem,
+        grid,
         kernel=kernel,
-        second=False,
-        rows=outputs,
+        with_temporal=False,
+        k_channels=outputs,
         slots=mixing.shape[0],
         epilogue=last,
     )

@@ -30,22 +30,22 @@ def mix(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor, form: str) 
         with features.on_device(z):
             filters, index, slots = mixing_filters(kernels, mixing, neuron, z.dtype)
             taps = math.prod(kernel)
-            problem = kernels.conv_problem(z, outputs, outputs, taps, 0)
+            grid = kernels.conv_grid(z, outputs, outputs, taps, 0)
             kernels.conv(
-                features.rows_of(z), filters, form, index, out, problem,
-                kernel=kernel, second=False, sign=1 if form == "rows" else -1, rows=outputs, slots=slots,
+                features.as_ndhwc(z), filters, form, index, out, grid,
+                kernel=kernel, with_temporal=False, sign=1 if form == "stored" else -1, k_channels=outputs, slots=slots,
             )  # fmt: skip
     return out
 
 
 def mixing_conv3d(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-    return mix(kernels, z, neuron, mixing, "rows")
+    return mix(kernels, z, neuron, mixing, "stored")
 
 
 def mixing_conv3d_backward(
     kernels: Kernels, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    dz = mix(kernels, grad, neuron, mixing, "columns") if needs[0] else None
+    dz = mix(kernels, grad, neuron, mixing, "transposed") if needs[0] else None
     if not needs[1]:
         return dz, None
     if not grad.numel():
@@ -57,6 +57,6 @@ def mixing_conv3d_backward(
         # A 1x1x1 kernel's gradient is written where it belongs; of another it is laid out afterwards.
         whole = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device) if taps == 1 else None
         shape = (groups.neuron_of.shape[0] * taps, outputs, outputs)
-        panels = features.rows_of(grad), features.rows_of(z)
-        found = kernels.filter_gradient(*panels, None, groups, outputs, kernel, False, -1, shape, mixing.dtype, whole)
+        panels = features.as_ndhwc(grad), features.as_ndhwc(z)
+        found = kernels.weight_gradient(*panels, None, groups, outputs, kernel, False, -1, shape, mixing.dtype, whole)
         return dz, found if taps == 1 else kernels.unpack_filters(found, mixing, groups, None, 3, 0, taps, False)
