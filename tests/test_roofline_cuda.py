@@ -154,7 +154,7 @@ def test_schedule_is_the_launchers(case, name):
     assert max(0, case.batch * per_sample // programs - 1) == theirs.waves
     calls = {call.kernel: call.arguments for call in recorded}
     assert calls["tap_sums"][6] == model.tap_sums(case, chip)[1]
-    assert calls["route_and_gather"][-3] == theirs.flags == programs + case.batch * model.tiles_of(case)[1]
+    assert calls["route_and_gather"][-3] == theirs.arrival_counters == programs + case.batch * model.tiles_of(case)[1]
     assert calls["conv packed"][17:19] == (programs, theirs.waves)
 
 

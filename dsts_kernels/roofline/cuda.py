@@ -24,7 +24,7 @@ THREADS = 256  # of a block that gathers or sums
 CHUNK = 256  # channels whose scores are added up at a time
 EPILOGUE_AT_ONCE = 4  # loads of a thread that are on their way together in epilogues: vectors of skip, cells of x
 AT_ONCE = 8  # loads of a thread that are on their way together: parts of a tile, features that are gathered
-BY_K = ("packed", "rows")  # forms of filters that lie by K
+BY_K = ("packed", "stored")  # forms of filters that lie by K
 
 
 def vector(case: Case) -> int:

@@ -54,7 +54,7 @@ def training_forward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         run.conv(case, chip, "listed", samples, c + block, SPATIAL + TEMPORAL),
         *run.padding(case, chip, *mixing),
         library("flags", 0),
-        run.plain_conv(case, chip, "rows"),
+        run.plain_conv(case, chip, "stored"),
         library("softmax", 0, 2),
         library("BatchNorm, ReLU", 5.0 * case.features, 3),  # statistics 1, normalise 2, ReLU 2
     ]
@@ -75,7 +75,7 @@ def training_backward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         library("<dz', z'>", inner, passes),
         *run.padding(case, chip, *mixing),
         library("flags", 0),
-        run.plain_conv(case, chip, "columns"),
+        run.plain_conv(case, chip, "transposed"),
         little("group", case, chip, case.batch, 0, 2),
         library("mixing gradient zeroed", matrices),
         *run.padding(case, chip, x, x),
