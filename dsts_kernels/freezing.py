@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,10 @@ from . import ops
 from .backends.base import accumulate_dtype
 from .backends.packing import channel_lists, pack, pack_mixing
 from .frozen_state import LayerDescription, fingerprint
-from .modules import DSTSLayer
+from .layer import DSTSLayer
 from .ops import _checks
 from .ops.mixing_conv import MIXING_KERNELS
 from .ops.relevance import SCORING_KERNELS
-
-if TYPE_CHECKING:
-    from .modules import FusedDSTS
 
 NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 # Hooks that change no output: our own monitors count, FSDP's gather what must have been gathered by now.
@@ -58,7 +55,7 @@ def evaluation(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def read_source(module: FusedDSTS) -> list[Source]:
+def read_source(module: nn.Module) -> list[Source]:
     """Every layer's weights, checked; the module is left as it was.
 
     Raises:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,9 @@ from .backends.packing import Layout
 from .freezing import freeze_layer, read_source
 from .frozen_layer import FrozenLayer, dense, has_values, plain_tensors, relaid
 from .frozen_state import ALGORITHMS, BUFFERS, Description
-from .modules import NotScripted, check_input, memory_format
+from .module_base import NotScripted, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
-
-if TYPE_CHECKING:
-    from .modules import FusedDSTS
 
 __all__ = ["FrozenDSTS", "FrozenLayer"]
 
@@ -61,7 +57,7 @@ class FrozenDSTS(NotScripted):
     which does not say how it is packed.
 
     Args:
-        source: the module to freeze.
+        source: the :class:`FusedDSTS` to freeze.
         dtype: of features and packed weights; ``None`` keeps the source's. Scores and biases stay float32.
         algorithm: ``"winograd"`` packs for fast convolution, ``"direct"`` for the library's; ``"auto"`` takes
             fast convolution where the backend has it (a CPU, float32 and half types). On a GPU both are direct, ours.
@@ -76,7 +72,7 @@ class FrozenDSTS(NotScripted):
 
     def __init__(
         self,
-        source: FusedDSTS,
+        source: nn.Module,
         *,
         dtype: torch.dtype | None = None,
         algorithm: str = "auto",

@@ -11,9 +11,9 @@ import re
 from torch import nn
 
 from . import reference
-from .modules import DSTSLayer, FusedDSTS
+from .layer import DSTSLayer
 
-__all__ = ["LAYERS", "downstream_parameters", "upstream_parameters"]
+__all__ = ["LAYERS", "TwoSided", "downstream_parameters", "upstream_parameters"]
 
 LAYERS = (DSTSLayer, reference.DSTSLayer)
 _OWN = re.compile(r"(scoring|gate)(_orig|_g|_v)?|parametrizations\.(scoring|gate)\..+")
@@ -33,7 +33,7 @@ def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
         own = getattr(part, "upstream_parameters", None)
         if isinstance(part, LAYERS):
             found.update(id(p) for name, p in part.named_parameters(remove_duplicate=False) if _OWN.fullmatch(name))
-        elif callable(own) and not isinstance(part, (FusedDSTS, reference.DSTS)):
+        elif callable(own) and not isinstance(part, (TwoSided, reference.DSTS)):
             found.update(map(id, own()))
     return [p for p in module.parameters() if id(p) in found]
 
@@ -42,3 +42,18 @@ def downstream_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Every other parameter of ``module``: with :func:`upstream_parameters` a partition of ``module.parameters()``."""
     upstream = {id(p) for p in upstream_parameters(module)}
     return [p for p in module.parameters() if id(p) not in upstream]
+
+
+class TwoSided(nn.Module):
+    """A module whose own parameters have an upstream and a downstream side."""
+
+    def upstream_parameters(self) -> list[nn.Parameter]:
+        """What Upstream-Downstream Learning trains on the validation split: scoring kernels and gates.
+
+        As :func:`dsts_kernels.learning.upstream_parameters`: leaves, each once, those of a parametrization too.
+        """
+        return upstream_parameters(self)
+
+    def downstream_parameters(self) -> list[nn.Parameter]:
+        """Everything else: operators, mixing and norms."""
+        return downstream_parameters(self)

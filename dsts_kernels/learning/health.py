@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..modules import DSTSLayer
+from ..layer import DSTSLayer
 from ..routing import Routing
 from .sharded import whole
 

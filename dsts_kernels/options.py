@@ -1,0 +1,163 @@
+"""What a DSTS layer can be asked for: names, defaults and limits, once for one layer and for the whole module."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+
+from .backends import BACKENDS
+from .ops import _checks
+from .ops.mixing_conv import MIXING_KERNELS
+from .ops.relevance import SCORING_KERNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["LayerOptions", "OptionKeywords", "count", "device_of", "one_of", "takes_options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """The keywords that :class:`DSTSLayer` and :class:`FusedDSTS` share, checked.
+
+    Args:
+        num_neurons: ``N``, the specialized neurons to choose from.
+        scoring_kernel: ``(1, 1, 1)`` or ``(1, 3, 3)`` (Table 2 of the paper).
+        scoring_width: outputs of a scoring kernel, in multiples of ``O`` (Table 2).
+        mixing_kernel: ``(1, 1, 1)``, ``(1, 3, 3)`` or ``(3, 1, 1)`` (Table 3).
+        norm: ``"batch"`` or ``None``. **Assumption**: one BatchNorm per layer.
+        activation: ``"relu"`` or ``None``. **Assumption**: one per layer.
+        noise_std: standard deviation of the noise on gate logits in training.
+        hard_fraction: share of the batch with hard gates in training.
+        score_reduction: ``"sum"`` (the paper) or ``"mean"`` over the same elements.
+        gumbel_tau: temperature of the Gumbel-Softmax. **Assumption**: 1.
+        routing_gradient: ``"selected"`` scales the chosen neuron's output by its straight-through weight;
+            ``"all"`` evaluates every neuron in training, the textbook sum. **Assumption**: ``"selected"``.
+        backend: the name of a backend for every op; ``None`` chooses.
+
+    Raises:
+        TypeError, ValueError: an option out of range: its name, what came, what was wanted.
+    """
+
+    num_neurons: int = 10
+    scoring_kernel: tuple[int, int, int] = (1, 1, 1)
+    scoring_width: int = 1
+    mixing_kernel: tuple[int, int, int] = (1, 1, 1)
+    norm: str | None = "batch"
+    activation: str | None = "relu"
+    noise_std: float = 1.0
+    hard_fraction: float = 0.5
+    score_reduction: str = "sum"
+    gumbel_tau: float = 1.0
+    routing_gradient: str = "selected"
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        checked = {
+            "num_neurons": count("num_neurons", self.num_neurons),
+            "scoring_kernel": _kernel("scoring_kernel", self.scoring_kernel, SCORING_KERNELS),
+            "scoring_width": count("scoring_width", self.scoring_width),
+            "mixing_kernel": _kernel("mixing_kernel", self.mixing_kernel, MIXING_KERNELS),
+            "norm": one_of("norm", self.norm, ("batch", None)),
+            "activation": one_of("activation", self.activation, ("relu", None)),
+            "noise_std": _number("noise_std", self.noise_std, 0.0),
+            "hard_fraction": _number("hard_fraction", self.hard_fraction, 0.0, 1.0),
+            "score_reduction": one_of("score_reduction", self.score_reduction, ("sum", "mean")),
+            "gumbel_tau": _number("gumbel_tau", self.gumbel_tau, 0.0, above=True),
+            "routing_gradient": one_of("routing_gradient", self.routing_gradient, ("selected", "all")),
+            "backend": one_of("backend", self.backend, (None, *BACKENDS)),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def read(cls, owner: str, keywords: dict[str, object]) -> LayerOptions:
+        """The options among ``keywords`` of a call of ``owner``, which has no other ones."""
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in keywords if name not in names]
+        if unknown:
+            raise TypeError(f"{owner}: got an argument {unknown[0]!r}, wanted one of {', '.join(names)}")
+        return cls(**keywords)
+
+
+class OptionKeywords(TypedDict, total=False):
+    """:class:`LayerOptions` for type checkers and editors, which complete keywords by it."""
+
+    num_neurons: int
+    scoring_kernel: tuple[int, int, int]
+    scoring_width: int
+    mixing_kernel: tuple[int, int, int]
+    norm: str | None
+    activation: str | None
+    noise_std: float
+    hard_fraction: float
+    score_reduction: str
+    gumbel_tau: float
+    routing_gradient: str
+    backend: str | None
+
+
+def takes_options(cls: type) -> type:
+    """Writes :class:`LayerOptions` out in a class that takes them as ``**options``: signature and docstring."""
+    init: Callable = cls.__init__
+    stated = inspect.signature(init)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in stated.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    assert all(field.default is not MISSING for field in fields(LayerOptions))
+    options = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+        for field in fields(LayerOptions)
+    ]
+    first = next((i for i, p in enumerate(own) if p.name in ("device", "dtype")), len(own))
+    init.__signature__ = stated.replace(parameters=[*own[:first], *options, *own[first:]])
+    _, _, rest = inspect.getdoc(LayerOptions).partition("Args:\n")
+    lines = rest.partition("\n\nRaises:")[0].rstrip()
+    if cls.__doc__ is not None:  # there is none under python -OO
+        cls.__doc__ = inspect.cleandoc(cls.__doc__).replace("    {options}", lines)
+    return cls
+
+
+def one_of(name: str, value: object, choices: tuple) -> object:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted {' or '.join(map(repr, choices))}")
+    return value
+
+
+def count(name: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {_checks.describe(value)}, wanted an int of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, wanted at least {least}")
+    return value
+
+
+def device_of(device: object) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, wanted a torch device ({error})") from error
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {_checks.describe(value)}, wanted a number")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    in_range = (low < value if above else low <= value) and value <= high and math.isfinite(value)
+    if not in_range:
+        bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f", at most {high}")
+        raise ValueError(f"{name}: got {value}, wanted a finite number {bounds}")
+    return value
+
+
+def _kernel(name: str, value: object, choices: tuple) -> tuple[int, int, int]:
+    whole = isinstance(value, (tuple, list)) and all(type(k) is int for k in value)
+    if not whole or tuple(value) not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted {' or '.join(map(repr, choices))}")
+    return tuple(value)
