@@ -19,7 +19,7 @@ import torch
 
 __all__ = ["read", "write"]
 
-
+FOLDER = 0x10  # a zip record's attribute, as MS-DOS had it
 _SWITCH = threading.RLock()
 
 
@@ -80,8 +80,10 @@ def read(
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
             damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"record {damaged} is damaged")
+            # One bit of a record's attributes makes a folder of it, of which torch.load reads nothing at all.
+            folders = [record.filename for record in archive.infolist() if record.external_attr & FOLDER]
+        if damaged is not None or folders:
+            raise zipfile.BadZipFile(f"record {damaged or folders[0]} is damaged")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # pickle, zip and torch raise a dozen types for bytes that are something else
         reason = f"{type(error).__name__}: {error}" if isinstance(error, zipfile.BadZipFile) else type(error).__name__

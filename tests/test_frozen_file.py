@@ -150,6 +150,21 @@ def test_damaged_files(tmp_path):
     assert_same(FrozenDSTS.load(path), state)
 
 
+def test_records_that_became_folders(tmp_path):
+    """One bit of the table of contents, beside which all checksums hold; torch.load would leave memory as it was."""
+    path = tmp_path / "dsts.pt"
+    fast = small(path)
+    whole, place, records = path.read_bytes(), -1, 0
+    while (place := whole.find(b"PK\1\2", place + 1)) >= 0:
+        damaged = bytearray(whole)
+        damaged[place + 38] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"which torch.load cannot read \(BadZipFile: record .* is damaged\)"):
+            FrozenDSTS.load(path)
+        records += 1
+    assert records > len(fast.state_dict())
+
+
 def test_damaged_states_in_whole_files(tmp_path):
     """A file that was put together by hand is held to what its state says."""
     small(tmp_path / "dsts.pt")
