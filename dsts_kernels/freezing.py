@@ -1,4 +1,4 @@
-"""From a trained module to frozen layers: read its weights, refuse what cannot be folded, fold, pack (DESIGN 2.3).
+"""From a trained module to frozen layers: read its weights, refuse what cannot be folded, fold, pack (docs/design.md).
 
 Everything is read once, as a forward pass in evaluation would see it: parametrizations are computed, and so are the
 weights that pruning and the older weight and spectral norms set in a hook. Folding is done in float64 and rounded once.

@@ -1,4 +1,4 @@
-"""``FrozenDSTS``: a trained module folded, packed and made ready for inference (DESIGN 2.3).
+"""``FrozenDSTS``: a trained module folded, packed and made ready for inference (docs/design.md, 2.3 and 4).
 
 At inference a layer is linear up to its activation and its gates are hard, so mixing and BatchNorm fold into the
 operators, and each neuron keeps only the weights its gates let through: ``9*|b| + 3*(C - |b|)`` taps an output

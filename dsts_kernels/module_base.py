@@ -1,4 +1,4 @@
-"""What ``DSTSLayer``, ``FusedDSTS`` and ``FrozenDSTS`` have in common: what they take, and that they are not scripted."""
+"""What ``DSTSLayer``, ``FusedDSTS`` and ``FrozenDSTS`` have in common: what they take, and that none is scripted."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsts_kernels import backends
 from dsts_kernels.backends import choose, explain, use_backend
 
 AUTOMATIC = choose("tap_sums", torch.device("cpu"), torch.float32).name

@@ -1,4 +1,4 @@
-"""One layer at inference, folded and packed: route, gated convolution, bias, activation and skip (DESIGN 2.3).
+"""One layer at inference, folded and packed: route, gated convolution, bias, activation and skip (docs/design.md).
 
 What is left of a layer is one gated convolution. Its epilogue writes the activation once and takes the tap sums
 the next layer routes by while it does.

@@ -1,4 +1,4 @@
-"""Gated convolution: each channel of a sample to its neuron's spatial or temporal operator (DESIGN 1, 2.2, 2.5).
+"""Gated convolution: each channel of a sample to its neuron's spatial or temporal operator (docs/design.md).
 
 Forward turns gates into channel lists and runs each operator on its own; backward gives the data gradient with
 the gate gradient as its epilogue, and weight gradients over listed channels. A side that needs no gradient costs
@@ -124,7 +124,7 @@ def gated_conv3d(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device.
 
-    Source: section 1 of the design, row "specialise".
+    Source: docs/design.md, section 1, row "specialise".
     """
     x = _checks.features("x", x)
     batch, channels = x.shape[:2]

@@ -1,4 +1,4 @@
-"""Mixing: each sample through its own neuron's 1x1x1, 1x3x3 or 3x1x1 convolution (DESIGN 1, row "mix")."""
+"""Mixing: each sample through its own neuron's 1x1x1, 1x3x3 or 3x1x1 convolution (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mixing_conv3d(z: Tensor, neuron: Tensor, mixing: Tensor, *, backend: str | N
     Returns:
         ``(B, O, T, H, W)``, zero padded, channels-last in memory.
 
-    Source: section 1 of the design, row "mix"; Table 3 of the paper for the kernels.
+    Source: docs/design.md, section 1, row "mix"; Table 3 of the paper for the kernels.
     """
     z = _checks.features("z", z)
     mixing = _checks.floating("mixing", mixing, 6)

@@ -1,4 +1,4 @@
-"""Relevance scores without a scoring convolution (DESIGN 2.1).
+"""Relevance scores without a scoring convolution (docs/design.md, 2.1).
 
 ``v_i = sum over all outputs of conv(m_i, x)`` is linear in both, so it is the inner product of the kernel summed
 over its outputs with the tap sums of x: one pass over x, one over the kernels and an ``N x C`` product.
@@ -68,7 +68,7 @@ def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", back
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device.
 
-    Source: section 1 of the design, rows "relevance" and "choice"; Table 2 of the paper for the kernels.
+    Source: docs/design.md, section 1, rows "relevance" and "choice"; Table 2 of the paper for the kernels.
     """
     x = _checks.features("x", x)
     scoring = _checks.floating("scoring", scoring, 6)

@@ -1,4 +1,4 @@
-"""The straight-through weight of the chosen neuron: value 1 exactly, gradient of its softmax share (DESIGN 1).
+"""The straight-through weight of the chosen neuron: value 1 exactly, gradient of its softmax share (docs/design.md).
 
 The forward pass is the identity, so it costs nothing; the backward pass needs one inner product per sample,
 ``<dz', z'>``, and none when the scores are frozen. The functions return what they were given, seen anew: the norm that

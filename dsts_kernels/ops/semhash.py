@@ -1,4 +1,4 @@
-"""Improved SemHash gates: the chosen neuron's logits plus noise, soft or hard, straight-through (DESIGN 1).
+"""Improved SemHash gates: the chosen neuron's logits plus noise, soft or hard, straight-through (docs/design.md).
 
 Forward gathers ``logits[neuron]``, adds the noise and applies ``r`` or ``b`` by sample in one pass; backward
 multiplies by ``dr/dq`` and adds each sample's row back into its neuron's.
@@ -88,7 +88,7 @@ def semhash_gate(
     Raises:
         TypeError, ValueError: an argument of another type, shape or device.
 
-    Source: section 1 of the design; SemHash in the supplementary material of the paper.
+    Source: docs/design.md, section 1; SemHash in the supplementary material of the paper.
 
     >>> semhash_gate(torch.tensor([[-3.0, 0.0, 3.0]]))
     tensor([[0., 0., 1.]])
