@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 import pytest
@@ -12,6 +13,8 @@ from dsts_kernels.backends.build import build_record
 from dsts_kernels.backends.triton import unusable
 from dsts_kernels.testing import poisoned_memory
 
+ABSENT = pytest.StashKey[set[str]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="repeat a run; by default inputs are fresh")
@@ -20,6 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--seed") is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs a package of another extra, ``pytest.mark.needs(module, ...)``, and says so at the end."""
+    kept, left_out = [], []
+    for item in items:
+        modules = {name for mark in item.iter_markers("needs") for name in mark.args}
+        absent = {name for name in modules if importlib.util.find_spec(name) is None}
+        (left_out if absent else kept).append(item)
+        config.stash.setdefault(ABSENT, set()).update(absent)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -56,5 +71,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if absent := config.stash.get(ABSENT, set()):
+        terminalreporter.write_line(f"left out: tests that need {', '.join(sorted(absent))} (extras train and bench)")
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"repeat these inputs with --seed {config.getoption('--seed')}")

@@ -31,9 +31,9 @@ def checkpoint(**parts):
     return {"format": "dsts_kernels checkpoint 1", "options": {}, "epoch": 0, "model": {}, **parts}
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot(capsys, tmp_path):
     """Every figure's path and what neurons tell; beside the checkpoint, or where ``--out`` says."""
-    pytest.importorskip("matplotlib")
     label = torch.tensor([0, 0, 1, 1])
     routing = {"neuron": label[None], "label": label, "class_names": ["left", "right"]}
     torch.save(checkpoint(routing=routing), tmp_path / "last.pt")
@@ -71,9 +71,9 @@ def test_plot_refuses(capsys, tmp_path, content, says):
     assert not (tmp_path / "last-figures").exists()
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_into_a_file(capsys, tmp_path):
     """``--out`` that is a file is refused, not overwritten."""
-    pytest.importorskip("matplotlib")
     label = torch.tensor([0, 1])
     torch.save(checkpoint(routing={"neuron": label[None], "label": label, "class_names": "ab"}), tmp_path / "last.pt")
     with pytest.raises(SystemExit) as stop:
@@ -82,13 +82,15 @@ def test_plot_into_a_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("command", ["info", "roofline", "plot", "--help", "roofline --help"])
+@pytest.mark.parametrize(
+    "command",
+    ["info", "roofline", pytest.param("plot", marks=pytest.mark.needs("matplotlib")), "--help", "roofline --help"],
+)
 def test_a_reader_that_left(capsys, monkeypatch, tmp_path, command, buffered):
     """Output into a pipe that nobody reads any more (``| head -1``) is no error, for any command, and nothing is left
     to be written when the interpreter ends."""
     arguments = command.split()
     if command == "plot":
-        pytest.importorskip("matplotlib")
         routing = {"neuron": torch.tensor([[0, 1]]), "label": torch.tensor([0, 1]), "class_names": ["a", "b"]}
         torch.save(checkpoint(routing=routing), tmp_path / "last.pt")
         arguments.append(str(tmp_path / "last.pt"))

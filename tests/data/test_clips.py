@@ -18,7 +18,7 @@ from dsts_kernels.data.video import VideoError, decode
 
 from .videos import RATE, frame_numbers, truncate, write_video
 
-pytest.importorskip("av")
+pytestmark = pytest.mark.needs("av")
 
 
 @pytest.fixture(scope="module")

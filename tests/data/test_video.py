@@ -11,12 +11,12 @@ from dsts_kernels.data.video import VideoError, decode, frame_indices, probe
 
 from .videos import RATE, frame_numbers, truncate, write_video
 
+needs_av = pytest.mark.needs("av")
 KINDS = ["mp4", "mkv", "avi", "ts", "mov"]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("videos")
     for kind in KINDS:
         write_video(folder / f"video.{kind}", 40, codec="mpeg4")
@@ -26,7 +26,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reordered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Frames are stored in another order than shown, and AVI then has no times worth the name."""
-    if "libx264" not in pytest.importorskip("av").codecs_available:
+    import av
+
+    if "libx264" not in av.codecs_available:
         pytest.skip("this FFmpeg has no libx264")
     folder = tmp_path_factory.mktemp("reordered")
     for kind in KINDS:
@@ -74,6 +76,7 @@ def test_unknown_mode(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@needs_av
 def test_whole_video(videos: Path, kind: str):
     clip = decode(videos / f"video.{kind}", 8)
     assert clip.shape == (8, 48, 64, 3) and clip.dtype == torch.uint8
@@ -81,23 +84,27 @@ def test_whole_video(videos: Path, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@needs_av
 def test_every_frame(videos: Path, kind: str):
     assert frame_numbers(decode(videos / f"video.{kind}", 40)) == list(range(40))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("first", "after"), [(0, 10), (7, 23), (12, 13), (30, 40)])
+@needs_av
 def test_cut_in_seconds(videos: Path, kind: str, first: int, after: int):
     clip = decode(videos / f"video.{kind}", after - first, start=first / RATE, end=after / RATE)
     assert frame_numbers(clip) == list(range(first, after))
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@needs_av
 def test_cut_in_frames(videos: Path, kind: str):
     assert frame_numbers(decode(videos / f"video.{kind}", 4, first_frame=20, last_frame=23)) == [20, 21, 22, 23]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@needs_av
 def test_reordered_frames(reordered: Path, kind: str):
     path = reordered / f"video.{kind}"
     assert frame_numbers(decode(path, 40)) == list(range(40))
@@ -107,6 +114,7 @@ def test_reordered_frames(reordered: Path, kind: str):
         assert frame_numbers(decode(path, 2, first_frame=first, last_frame=first + 1)) == [first, first + 1]
 
 
+@needs_av
 def test_open_cuts(videos: Path):
     path = videos / "video.mp4"
     assert frame_numbers(decode(path, 5, start=35 / RATE)) == [35, 36, 37, 38, 39]
@@ -115,23 +123,27 @@ def test_open_cuts(videos: Path):
     assert frame_numbers(decode(path, 5, last_frame=4)) == [0, 1, 2, 3, 4]
 
 
+@needs_av
 def test_cut_past_the_end_stops_at_the_end(videos: Path):
     path = videos / "video.mp4"
     assert frame_numbers(decode(path, 4, first_frame=36, last_frame=60)) == [36, 37, 38, 39]
     assert frame_numbers(decode(path, 10, start=30 / RATE, end=41 / RATE)) == list(range(30, 40))
 
 
+@needs_av
 def test_cut_shorter_than_a_frame_shows_the_frame_before(videos: Path):
     assert frame_numbers(decode(videos / "video.mp4", 2, start=10.3 / RATE, end=10.6 / RATE)) == [10, 10]
 
 
 @pytest.mark.parametrize("cut", [{"start": 5.0}, {"start": 3.0, "end": 4.0}, {"first_frame": 40}])
 @pytest.mark.parametrize("kind", KINDS)
+@needs_av
 def test_cut_after_the_end(videos: Path, kind: str, cut: dict[str, float]):
     with pytest.raises(VideoError, match=rf"video\.{kind}: "):
         decode(videos / f"video.{kind}", 2, **cut)
 
 
+@needs_av
 def test_cut_mostly_after_the_end(videos: Path):
     with pytest.raises(VideoError, match="early in the clip"):
         decode(videos / "video.mp4", 2, start=35 / RATE, end=80 / RATE)
@@ -141,12 +153,14 @@ def test_cut_mostly_after_the_end(videos: Path):
     "cut",
     [{"start": 1.0, "end": 1.0}, {"start": -1.0}, {"first_frame": 3, "last_frame": 2}, {"start": 0.0, "last_frame": 2}],
 )
+@needs_av
 def test_cuts_that_are_none(videos: Path, cut: dict[str, float]):
     with pytest.raises(ValueError, match=r"start|first_frame") as caught:
         decode(videos / "video.mp4", 2, **cut)
     assert not isinstance(caught.value, VideoError)
 
 
+@needs_av
 def test_scaled_down_only(videos: Path):
     path = videos / "video.mp4"
     assert decode(path, 2, size=24).shape == (2, 24, 32, 3)
@@ -154,6 +168,7 @@ def test_scaled_down_only(videos: Path):
     assert decode(path, 2, size=500).shape == (2, 48, 64, 3)
 
 
+@needs_av
 def test_random_frames_repeat_with_the_seed(videos: Path):
     path = videos / "video.mp4"
     drawn = [decode(path, 8, mode="random", generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
@@ -163,6 +178,7 @@ def test_random_frames_repeat_with_the_seed(videos: Path):
     assert torch.equal(numbers // 5, torch.arange(8))
 
 
+@needs_av
 def test_only_the_stretch_is_decoded(videos: Path, monkeypatch: pytest.MonkeyPatch):
     """Seeks: from the last key frame (every tenth frame is one) to the last frame wanted."""
     from dsts_kernels.data import video
@@ -176,6 +192,7 @@ def test_only_the_stretch_is_decoded(videos: Path, monkeypatch: pytest.MonkeyPat
     assert 2 <= len(seen) <= 6
 
 
+@needs_av
 def test_without_packet_times(videos: Path, monkeypatch: pytest.MonkeyPatch):
     from dsts_kernels.data import video
 
@@ -186,15 +203,15 @@ def test_without_packet_times(videos: Path, monkeypatch: pytest.MonkeyPatch):
     assert frame_numbers(decode(path, 3, first_frame=20, last_frame=22)) == [20, 21, 22]
 
 
+@needs_av
 def test_raw_stream_without_container(tmp_path: Path):
-    pytest.importorskip("av")
     path = write_video(tmp_path / "video.m4v", 30)
     assert frame_numbers(decode(path, 6)) == [2, 7, 12, 17, 22, 27]
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", bytes(5000)], ids=["empty", "text", "zeros"])
+@needs_av
 def test_not_a_video(tmp_path: Path, content: bytes):
-    pytest.importorskip("av")
     path = tmp_path / "broken.mp4"
     path.write_bytes(content)
     for read in (probe, lambda path: decode(path, 2)):
@@ -202,16 +219,18 @@ def test_not_a_video(tmp_path: Path, content: bytes):
             read(path)
 
 
+@needs_av
 def test_missing_file_and_folder(tmp_path: Path):
-    pytest.importorskip("av")
     for path in (tmp_path / "none.mp4", tmp_path):
         for read in (probe, lambda path: decode(path, 2)):
             with pytest.raises(VideoError, match=f"{path.name}: "):
                 read(path)
 
 
+@needs_av
 def test_sound_only(tmp_path: Path):
-    av = pytest.importorskip("av")
+    import av
+
     path = tmp_path / "sound.wav"
     with av.open(str(path), "w") as container:
         container.add_stream("pcm_s16le", rate=8000)
@@ -220,9 +239,9 @@ def test_sound_only(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
+@needs_av
 def test_truncated_file(tmp_path: Path, kind: str):
     """It opens and its first frame decodes, so that only the frames that are not there can tell."""
-    pytest.importorskip("av")
     path = truncate(write_video(tmp_path / f"video.{kind}", 40, faststart=True), 0.6)
     probe(path)
     with pytest.raises(VideoError, match=rf"video\.{kind}: cut off after"):
@@ -233,15 +252,15 @@ def test_truncated_file(tmp_path: Path, kind: str):
     assert frame_numbers(decode(path, 4, first_frame=4, last_frame=7)) == [4, 5, 6, 7]
 
 
+@needs_av
 def test_truncated_before_its_index(tmp_path: Path):
-    pytest.importorskip("av")
     path = truncate(write_video(tmp_path / "video.mp4", 40), 0.6)
     with pytest.raises(VideoError, match=r"video\.mp4: "):
         probe(path)
 
 
+@needs_av
 def test_damaged_frames(tmp_path: Path):
-    pytest.importorskip("av")
     path = write_video(tmp_path / "video.mp4", 40, faststart=True)
     content = bytearray(path.read_bytes())
     begin = content.index(b"mdat") + 4
@@ -251,6 +270,7 @@ def test_damaged_frames(tmp_path: Path):
         decode(path, 8)
 
 
+@needs_av
 def test_damaged_group_of_pictures(reordered: Path, tmp_path: Path):
     """A decoder that says nothing and drops what it cannot decode."""
     path = tmp_path / "video.mp4"
@@ -262,6 +282,7 @@ def test_damaged_group_of_pictures(reordered: Path, tmp_path: Path):
         decode(path, 40)
 
 
+@needs_av
 def test_without_pyav(videos: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImportError, match=r"pip install 'dsts_kernels\[train\]'"):

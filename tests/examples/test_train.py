@@ -19,6 +19,7 @@ from dsts_kernels.learning import load_checkpoint
 from examples import tables, train
 from tests.data.videos import write_video
 
+pytestmark = pytest.mark.needs("torchmetrics")
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--clips", "48", "--test-clips", "32", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
 TOY += ["--neurons", "2", "--layers", "2", "--threads", "1", "--quiet"]
@@ -139,9 +140,9 @@ def test_two_processes_killed_and_resumed(tmp_path):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.needs("av")
 def test_diving48(tmp_path, capsys):
     """From published annotations and videos to a checkpoint with figures; a missing and a broken clip are counted."""
-    pytest.importorskip("av")
     names = [f"dive_{i:05}" for i in range(10)]
     for name in names[:8]:
         write_video(tmp_path / f"{name}.mp4", 12)
@@ -163,9 +164,9 @@ def test_diving48(tmp_path, capsys):
     assert cli(["plot", str(tmp_path / "out" / "checkpoint.pt")]) == 0
 
 
+@pytest.mark.needs("av")
 def test_finegym(tmp_path, capsys):
     """Elements cut out of a full video by their times; a class that the categories lack is an error."""
-    pytest.importorskip("av")
     write_video(tmp_path / "abc.mp4", 60)
     (tmp_path / "classes.txt").write_text(
         "Clabel:   0; set:  1; Glabel:   1; (VT) one\nClabel:   1; set:  2; Glabel:   5; (FX) two\n"
@@ -234,9 +235,9 @@ def test_values_that_are_refused(options, says, tmp_path, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.needs("matplotlib")
 def test_figures(tmp_path, capsys):
     """``plot`` draws every figure of a checkpoint of this recipe."""
-    pytest.importorskip("matplotlib")
     run(tmp_path, "--epochs", "2")
     assert cli(["plot", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "figures")]) == 0
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
