@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .dtypes import DTYPES
+
 FOLDER = Path(__file__).parents[1] / "measured"
 
 
@@ -33,4 +35,4 @@ def winner(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return None
     major, minor = capability(device)
-    return faster(f"sm_{major}{minor}").get(f"{op} {'float' if dtype == torch.float32 else 'half'}")
+    return faster(f"sm_{major}{minor}").get(f"{op} {DTYPES[dtype].kind}")
