@@ -1,7 +1,7 @@
 """Compile the CUDA kernels for every chip, with no GPU, and report what the compiler made of each.
 
 ``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared memory,
-blocks that a multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
+CTAs that a multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from dsts_kernels.backends.gpu import grids
+from dsts_kernels.backends.gpu.grids import TILE
+from dsts_kernels.backends.packing import TILE_BYTES
+
 from . import cubin, cuda_compilers
 
-NEURONS = 10
+NEURONS, CHANNELS = 10, 1024  # of the layer that kernels are launched for
 PRODUCTS = ("conv", "data_gradient", "weight_gradient")
-TILE = 128  # of products: sides of a tile
-FILTER_TILES = 4  # of a block that lays filters out
-CHANNELS, ROWS_BYTES = 1024, 16384  # of features; of whole rows that a block of a gather holds
+FILTER_TILES = 4  # of a CTA that lays filters out
 BYTES = {"half": 2, "bfloat16": 2, "tf32": 4, "float": 4}
-MOST_PROGRAMS = 1024
+VECTOR, LINE = 16, 128  # bytes
 
 
 class Chip(NamedTuple):
     """What a multiprocessor holds, and how many the largest chip has."""
 
     processors: int
-    shared_kib: int
+    smem_kib: int
     threads: int
     blocks: int
 
@@ -42,7 +44,7 @@ CHIPS = {
 
 
 def reserved(arch: int) -> int:
-    """Shared bytes that the system takes of every block."""
+    """Shared bytes that the system takes of every CTA."""
     return 1024 if arch >= 80 else 0
 
 
@@ -57,8 +59,8 @@ class Resources(NamedTuple):
     stack: int
     spill_stores: int
     spill_loads: int
-    static_shared: int
-    dynamic_shared: int
+    static_smem: int
+    dynamic_smem: int
     resident: int
     counts: Counter[str]
 
@@ -78,81 +80,79 @@ class Resources(NamedTuple):
 
 
 def operand_bytes(element: str, by_k: bool, arch: int) -> int:
-    """Of one step: ``SharedTile::kBytes`` of csrc/cuda/product.h, and ``SwizzledTile::kBytes`` of turing.h."""
+    """Of one step, as csrc/cuda/tiles.h."""
     size = BYTES[element]
-    depth, vector = 64 // size, 16 // size
     if element != "float" and arch >= 75:
         return TILE * (64 if arch >= 80 else 32)
-    rows, columns = (TILE, depth) if by_k else (depth, TILE)
-    return rows * (columns + (1 if by_k else 2) * vector) * size
+    step = 64  # bytes of K
+    return TILE * (step + VECTOR) if by_k else step // size * (TILE * size + 2 * VECTOR)
 
 
-def product_bytes(element: str, a_by_k: bool, b_by_k: bool, arch: int) -> int:
-    """``product_bytes`` of csrc/cuda/product.h."""
+def product_smem(element: str, a_by_k: bool, b_by_k: bool, arch: int) -> int:
+    """``product_smem`` of csrc/cuda/tiles.h."""
     stages = 2 if arch < 80 else 3 if element == "float" else 4
     columns = TILE // 4 if 75 <= arch < 80 else TILE // 2  # that an epilogue takes at once
-    chunk = TILE * (columns + 4) * 4 + TILE * 9 * 4
-    return max(stages * (operand_bytes(element, a_by_k, arch) + operand_bytes(element, b_by_k, arch)), chunk)
+    epilogue = TILE * (columns + 4) * 4 + TILE * 9 * 4
+    return max(stages * (operand_bytes(element, a_by_k, arch) + operand_bytes(element, b_by_k, arch)), epilogue)
 
 
-# sizeof(ConvShared), sizeof(GradientShared): what tests/backends/cuda/test_ahead.py asks the C++ compiler.
-CONV_SHARED, GRADIENT_SHARED = 192, 2176
+# sizeof(ConvSmem), sizeof(GradientSmem): what tests/backends/cuda/test_ahead.py asks the C++ compiler.
+CONV_SMEM, GRADIENT_SMEM = 192, 2176
 
 
-def launched_programs(element: str, arch: int) -> int:
-    """The most programs a convolution is launched with: as ``conv_grid`` has them."""
-    chip = CHIPS[arch]
-    block = 44 if arch < 75 else 32 if arch < 80 else 70  # KiB: block_kib of the launchers
-    twice = element != "float" and chip.shared_kib >= 2 * block
-    return min(chip.processors * (2 if twice else 1), MOST_PROGRAMS)
+def launched_ctas(element: str, arch: int) -> int:
+    """The most CTAs that a convolution is launched with."""
+    return min(CHIPS[arch].processors * grids.resident_ctas(arch, element == "float"), grids.MAX_CTAS)
 
 
-def dynamic_shared(name: cubin.Name, arch: int, threads: int, programs: int | None = None) -> int:
-    """Bytes that the launchers in csrc/cuda ask for."""
+def dynamic_smem(name: cubin.Name, arch: int, threads: int, num_ctas: int | None = None) -> int:
+    """Bytes of shared memory that the launchers in csrc/cuda ask for."""
     first = str(name.arguments[0]) if name.arguments else ""
-    panel = 64 * (128 + 16)
+    panel = grids.GATHER_POSITIONS * (TILE_BYTES + VECTOR)
     match name.base:
         case "conv":
             by_k = bool(name.arguments[1])
-            programs = launched_programs(first, arch) if programs is None else programs
-            return product_bytes(first, True, by_k, arch) + CONV_SHARED + 4 * (3 * programs + 1 + threads)
+            num_ctas = launched_ctas(first, arch) if num_ctas is None else num_ctas
+            return product_smem(first, True, by_k, arch) + CONV_SMEM + 4 * (3 * num_ctas + 1 + threads)
         case "data_gradient":
-            return product_bytes(first, True, True, arch) + GRADIENT_SHARED
+            return product_smem(first, True, True, arch) + GRADIENT_SMEM
         case "weight_gradient":
-            return product_bytes(first, False, False, arch)
+            return product_smem(first, False, False, arch)
         case "tap_sums":
             _, taps, vector, by_channel = name.arguments
             return 4 * threads * taps * (vector if by_channel else 1)
-        case "group":
+        case "group_samples":
             return 4 * (3 * threads // 32 + NEURONS)
-        case "list":
+        case "list_channels":
             return 4 * 3 * threads // 32
-        case "pack":
+        case "gather_panel":
             return panel
         case "route_and_gather":
             return panel + 4 * (256 + NEURONS)
-        case "gather_rows" | "route_and_gather_rows":
+        case "gather_panel_whole" | "route_and_gather_whole":
             size = BYTES[first]
-            block, rows = 128 // size, min(64, ROWS_BYTES // (CHANNELS * size))
-            tile = rows * (CHANNELS * size + 16)
-            if name.base == "gather_rows":
+            block = TILE_BYTES // size
+            tile = grids.whole_positions(CHANNELS * size) * (CHANNELS * size + VECTOR)
+            if name.base == "gather_panel_whole":
                 return tile + 2 * CHANNELS * (2 + 4)
             return tile + (CHANNELS + block) * 2 + 4 * (256 + NEURONS)
         case "pack_filters" | "unpack_filters":
-            return FILTER_TILES * 128 * (128 // BYTES[str(name.arguments[-1])])  # by channel; by output at most 16 KiB
+            return (
+                FILTER_TILES * LINE * (LINE // BYTES[str(name.arguments[-1])])
+            )  # by channel; by output at most 16 KiB
         case "semhash_forward" | "semhash_backward":
             return 0
     raise KeyError(f"{name}: not known how much shared memory it is launched with")
 
 
 def resident(arch: int, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at the same time."""
+    """CTAs that a multiprocessor holds at the same time."""
     chip = CHIPS[arch]
     warps = -(-threads // 32)
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // of_warp // 4 * 4 // warps  # registers lie in four parts
     unit = 128 if arch >= 80 else 256
-    by_shared = chip.shared_kib * 1024 // max(-(-(shared + reserved(arch)) // unit) * unit, unit)
+    by_shared = chip.smem_kib * 1024 // max(-(-(shared + reserved(arch)) // unit) * unit, unit)
     return min(by_registers, by_shared, chip.threads // (32 * warps), chip.blocks)
 
 
@@ -171,13 +171,13 @@ def resources(built: cuda_compilers.Built) -> list[Resources]:
     for kernel in cubin.kernels(built.cubin, built.arch):
         found, name = said[kernel.symbol], cubin.readable(kernel.symbol)
         static = re.search(r"(\d+) bytes smem", found["rest"])
-        static_shared = int(static[1]) if static else 0
-        dynamic, registers = dynamic_shared(name, built.arch, kernel.threads), int(found["registers"])
+        static_smem = int(static[1]) if static else 0
+        dynamic, registers = dynamic_smem(name, built.arch, kernel.threads), int(found["registers"])
         rows.append(
             Resources(
                 built.source, built.arch, name, kernel.threads, registers, int(found["stack"]), int(found["stores"]),
-                int(found["loads"]), static_shared, dynamic,
-                resident(built.arch, kernel.threads, registers, static_shared + dynamic), kernel.counts,
+                int(found["loads"]), static_smem, dynamic,
+                resident(built.arch, kernel.threads, registers, static_smem + dynamic), kernel.counts,
             )
         )  # fmt: skip
     return sorted(rows, key=lambda one: str(one.name))
@@ -194,7 +194,7 @@ COLUMNS = ("LDGSTS", "LDSM", "LDS", "STS", "LDG", "STG", "LD", "ST", "LDL", "STL
 
 def markdown(found: list[Resources]) -> str:
     lines = [
-        "| kernel | chip | threads | registers | spilled, stores/loads | stack | shared | blocks an SM | HMMA | "
+        "| kernel | chip | threads | registers | spilled, stores/loads | stack | shared | CTAs an SM | HMMA | "
         + " | ".join(COLUMNS)
         + " |",
         "| --- | --- |" + " ---: |" * (7 + len(COLUMNS)),
@@ -204,7 +204,7 @@ def markdown(found: list[Resources]) -> str:
             counts = " | ".join(str(one.counts[kind] or "") for kind in COLUMNS)
             lines.append(
                 f"| {one.name} | sm_{one.arch} | {one.threads} | {one.registers} | {one.spill_stores}/{one.spill_loads}"
-                f" | {one.stack} | {one.static_shared}+{one.dynamic_shared} | {one.resident} | {one.tensor or ''}"
+                f" | {one.stack} | {one.static_smem}+{one.dynamic_smem} | {one.resident} | {one.tensor or ''}"
                 f" | {counts} |"
             )
     return "\n".join(lines)

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "cuda/grids.h"
 #include "cuda/params.h"
 #include "driver.h"
 #include "kernel_file.h"
@@ -20,7 +21,7 @@ namespace {
 
 using dsts::cuda::ConvParams;
 using dsts::cuda::kTile;
-constexpr int kThreads = 128, kSamples = 512, kMostPrograms = 1024;
+constexpr int kThreads = 128, kSamples = 512;
 
 struct Options {
   std::string path, kernel = "conv_kernelI6__halfLb1E";  // mangled, as far as it must match
@@ -73,71 +74,57 @@ std::string find_kernel(const bare::KernelFile& file, const std::string& part) {
   throw std::runtime_error("no kernel's name has '" + part + "'; there are:" + listed);
 }
 
-// As csrc/cuda/launch.h works it out.
-dsts::cuda::Divide divide_by(int divisor) {
-  unsigned shift = 0;
-  while ((1ull << shift) < static_cast<unsigned>(divisor)) ++shift;
-  const unsigned long long magic = ((1ull << 32) * ((1ull << shift) - divisor)) / divisor + 1;
-  return {static_cast<unsigned>(divisor), static_cast<unsigned>(magic), shift};
-}
-
-// Grid, waves and shared memory of a launch: conv_grid of dsts_kernels/backends/cuda/kernels.py, and the
-// launcher in csrc/cuda/conv.cu.
+// What the launcher in csrc/cuda/conv.cu launches with, by the same headers.
 struct Launch {
-  int programs, waves, flags, shared;
+  dsts::cuda::PersistentGrid grid;
+  int smem_bytes;
 
   Launch(const bare::Layer& layer, const bare::Driver& driver, int capability) {
-    const int columns = bare::ceil_div(layer.channels, kTile);
-    const bool turing = capability >= 75 && capability < 80;
-    const int needed = capability < 75 ? 44 : turing ? 32 : 70;
-    const int resident = driver.attribute(bare::kSharedOfProcessor) >= 2 * needed * 1024 ? 2 : 1;
-    const int tiles = layer.batch * bare::ceil_div(layer.positions(), kTile) * columns;
-    const int most = tiles * (layer.width / bare::kBlock) * 12;
-    programs = std::min({driver.attribute(bare::kProcessors) * resident,
-                         bare::ceil_div(most, dsts::cuda::kLeast), kMostPrograms});
-    waves = std::max(0, tiles / programs - 1);
-    flags = programs + layer.batch * columns;
-    // product_bytes
-    const int stages = capability < 80 ? 2 : 4;
-    const int operand = kTile * (capability < 75 ? 80 : turing ? 32 : 64);
-    const int chunk = kTile * (kTile / (turing ? 4 : 2) + 4) * 4 + kTile * 9 * 4;
-    const int tile = 192;  // sizeof(ConvShared)
-    shared = std::max(stages * 2 * operand, chunk) + tile + 4 * (3 * programs + 1 + kThreads);
+    using namespace dsts::cuda;
+    const int resident = resident_ctas(capability, driver.attribute(bare::kSharedOfProcessor) / 1024);
+    grid =
+        persistent_grid(layer.batch, layer.positions(), layer.channels, layer.width / bare::kBlock * kMaxTaps,
+                        driver.attribute(bare::kProcessors) * resident);
+    smem_bytes = product_smem(capability, false, true, true, sizeof(bare::Half)) + kConvSmemBytes +
+                 schedule_bytes(grid.num_ctas, kThreads);
   }
 };
 
 ConvParams parameters(const bare::Layer& layer, const Launch& launch, const bare::Driver& driver) {
-  const auto room = [&](size_t bytes) { return reinterpret_cast<void*>(driver.allocate(bytes, 0xff)); };
+  const auto fresh = [&](size_t bytes) { return reinterpret_cast<void*>(driver.allocate(bytes, 0xff)); };
   const long long row = layer.channels, positions = layer.positions();
+  const auto& grid = launch.grid;
   ConvParams p{};
   p.panel = driver.upload(layer.panel), p.filters = driver.upload(layer.filters);
   p.plan = driver.upload(layer.plan), p.bias = driver.upload(layer.bias);
-  p.out = room(layer.batch * positions * row * sizeof(bare::Half));
-  p.partial = static_cast<float*>(room(sizeof(float) * 2 * launch.programs * kTile * kTile));
-  p.flags = static_cast<int*>(room(sizeof(int) * launch.flags));
-  p.extent = {layer.t, layer.h, layer.w, layer.positions(), divide_by(layer.w), divide_by(layer.h)};
+  p.out = fresh(layer.batch * positions * row * sizeof(bare::Half));
+  p.workspace = static_cast<float*>(fresh(sizeof(float) * 2 * grid.num_ctas * kTile * kTile));
+  p.arrival_counters = static_cast<int*>(fresh(sizeof(int) * grid.arrival_counters));
+  p.extent = dsts::cuda::extent_of(layer.t, layer.h, layer.w);
   p.out_strides = {positions * row, 1, layer.h * layer.w * row, layer.w * row, row};  // channels last
   p.batch = layer.batch, p.width = p.pitch = layer.width, p.outputs = layer.channels;
-  p.filter_pitch = bare::kBlock, p.kt = 1, p.kh = p.kw = 3, p.taps_1 = 9, p.taps_2 = 3, p.sign = 1;
-  p.packed = p.relu = 1, p.programs = launch.programs, p.waves = launch.waves;
-  p.vector_out = layer.channels % 8 == 0;
+  p.filter_pitch = bare::kBlock, p.kt = 1, p.kh = p.kw = 3, p.sign = 1;
+  p.spatial_taps = dsts::cuda::kSpatialTaps, p.temporal_taps = dsts::cuda::kTemporalTaps;
+  p.packed = p.relu = 1, p.num_ctas = grid.num_ctas, p.waves = grid.waves;
+  p.vector_out = layer.channels % (dsts::cuda::kVectorBytes / sizeof(bare::Half)) == 0;
   return p;
 }
 
 // The median of the launches, in milliseconds.
 float run(const bare::Driver& d, bare::Function kernel, const Launch& launch, ConvParams p, int repeat) {
-  if (launch.shared > 48 * 1024)
-    d.check(d.cuFuncSetAttribute(kernel, bare::kMaxDynamicShared, launch.shared), "cuFuncSetAttribute");
+  if (launch.smem_bytes > 48 * 1024)
+    d.check(d.cuFuncSetAttribute(kernel, bare::kMaxDynamicShared, launch.smem_bytes), "cuFuncSetAttribute");
   bare::Event start, end;
   d.check(d.cuEventCreate(&start, 0), "cuEventCreate"), d.check(d.cuEventCreate(&end, 0), "cuEventCreate");
   std::vector<float> times(repeat);
   void* arguments[] = {&p};
   for (float& time : times) {
-    d.check(d.cuMemsetD8_v2(reinterpret_cast<bare::Address>(p.flags), 0, sizeof(int) * launch.flags),
+    d.check(d.cuMemsetD8_v2(reinterpret_cast<bare::Address>(p.arrival_counters), 0,
+                            sizeof(int) * launch.grid.arrival_counters),
             "cuMemsetD8");
     d.check(d.cuEventRecord(start, nullptr), "cuEventRecord");
-    d.check(d.cuLaunchKernel(kernel, static_cast<unsigned>(launch.programs), 1, 1, kThreads, 1, 1,
-                             static_cast<unsigned>(launch.shared), nullptr, arguments, nullptr),
+    d.check(d.cuLaunchKernel(kernel, static_cast<unsigned>(launch.grid.num_ctas), 1, 1, kThreads, 1, 1,
+                             static_cast<unsigned>(launch.smem_bytes), nullptr, arguments, nullptr),
             "cuLaunchKernel");
     d.check(d.cuEventRecord(end, nullptr), "cuEventRecord");
     d.check(d.cuEventSynchronize(end), "the kernel");
@@ -187,8 +174,9 @@ int measure(const Options& options) {
 
   const bare::Layer layer(options.batch, options.channels, options.t, options.h, options.w);
   const Launch launch(layer, driver, file.capability);
-  std::printf("kernel: %s for sm_%d, %d blocks of %d threads, %d bytes of shared memory\n", name.c_str(),
-              file.capability, launch.programs, kThreads, launch.shared);
+  std::printf("kernel: %s for sm_%d, %d CTAs of %d threads, %d waves, %d bytes of shared memory\n",
+              name.c_str(), file.capability, launch.grid.num_ctas, kThreads, launch.grid.waves,
+              launch.smem_bytes);
   std::printf("layer: batch %d, %d channels, %dx%dx%d\n", layer.batch, layer.channels, layer.t, layer.h,
               layer.w);
   const ConvParams p = parameters(layer, launch, driver);

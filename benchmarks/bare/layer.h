@@ -1,7 +1,8 @@
 // A frozen layer's convolution with one neuron for every sample: operands with known values, and what must
 // come out.
 //
-// A neuron's first `split` channels go through a 1x3x3 operator, the others through a 3x1x1 one. Panels hold
+// A neuron's first `split` channels go through a spatial operator (1x3x3), the others through a temporal one
+// (3x1x1). Panels hold
 // each list in whole K blocks, filters K blocks of a neuron behind one another, (blocks, O, 64), as
 // csrc/cuda/conv.cu says.
 #pragma once
@@ -16,7 +17,7 @@ namespace bare {
 
 using Half = uint16_t;  // bits
 
-constexpr int kBlock = dsts::cuda::kBlockBytes / 2;  // channels of a K block
+constexpr int kBlock = dsts::cuda::kKBlockBytes / 2;  // channels of a K block
 constexpr Half kNaN = 0x7fff;
 
 // Of a normal number or zero that is exact in half precision.
@@ -52,14 +53,15 @@ struct Layer {
   int batch, channels, t, h, w;  // as many outputs as channels
   int width;                     // columns of the panel
   std::vector<int> split,
-      first;  // by neuron, which is the sample: channels of the first operator, first K block
-  std::vector<int> plan;
+      first;  // by neuron, which is the sample: channels of the spatial operator, first K block
+  std::vector<dsts::cuda::Plan> plan;  // [batch]
   std::vector<Half> panel, filters;
   std::vector<float> bias;
 
   int positions() const { return t * h * w; }
-  int blocks_1(int n) const { return ceil_div(split[n], kBlock); }
-  int blocks_2(int n) const { return ceil_div(channels - split[n], kBlock); }
+  static int taps(bool temporal) { return temporal ? dsts::cuda::kTemporalTaps : dsts::cuda::kSpatialTaps; }
+  int spatial_blocks(int n) const { return ceil_div(split[n], kBlock); }
+  int temporal_blocks(int n) const { return ceil_div(channels - split[n], kBlock); }
 
   Layer(int batch, int channels, int t, int h, int w)
       : batch(batch), channels(channels), t(t), h(h), w(w), width((ceil_div(channels, kBlock) + 1) * kBlock) {
@@ -68,33 +70,34 @@ struct Layer {
     for (int n = 0; n < batch; ++n) {
       split.push_back(static_cast<int>(static_cast<int64_t>(channels) * (n + 1) / (batch + 1)));
       first.push_back(blocks);
-      plan.insert(plan.end(), {blocks, blocks_1(n), blocks_2(n), split[n], split[n], n});
-      blocks += 9 * blocks_1(n) + 3 * blocks_2(n);
+      plan.push_back({blocks, spatial_blocks(n), temporal_blocks(n), split[n], split[n], n});
+      blocks += taps(false) * spatial_blocks(n) + taps(true) * temporal_blocks(n);
     }
     panel.assign(static_cast<size_t>(batch) * positions() * width, kNaN);
     for (int n = 0; n < batch; ++n)
       for (int position = 0; position < positions(); ++position)
-        for (int column = 0; column < (blocks_1(n) + blocks_2(n)) * kBlock; ++column)
+        for (int column = 0; column < (spatial_blocks(n) + temporal_blocks(n)) * kBlock; ++column)
           panel[(static_cast<size_t>(n) * positions() + position) * width + column] =
               listed(n, column) ? values.next() : Half{0};
     filters.assign(static_cast<size_t>(blocks) * channels * kBlock, 0);
     for (int n = 0; n < batch; ++n)
-      for (int second = 0; second < 2; ++second)
-        for (int c = 0; c < (second ? channels - split[n] : split[n]); ++c)
-          for (int tap = 0; tap < (second ? 3 : 9); ++tap)
-            for (int o = 0; o < channels; ++o) filters[filter_at(n, second, c, tap, o)] = values.next();
+      for (int temporal = 0; temporal < 2; ++temporal)
+        for (int c = 0; c < (temporal ? channels - split[n] : split[n]); ++c)
+          for (int tap = 0; tap < taps(temporal); ++tap)
+            for (int o = 0; o < channels; ++o) filters[filter_at(n, temporal, c, tap, o)] = values.next();
     for (int i = 0; i < batch * channels; ++i) bias.push_back(static_cast<float>(from_half(values.next())));
   }
 
   // Whether a column of sample n's panel holds a channel: the rest fills K blocks.
   bool listed(int n, int column) const {
-    const int start_2 = blocks_1(n) * kBlock;
-    return column < start_2 ? column < split[n] : column - start_2 < channels - split[n];
+    const int temporal_column = spatial_blocks(n) * kBlock;
+    return column < temporal_column ? column < split[n] : column - temporal_column < channels - split[n];
   }
 
-  size_t filter_at(int n, int second, int c, int tap, int o) const {
-    const int block = c / kBlock, taps = second ? 3 : 9;
-    const int number = first[n] + (second ? 9 * blocks_1(n) : 0) + block * taps + tap;
+  size_t filter_at(int n, int temporal, int c, int tap, int o) const {
+    const int block = c / kBlock;
+    const int number =
+        first[n] + (temporal ? taps(false) * spatial_blocks(n) : 0) + block * taps(temporal) + tap;
     return (static_cast<size_t>(number) * channels + o) * kBlock + c % kBlock;
   }
 
@@ -103,15 +106,16 @@ struct Layer {
     const int at_w = position % w, at_h = position / w % h, at_t = position / w / h;
     double sum = bias[static_cast<size_t>(n) * channels + o];
     *size = std::fabs(sum);
-    for (int second = 0; second < 2; ++second)
-      for (int tap = 0; tap < (second ? 3 : 9); ++tap) {
-        const int from_t = at_t + (second ? tap - 1 : 0), from_h = at_h + (second ? 0 : tap / 3 - 1);
-        const int from_w = at_w + (second ? 0 : tap % 3 - 1);
+    for (int temporal = 0; temporal < 2; ++temporal)
+      for (int tap = 0; tap < taps(temporal); ++tap) {
+        const int from_t = at_t + (temporal ? tap - 1 : 0), from_h = at_h + (temporal ? 0 : tap / 3 - 1);
+        const int from_w = at_w + (temporal ? 0 : tap % 3 - 1);
         if (from_t < 0 || from_t >= t || from_h < 0 || from_h >= h || from_w < 0 || from_w >= w) continue;
         const size_t row = static_cast<size_t>(n) * positions() + (from_t * h + from_h) * w + from_w;
-        for (int c = 0; c < (second ? channels - split[n] : split[n]); ++c) {
-          const double term = from_half(panel[row * width + (second ? blocks_1(n) * kBlock : 0) + c]) *
-                              from_half(filters[filter_at(n, second, c, tap, o)]);
+        for (int c = 0; c < (temporal ? channels - split[n] : split[n]); ++c) {
+          const double term =
+              from_half(panel[row * width + (temporal ? spatial_blocks(n) * kBlock : 0) + c]) *
+              from_half(filters[filter_at(n, temporal, c, tap, o)]);
           sum += term, *size += std::fabs(term);
         }
       }
@@ -122,7 +126,7 @@ struct Layer {
   // for all.
   double operations() const {
     double terms = 0;
-    for (const int own : split) terms += 9.0 * own + 3.0 * (channels - own);
+    for (const int n : split) terms += 9.0 * n + 3.0 * (channels - n);
     return 2 * terms * channels * positions();
   }
 

@@ -229,8 +229,8 @@ void bind_filters(py::module_& m) {
         const int both = kReadBySpatial + kReadByTemporal;
         check_dtype(kernel, "dtype", dtype), check_sizes(kernel, {{"neurons", neurons}});
         if (reader < 1 || reader > both)
-          fail(kernel, "reader is ", reader, "; wanted ", kReadBySpatial, ", ", kReadByTemporal,
-               " or ", both);
+          fail(kernel, "reader is ", reader, "; wanted ", kReadBySpatial, ", ", kReadByTemporal, " or ",
+               both);
         check_filters(kernel, outputs, channels, taps, first_tap, all_taps, by_channel, pitch);
         check_given(kernel, {{"filters", filters}, {"weight", weight}, {"slot_of", slot_of}});
         const OnDevice guard(target.device);
@@ -239,9 +239,9 @@ void bind_filters(py::module_& m) {
                         by_channel, pitch, reader, fast_divmod(taps), false},
                        neurons, dtype, pointer<void>(target.stream));
       },
-      Unlocked(), py::kw_only(), "filters"_a, "weight"_a, "slot_of"_a, "listed"_a, "reader"_a,
-      "outputs"_a, "channels"_a, "taps"_a, "first_tap"_a, "all_taps"_a, "by_channel"_a, "pitch"_a,
-      "neurons"_a, "dtype"_a, "target"_a);
+      Unlocked(), py::kw_only(), "filters"_a, "weight"_a, "slot_of"_a, "listed"_a, "reader"_a, "outputs"_a,
+      "channels"_a, "taps"_a, "first_tap"_a, "all_taps"_a, "by_channel"_a, "pitch"_a, "neurons"_a, "dtype"_a,
+      "target"_a);
 }
 
 // Whole waves leave one to two tiles a CTA, for which schedule.h has memory.

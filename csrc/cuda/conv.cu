@@ -39,6 +39,7 @@ struct ConvSmem {
   WorkTile tile;
   int answer;  // that one thread gives all others
 };
+static_assert(sizeof(ConvSmem) == kConvSmemBytes);
 
 // Units of an epilogue whose skips are on their way together; from sm_100 on registers are full without.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -342,8 +343,7 @@ template <class E>
 constexpr int conv_smem(int capability, bool by_output, int num_ctas) {
   const int operands =
       by_output ? product_smem_of<E, true, false>(capability) : product_smem_of<E, true, true>(capability);
-  return operands +
-         static_cast<int>(sizeof(ConvSmem) + sizeof(int) * Schedule::ints(num_ctas, MmaTraits<E>::kThreads));
+  return operands + kConvSmemBytes + schedule_bytes(num_ctas, MmaTraits<E>::kThreads);
 }
 
 // With two CTAs on every multiprocessor of the largest chips. From sm_80 on the system takes 1 KiB of each.

@@ -70,14 +70,5 @@ void for_mma(int dtype, bool tf32, F&& run) {
     for_element(dtype, [&](auto element) { run(Tag<decltype(element)>{}); });
 }
 
-inline FastDivmod fast_divmod(int divisor) {
-  unsigned shift = 0;
-  while ((1ull << shift) < static_cast<unsigned>(divisor)) ++shift;
-  const unsigned long long one = 1, magic = ((one << 32) * ((one << shift) - divisor)) / divisor + 1;
-  return {static_cast<unsigned>(divisor), static_cast<unsigned>(magic), shift};
-}
-
-inline Extent extent_of(int t, int h, int w) { return {t, h, w, t * h * w, fast_divmod(w), fast_divmod(h)}; }
-
 }  // namespace dsts::cuda
 #endif

@@ -32,11 +32,22 @@ struct FastDivmod {
   unsigned divisor, magic, shift;
 };
 
+DSTS_BOTH_SIDES constexpr FastDivmod fast_divmod(int divisor) {
+  unsigned shift = 0;
+  while ((1ull << shift) < static_cast<unsigned>(divisor)) ++shift;
+  const unsigned long long one = 1, magic = ((one << 32) * ((one << shift) - divisor)) / divisor + 1;
+  return {static_cast<unsigned>(divisor), static_cast<unsigned>(magic), shift};
+}
+
 // Frames, rows and columns of features.
 struct Extent {
   int t, h, w, positions;
   FastDivmod w_divmod, h_divmod;
 };
+
+DSTS_BOTH_SIDES constexpr Extent extent_of(int t, int h, int w) {
+  return {t, h, w, t * h * w, fast_divmod(w), fast_divmod(h)};
+}
 
 struct Strides {
   int64 b, c, t, h, w;
@@ -129,7 +140,7 @@ struct FilterParams {
   const int* index;           // pack: neuron_of [S]; unpack: slot_of [N]
   const signed char* listed;  // unpack: [S, C], or null
   int outputs, channels, taps, first_tap, all_taps, by_channel;
-  int pitch;       // of rows by tap
+  int pitch;   // of rows by tap
   int reader;  // kReadBySpatial, kReadByTemporal or both: channels that are not so `listed` get zeros
   FastDivmod taps_divmod;
   int vector;  // what is not padded here, parameters and gradients, goes 16 bytes at a time

@@ -37,11 +37,8 @@ struct Schedule {
   int* starts;  // [num_ctas + 1], shared: where each CTA's range of the split tiles' iterations starts
   int* ends;    // [2 * num_ctas], shared: where each split tile's iterations end
 
-  static __host__ __device__ constexpr int ints(int num_ctas, int threads) {
-    return 3 * num_ctas + 1 + threads;
-  }
-
-  // `length` gives the iterations of a sample's tiles. All threads; `memory` is shared.
+  // `length` gives the iterations of a sample's tiles. All threads; `memory` is schedule_bytes of shared
+  // memory.
   template <int THREADS, class Length>
   __device__ void build(const Length& length, int tiles, int* memory) {
     static_assert(kMaxCtas <= kCtasPerThread * THREADS, "threads look after all CTAs");

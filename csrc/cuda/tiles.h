@@ -78,6 +78,13 @@ DSTS_BOTH_SIDES constexpr int product_smem(int capability, bool exact, bool a_by
   return operands > epilogue ? operands : epilogue;
 }
 
+// Shared bytes of a convolution behind its operands: ConvSmem (conv.cu), and the schedule's integers, of
+// which each thread has one.
+constexpr int kConvSmemBytes = 192;
+DSTS_BOTH_SIDES constexpr int schedule_bytes(int num_ctas, int threads) {
+  return (3 * num_ctas + 1 + threads) * static_cast<int>(sizeof(int));
+}
+
 // KiB that a CTA of products in tensor cores takes at most, what the system takes of it included. A
 // multiprocessor holds two where it has twice as much; conv.cu holds the kernel to it.
 DSTS_BOTH_SIDES constexpr int product_smem_kib(int capability) {

@@ -1,8 +1,7 @@
-// Runs the stream-K schedule of csrc/cuda/schedule.h and writes down where each CTA's range starts, for a test
-// that compares it with dsts_kernels/backends/gpu/grids.py.
-#include "schedule.h"
-
+// Runs the stream-K schedule of csrc/cuda/schedule.h and writes down where each CTA's range starts, for a
+// test that compares it with dsts_kernels/backends/gpu/grids.py.
 #include "cuda/schedule.h"
+#include "schedule.h"
 
 namespace schedule {
 namespace {
@@ -30,7 +29,7 @@ int starts(const int* lengths, int* starts, int samples, int per_sample, int num
   void* arguments[] = {&params};
   auto* kernel = threads == 128 ? schedule_kernel<128> : schedule_kernel<256>;
   return cudaLaunchKernel(kernel, dim3(1), dim3(threads), arguments,
-                          sizeof(int) * dsts::cuda::Schedule::ints(num_ctas, threads), nullptr);
+                          dsts::cuda::schedule_bytes(num_ctas, threads), nullptr);
 }
 
 }  // namespace schedule

@@ -10,9 +10,10 @@ void bind(pybind11::module_& m) {
   using namespace pybind11::literals;
   m.def(
       "starts",
-      [](uintptr_t lengths, uintptr_t starts, int samples, int per_sample, int num_ctas, int waves, int threads) {
-        return schedule::starts(reinterpret_cast<const int*>(lengths), reinterpret_cast<int*>(starts), samples,
-                                per_sample, num_ctas, waves, threads);
+      [](uintptr_t lengths, uintptr_t starts, int samples, int per_sample, int num_ctas, int waves,
+         int threads) {
+        return schedule::starts(reinterpret_cast<const int*>(lengths), reinterpret_cast<int*>(starts),
+                                samples, per_sample, num_ctas, waves, threads);
       },
       pybind11::kw_only(), "lengths"_a, "starts"_a, "samples"_a, "per_sample"_a, "num_ctas"_a, "waves"_a,
       "threads"_a);

@@ -21,7 +21,7 @@ from tests.emulator import build as emulator
 
 pytestmark = pytest.mark.slow
 ARCHS = (70, 75, 80, 90, 100, 110, 120)  # the first of every generation
-BLOCK_BYTES = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # KiB that a block may have
+CTA_SMEM_KIB = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # that a CTA may have
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float": torch.float32}
 
 
@@ -57,8 +57,8 @@ def test_registers_hold_everything(compiled):
 
 
 def test_shared_memory_fits(compiled, arch):
-    limit = BLOCK_BYTES[arch] * 1024
-    assert not told([one for one in compiled if one.static_shared + one.dynamic_shared > limit or not one.resident])
+    limit = CTA_SMEM_KIB[arch] * 1024
+    assert not told([one for one in compiled if one.static_smem + one.dynamic_smem > limit or not one.resident])
 
 
 def test_as_many_ctas_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
@@ -76,7 +76,7 @@ def test_as_many_ctas_are_resident_as_launchers_count_on(compiled, arch, monkeyp
 def test_two_ctas_share_a_multiprocessor(compiled, arch):
     """Of products in tensor cores, but where four stages of each do not fit."""
     found = products(compiled, "half", *(("bfloat16", "tf32") if arch >= 80 else ()))
-    assert {one.resident for one in found} == {1 if arch >= 80 and ahead_cuda.CHIPS[arch].shared_kib < 128 else 2}
+    assert {one.resident for one in found} == {1 if arch >= 80 and ahead_cuda.CHIPS[arch].smem_kib < 128 else 2}
 
 
 def test_products_run_in_tensor_cores(compiled, arch):
