@@ -1,7 +1,7 @@
-"""Saved benchmark results as a Markdown table and a figure: ``python benchmarks/report.py FILE --figure
+"""Saved benchmark results as a Markdown table and a figure: ``python -m benchmarks.report FILE --figure
 FIGURE.png``.
 
-Results are the JSON that ``--save-results`` writes, or :mod:`benchmarks.gpu_bench` on a GPU: the machine, its
+Results are the JSON that ``--save-results`` writes, or :mod:`benchmarks.gpu.bench` on a GPU: the machine, its
 matrix rate, one row for each mode, shape and variant, and from a GPU its goals and kernels. :func:`table` turns
 the rows into cells once; the terminal summary and the Markdown table only lay them out. This file needs nothing
 but matplotlib, and that only for the figure, so results can be read anywhere.
@@ -9,8 +9,6 @@ but matplotlib, and that only for the figure, so results can be read anywhere.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -226,18 +224,3 @@ def figure(results: dict[str, Any], path: Path) -> None:
     canvas.text(0.995, 0.005, heading(results), **caption)
     canvas.savefig(path, dpi=160, facecolor="white")
     plt.close(canvas)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A Markdown table and a figure out of saved benchmark results.")
-    parser.add_argument("results", type=Path, help="JSON written by --save-results")
-    parser.add_argument("--figure", type=Path, help="image to draw; the ending chooses the format")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    print(markdown(results))
-    if arguments.figure:
-        figure(results, arguments.figure)
-
-
-if __name__ == "__main__":
-    main()

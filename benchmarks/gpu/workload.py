@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.features import make_features
-from benchmarks.gpu_timing import rotation_count
+from benchmarks.gpu.timing import rotation_count
 from benchmarks.margins import separate_draws, separate_features
 from benchmarks.parity import Oracle, evaluation_oracle, running_statistics, training_oracle
 from benchmarks.shapes import NAMED_SHAPES, Problem

@@ -25,11 +25,10 @@ from typing import TextIO
 
 import torch
 
-from benchmarks import gpu_goals
-from benchmarks.gpu_timing import NOT_RUN, require_gpu, slug
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu import goals
+from benchmarks.gpu.timing import NOT_RUN, require_gpu, slug
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("build", "tests", "sanitize", "bench", "tune")
 DEFAULT_PARTS = PARTS[:-1]
 GPU_BACKENDS = ("triton", "cuda")
@@ -97,7 +96,7 @@ def workers(count: int) -> list[str]:
 
 def sanitize_steps() -> list[Step]:
     """The script alone, which also fills Triton's cache of compiled kernels, then each backend under each tool."""
-    python = [sys.executable, "-m", "benchmarks.gpu_sanitize"]
+    python = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
     tool = find_sanitizer()
     missing = "" if tool else f"{SANITIZER} not found on PATH, in CUDA_HOME, /usr/local/cuda or NVIDIA's packages"
     steps = [Step("sanitize", "its script alone", python, 15, 60)] if tool else []
@@ -127,8 +126,8 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
         *sanitize_steps(),
         Step(
             "bench",
-            "benchmarks.gpu_bench",
-            [python, "-m", "benchmarks.gpu_bench", "--out", str(out), *named],
+            "benchmarks.gpu.bench",
+            [python, "-m", "benchmarks.gpu.bench", "--out", str(out), *named],
             120,
             320,
             takes_seconds="--seconds",
@@ -141,7 +140,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
             240,
             one_thread,
         ),
-        Step("tune", "benchmarks.tune", [python, "-m", "benchmarks.tune", *kept, *named], 60, 60 * minutes),
+        Step("tune", "benchmarks.gpu.tune", [python, "-m", "benchmarks.gpu.tune", *kept, *named], 60, 60 * minutes),
     ]
 
 
@@ -228,7 +227,7 @@ def goal_lines(path: Path, since: float) -> list[str]:
     """Goals of a results file that this run wrote."""
     if not path.is_file() or path.stat().st_mtime < since:
         return []
-    return gpu_goals.lines(json.loads(path.read_text())["goals"])
+    return goals.lines(json.loads(path.read_text())["goals"])
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -259,12 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open(logs / "gpu.log", "w") as log:
         outcomes = run_steps(steps, deadline, lambda step, seconds: run_step(step, seconds, log))
         name = torch.cuda.get_device_name(device)
-        goals = goal_lines(out / f"{slug(name)}.json", wall)
-        for line in ("", f"{name}, {time.monotonic() - began:.0f} s", *table(outcomes), "", *goals):
+        reached = goal_lines(out / f"{slug(name)}.json", wall)
+        for line in ("", f"{name}, {time.monotonic() - began:.0f} s", *table(outcomes), "", *reached):
             print(line)
             log.write(line + "\n")
     return 1 if any(outcome.ok is False for outcome in outcomes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

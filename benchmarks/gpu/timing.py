@@ -169,7 +169,7 @@ def copy_rate(device: torch.device) -> float:
 
 @torch.inference_mode()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
-    """GFLOP/s of a large product of random matrices, in the form of :func:`benchmarks.machine.matrix_rate`."""
+    """GFLOP/s of a large product of random matrices, in the form of :func:`benchmarks.report.machine.matrix_rate`."""
     a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
     timing = time_steps([lambda: torch.mm(a, b)], seconds=0.5)
     name = f"torch.mm {MATRIX}^3 {str(dtype).removeprefix('torch.')}"

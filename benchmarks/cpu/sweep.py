@@ -1,7 +1,7 @@
 """Never slower: one layer against the best handwritten PyTorch over channels, grids, batches and gate shares (CPU).
 
-``python -m benchmarks.sweep`` times, at every point of the grid, a frozen layer beside the handwritten folded one, a
-``FusedDSTS`` beside the handwritten one in evaluation (both on live parameters) and in training, taking turns in one
+``python -m benchmarks.cpu.sweep`` times, at every point of the grid, a frozen layer beside the handwritten folded one,
+a ``FusedDSTS`` beside the handwritten one in evaluation (both on live parameters) and in training, taking turns in one
 process, after checking that they agree. Frozen layers are also timed with ``algorithm="direct"``. A ratio is a
 median of at least five turns; one above 1.05 is measured again, twice, with more turns, and the median of the three
 counts. Points beyond a limit of multiply-adds are left out and counted.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
-from benchmarks.machine import describe
+from benchmarks.report.machine import describe
 from benchmarks.variants import training_step
 from dsts_kernels import FusedDSTS
 from dsts_kernels.reference import DSTS, Draws

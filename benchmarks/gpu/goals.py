@@ -1,6 +1,6 @@
 """The speed goals of the GPU kernels beside what a run measured: a goal that was not measured says so.
 
-Works on the saved results alone (see :mod:`benchmarks.gpu_bench` for their fields), so a table can be drawn anywhere.
+Works on the saved results alone (see :mod:`benchmarks.gpu.bench` for their fields), so a table can be drawn anywhere.
 """
 
 from __future__ import annotations

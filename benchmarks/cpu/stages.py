@@ -1,6 +1,6 @@
 """Where the time goes: every stage of a frozen evaluation or a training step beside its floor.
 
-``python -m benchmarks.stages`` wraps the backend's passes over memory, the stages of its fast convolution and the
+``python -m benchmarks.cpu.stages`` wraps the backend's passes over memory, the stages of its fast convolution and the
 library's convolutions with a clock and runs the module of the benchmark. The floor of a product is its operations
 over the machine's matrix-product rate, that of a pass its bytes (read and written once) over the machine's copy
 rate, both measured in the same run. What no stage covers (autograd, BatchNorm, routing, Python) is the last line.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.features import make_features
-from benchmarks.machine import best_seconds, describe, matrix_rate
+from benchmarks.report.machine import best_seconds, describe, matrix_rate
 from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends

@@ -1,4 +1,4 @@
-"""Which of the two GPU backends runs an op faster on this chip, at the paper's shapes: a part of ``benchmarks.tune``.
+"""Which GPU backend runs an op faster on this chip, at the paper's shapes: a part of ``benchmarks.gpu.tune``.
 
 Every op is timed on both, forward and backward together where it has one of its own, after their results were
 compared. An op's winner is the one that the geometric mean over shapes and batches favours. The file,
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.gpu_timing import rotation_count, time_steps
+from benchmarks.gpu.timing import rotation_count, time_steps
 from benchmarks.parity import relative_error
+from benchmarks.report import machine
 from benchmarks.shapes import NAMED_SHAPES, Problem
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS, OPS, Backend

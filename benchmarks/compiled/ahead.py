@@ -1,7 +1,7 @@
 """Compile every kernel launch ahead of time, for chips that are not here, and report what the compiler made of it.
 
-``python -m benchmarks.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's shapes, so what
-is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
+``python -m benchmarks.compiled.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's
+shapes, so what is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
 docs/performance.md; tests/backends/triton/test_ahead.py asserts what must hold.
 """
 
@@ -275,7 +275,7 @@ def markdown(found: list[Compiled]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", action="append", choices=list(TARGETS))
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
     parser.add_argument("--processes", type=int, default=2)

@@ -1,9 +1,9 @@
-"""Measure what is best on this GPU, Triton's tiles and then either backend's ops: ``python -m benchmarks.tune``.
+"""Measure what is best on this GPU, Triton's tiles and then either backend's ops: ``python -m benchmarks.gpu.tune``.
 
 Each of the three large kernels is timed by the op that launches it, everything else in the op included alike. Results
 are checked against the first candidate's before they are timed. The file goes to
 ``dsts_kernels/backends/triton/tuned/<architecture>.json``, where launchers look problems up. Where both GPU backends
-run, :mod:`benchmarks.faster` then says which runs each op faster.
+run, :mod:`benchmarks.gpu.faster` then says which runs each op faster.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import faster
+from benchmarks.gpu.timing import NOT_RUN
+from benchmarks.gpu.workload import gpu_backends
+from benchmarks.report.machine import describe
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.backends.gpu import measured
 from dsts_kernels.backends.triton import TritonBackend, tuning
 from dsts_kernels.testing import TOLERANCES, relative_error
-
-from . import faster
-from .gpu_timing import NOT_RUN
-from .gpu_workload import gpu_backends
-from .machine import describe
 
 SIZES = ((8, 16, 16), (16, 7, 7))
 BATCHES = (1, 8, 32)
@@ -137,7 +136,7 @@ def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=int, default=1024)
     parser.add_argument("--batch", type=int, action="append", help="of the tiles' problems")
     parser.add_argument("--kind", action="append", choices=["half", "tf32"], help="of the tiles' problems")
