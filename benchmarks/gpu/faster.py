@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import rotation_count, time_steps
 from benchmarks.parity import relative_error
+from benchmarks.registry import FACTOR, Inputs
+from benchmarks.registry import OPS as REGISTRY
 from benchmarks.report import machine
 from benchmarks.shapes import NAMED_SHAPES, Problem
-from dsts_kernels import FusedDSTS
-from dsts_kernels.backends import BACKENDS, OPS, Backend
+from dsts_kernels.backends import OPS
 from dsts_kernels.testing import TOLERANCES
 
 __all__ = ["KINDS", "compare", "winners", "write"]
@@ -32,67 +32,15 @@ KINDS = {"half": torch.bfloat16, "float": torch.float32}
 PAIR = ("triton", "cuda")
 BATCHES = (8, 1)
 SECONDS = 0.2
-FACTOR = 5  # on the tolerance of a dtype: two results, each with an error of its own
 
 Step = Callable[[], Sequence[Tensor]]
 Timer = Callable[[Sequence[Step]], float]
 
 
-class Operands:
-    """What every op takes at one shape: inputs that take turns, hard and soft gates, lively weights."""
-
-    def __init__(self, p: Problem, dtype: torch.dtype, device: torch.device, l2_bytes: int) -> None:
-        self.p, self.dtype, self.device = p, dtype, device
-        elements = torch.Size(p.feature_shape).numel()
-        self.xs = [self.features() for _ in range(rotation_count(elements * dtype.itemsize, l2_bytes))]
-        self.grad = self.features()
-        self.neuron = torch.arange(p.batch, device=device) % p.neurons
-        self.hard = torch.arange(p.batch, device=device) % 2 == 0
-        self.logits, self.noise, self.gate_grad = (
-            self.randn(rows, p.channels) for rows in (p.neurons, p.batch, p.batch)
-        )
-        soft = torch.sigmoid(self.randn(p.batch, p.channels))
-        self.gate = torch.where(self.hard[:, None], (soft > 0.5).to(dtype), soft)
-        n, c, scale = p.neurons, p.channels, (6 * p.channels) ** -0.5
-        self.spatial = self.randn(n, c, c, 1, 3, 3) * scale
-        self.temporal = self.randn(n, c, c, 3, 1, 1) * scale
-        self.mixing = self.randn(n, c, c, 1, 1, 1) * scale
-
-    def randn(self, *size: int) -> Tensor:
-        return torch.randn(*size, device=self.device).to(self.dtype)
-
-    def features(self) -> Tensor:
-        b, c, *grid = self.p.feature_shape
-        return self.randn(b, *grid, c).permute(0, 4, 1, 2, 3)
-
-    @cached_property
-    def frozen(self) -> torch.nn.Module:
-        """One frozen layer with half the channels spatial; both backends read the same packing."""
-        options = {"num_layers": 1, "num_neurons": self.p.neurons, "dtype": self.dtype, "device": self.device}
-        module = FusedDSTS(self.p.channels, **options).eval()
-        with torch.no_grad():
-            module.layers[0].gate.normal_()
-        return module.freeze(backend=PAIR[0]).layers[0]
-
-    def steps(self, op: str, run: Backend) -> list[Step]:
-        """One step an input."""
-        if op == "semhash_gate":
-            args = self.logits, self.neuron, self.noise
-            backward = self.gate_grad, *args
-            return [lambda: (run.semhash_gate(*args, self.hard), run.semhash_gate_backward(*backward))]
-        return [lambda x=x: self.step(op, run, x) for x in self.xs]
-
-    def step(self, op: str, run: Backend, x: Tensor) -> Sequence[Tensor]:
-        if op == "tap_sums":
-            return (run.tap_sums(x, 1),)
-        if op == "gated_conv3d":
-            args = x, self.gate, self.neuron, self.spatial, self.temporal
-            return (run.gated_conv3d(*args), *run.gated_conv3d_backward(self.grad, *args, [True] * 4))
-        if op == "mixing_conv3d":
-            args = x, self.neuron, self.mixing
-            return (run.mixing_conv3d(*args), *run.mixing_conv3d_backward(self.grad, *args, [True] * 2))
-        layer = self.frozen
-        return run.frozen_layer(x, None, None, layer.weights(), layer.options(1))[:1]
+def steps_of(op: str, inputs: Inputs, backend: str) -> list[Step]:
+    """One step for each of the features: the op, and its backward where that is an op too."""
+    calls = [REGISTRY[name].run for name in (op, f"{op}_backward") if name in REGISTRY]
+    return [lambda x=x: [result for call in calls for result in call(inputs, x, backend)] for x in inputs.xs]
 
 
 def median_ms(steps: Sequence[Step]) -> float:
@@ -107,16 +55,17 @@ def compare(
     log = []
     for kind, dtype in kinds.items():
         for p in problems:
-            operands = Operands(p, dtype, device, l2_bytes)
+            elements = torch.Size(p.feature_shape).numel()
+            inputs = Inputs(p, dtype, device, rotation_count(elements * dtype.itemsize, l2_bytes))
             for op in OPS:
-                steps = {name: operands.steps(op, BACKENDS[name]) for name in PAIR}
-                results = [steps[name][0]() for name in PAIR]
-                for mine, theirs in zip(*results, strict=True):
-                    error = relative_error(mine.float(), theirs.float())
+                by_backend = {name: steps_of(op, inputs, name) for name in PAIR}
+                results = [by_backend[name][0]() for name in PAIR]
+                for one, other in zip(*results, strict=True):
+                    error = relative_error(one.float(), other.float())
                     if not error <= FACTOR * TOLERANCES[dtype]:
                         raise AssertionError(f"{op} {kind} {p.label}: the backends differ by {error:.3g}")
                 del results
-                ms = {name: round(timer(steps[name]), 5) for name in PAIR}
+                ms = {name: round(timer(by_backend[name]), 5) for name in PAIR}
                 log.append({"op": op, "kind": kind, "shape": p.label, "ms": ms})
                 print(
                     f"{op} {kind} {p.label}: " + ", ".join(f"{name} {t:.4f} ms" for name, t in ms.items()), flush=True
