@@ -46,13 +46,13 @@ def fast_work(x: Tensor, operators: tuple, grid: torch.Size, outputs: int, sampl
     spatial = (points(tile_h) * points(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
     temporal = (points(tile_t), batch * -(-t // tile_t) * h * w, 3)
     work: dict[str, float] = defaultdict(float)
-    for operator, (count, rows, taps) in zip(operators, (spatial, temporal), strict=True):
+    for operator, (count, tiles, taps) in zip(operators, (spatial, temporal), strict=True):
         if operator is not None:
             filters = operator.count * outputs
-            work["flop"] += 2 * count * rows * filters
-            work["features"] += 4 * operator.count * (batch * t * h * w + count * rows)
+            work["flop"] += 2 * count * tiles * filters
+            work["features"] += 4 * operator.count * (batch * t * h * w + count * tiles)
             work["filters"] += filters * (taps * operator.weight.element_size() + count * 4)
-            work["outputs"] += 4 * count * rows * outputs
+            work["outputs"] += 4 * count * tiles * outputs
     return work
 
 

@@ -140,9 +140,9 @@ def sweep(mode: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]],
             torch.manual_seed(channels)
             built = ((channels, share), modules_of(mode, reference_of(channels, share)))
         x = torch.randn(batch, channels, frames, plane, plane)
-        found = measure(mode, built[1], x, options.seconds)
-        rows.append({"C": channels, "share": share, "T": frames, "plane": plane, "B": batch, **found})
-        ratio = found["ours"] / found["handwritten"]
+        ms = measure(mode, built[1], x, options.seconds)
+        rows.append({"C": channels, "share": share, "T": frames, "plane": plane, "B": batch, **ms})
+        ratio = ms["ours"] / ms["handwritten"]
         if ratio > ALLOWED:
             print(f"  {ratio:.2f}: {describe_row(rows[-1])}", flush=True)
     return rows, left_out
@@ -178,10 +178,10 @@ def figure(results: dict[str, Any], path: Path) -> None:
     titles = {"frozen": "frozen", "evaluation": "FusedDSTS, evaluation", "training": "FusedDSTS, training step"}
     for panel, (mode, rows) in zip([axes] if len(modes) == 1 else axes, modes.items(), strict=True):
         for index, channels in enumerate(CHANNELS):
-            own = [row for row in rows if row["C"] == channels]
+            coloured = [row for row in rows if row["C"] == channels]
             panel.scatter(
-                [row["handwritten"] for row in own],
-                [row["ours"] / row["handwritten"] for row in own],
+                [row["handwritten"] for row in coloured],
+                [row["ours"] / row["handwritten"] for row in coloured],
                 s=9,
                 color=plt.cm.viridis(index / (len(CHANNELS) - 1)),
                 label=f"C = {channels}",

@@ -27,7 +27,7 @@ from benchmarks import RESULTS
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
 from benchmarks.bench_module import assert_parity
 from benchmarks.gpu import goals
-from benchmarks.gpu.baselines import PLANS, AutocastDSTS, padded, training_plan
+from benchmarks.gpu.baselines import GROUPINGS, AutocastDSTS, padded, training_grouping
 from benchmarks.gpu.ops import OP_NEEDS, OPS, cycling, op_rows, route_rows
 from benchmarks.gpu.timing import (
     Timing,
@@ -69,8 +69,8 @@ def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
     except ImportError:
         triton = ""
     nvcc, _ = native_targets() or ("", [])
-    found = machine.describe(device) | {"driver": driver.strip(), "triton": triton, "nvcc": nvcc}
-    return found | ({"commit": commit} if commit else {})
+    facts = machine.describe(device) | {"driver": driver.strip(), "triton": triton, "nvcc": nvcc}
+    return facts | ({"commit": commit} if commit else {})
 
 
 class Bench:
@@ -129,8 +129,8 @@ class Bench:
 
 
 def timed(timing: Timing, error: float, peak: float | None, note: str = "") -> dict[str, Any]:
-    found = {"ms": timing.median, "ms_min": timing.least, "rounds": timing.rounds}
-    return found | {"error": error, "peak_mib": peak, "note": note}
+    numbers = {"ms": timing.median, "ms_min": timing.least, "rounds": timing.rounds}
+    return numbers | {"error": error, "peak_mib": peak, "note": note}
 
 
 def evaluation_rows(
@@ -290,9 +290,9 @@ def handwritten_training(bench: Bench) -> None:
     module = adopt(HandwrittenTrain, bench.work.problem("tpn", TRAINING_BATCH), bench.work.half).train()
     for shape in TRAINING_SHAPES:
         tried = []
-        for plan in PLANS:
-            with training_plan(plan):
-                training_row(bench, "handwritten", shape, module, bench.work.half, plan)
+        for grouping in GROUPINGS:
+            with training_grouping(grouping):
+                training_row(bench, "handwritten", shape, module, bench.work.half, grouping)
             tried.append(bench.results["rows"].pop())
         bench.results["rows"].append(min(tried, key=lambda row: row["ms"] or float("inf")))
         bench.save()
@@ -315,11 +315,11 @@ def compiled_rows(bench: Bench) -> None:
 
 def needed_seconds(backends: int) -> float:
     """Roughly, for everything but torch.compile, which takes what is left."""
-    shapes, plans = len(TRAINING_SHAPES), len(PLANS)
-    own = len(FROZEN_CASES) + 2 * len(CASES) + 2 * shapes  # frozen, graphs, fused; a training row takes twice as long
-    baselines = 2 * len(CASES) + 2 * shapes * (1 + plans)
+    shapes, groupings = len(TRAINING_SHAPES), len(GROUPINGS)
+    ours = len(FROZEN_CASES) + 2 * len(CASES) + 2 * shapes  # frozen, graphs, fused; a training row takes twice as long
+    baselines = 2 * len(CASES) + 2 * shapes * (1 + groupings)
     kernels = 2 * shapes + len(OPS) * shapes
-    return SETUP_SECONDS + ROW_NEEDS * (own * backends + baselines) + OP_NEEDS * kernels * backends
+    return SETUP_SECONDS + ROW_NEEDS * (ours * backends + baselines) + OP_NEEDS * kernels * backends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -169,6 +169,6 @@ def route_rows(bench: Bench, backend: str) -> None:
     for shape in bench.work.grids:
         label = bench.work.problem(shape, TRAINING_BATCH).label
         kernels = bench.results["kernels"].get(f"frozen {backend} {label}", [])
-        found = [kernel["us"] for kernel in kernels if ROUTE_KERNEL in kernel["name"]]
+        times = [kernel["us"] for kernel in kernels if ROUTE_KERNEL in kernel["name"]]
         x = bench.work.inputs(shape, TRAINING_BATCH)[0]
-        add_op(bench, backend, "route and gather", label, max(found, default=None), 2 * size_of(x))
+        add_op(bench, backend, "route and gather", label, max(times, default=None), 2 * size_of(x))

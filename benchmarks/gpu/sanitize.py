@@ -39,10 +39,10 @@ def check(backend: str, device: torch.device, case: tuple) -> None:
         torch.randn(2, batch, neurons, device=device),
     )
     module(x, draws).square().mean().backward()
-    found = [x.grad, *(p.grad for p in module.parameters())]
+    results = [x.grad, *(p.grad for p in module.parameters())]
     frozen = module.eval().freeze()
-    found += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
-    if not all(bool(torch.isfinite(t).all()) for t in found):
+    results += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
+    if not all(bool(torch.isfinite(t).all()) for t in results):
         raise SystemExit(
             f"benchmarks.gpu.sanitize: {backend}: a result is not finite ({channels} channels, {dtype}, {options})"
         )

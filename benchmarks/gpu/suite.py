@@ -37,7 +37,7 @@ LATE = "not run: time"
 SANITIZER = "compute-sanitizer"
 GRACE_S = 8.0  # from being asked to stop to being stopped
 CLOSING_S = 15.0  # for the table, at the end
-OWN_MARGIN_S = 30.0  # what a step that keeps to a limit of its own may need beyond it, its start included
+LIMIT_MARGIN_S = 30.0  # what a step that keeps to a limit of its own may need beyond it, its start included
 TOOL_FOUND_ERRORS = 86  # exit code asked of compute-sanitizer
 
 
@@ -68,24 +68,24 @@ class Outcome:
 def allowance(steps: Sequence[Step], index: int, left: float) -> float:
     """Seconds for ``steps[index]`` when ``left`` remain: what later steps do not need at the least; 0 is too few."""
     later = sum(step.least for step in steps[index + 1 :] if step.command is not None)
-    found = min(steps[index].most, left - later)
-    if found < steps[index].least:  # squeezed by late steps: an earlier one goes first
-        found = min(steps[index].least, left)
-    return found if found >= steps[index].least else 0.0
+    seconds = min(steps[index].most, left - later)
+    if seconds < steps[index].least:  # squeezed by late steps: an earlier one goes first
+        seconds = min(steps[index].least, left)
+    return seconds if seconds >= steps[index].least else 0.0
 
 
 def find_sanitizer() -> str | None:
     """``compute-sanitizer`` on the path, in a CUDA toolkit, or in one of NVIDIA's Python packages."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for folder in (None, *(f"{home}/bin" for home in (*homes, "/usr/local/cuda"))):
-        found = shutil.which(SANITIZER, path=folder)
-        if found:
-            return found
+        tool = shutil.which(SANITIZER, path=folder)
+        if tool:
+            return tool
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for found in sorted(Path(folder).rglob(SANITIZER)):
-            if found.is_file() and os.access(found, os.X_OK):
-                return str(found)
+        for path in sorted(Path(folder).rglob(SANITIZER)):
+            if path.is_file() and os.access(path, os.X_OK):
+                return str(path)
     return None
 
 
@@ -170,8 +170,8 @@ def stop(process: subprocess.Popen) -> None:
 
 def run_step(step: Step, seconds: float, log: TextIO) -> Outcome:
     """Runs a step for at most ``seconds``; its last line of output is its note."""
-    own_limit = [step.takes_seconds, str(int(seconds - OWN_MARGIN_S))] if step.takes_seconds else []
-    command = [*step.command, *own_limit]
+    time_limit = [step.takes_seconds, str(int(seconds - LIMIT_MARGIN_S))] if step.takes_seconds else []
+    command = [*step.command, *time_limit]
     last = [""]
 
     def say(line: str) -> None:

@@ -140,9 +140,9 @@ def device_events(step: Callable[[], object], repeats: int = 1) -> list[tuple[st
                 step()
             torch.cuda.synchronize()
     on_device = [e for e in record.events() if e.device_type == DeviceType.CUDA]
-    found = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
-    found.sort(key=lambda e: e.time_range.start)
-    return [(e.name, float(e.time_range.elapsed_us())) for e in found]
+    events = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    events.sort(key=lambda e: e.time_range.start)
+    return [(e.name, float(e.time_range.elapsed_us())) for e in events]
 
 
 def short_name(name: str) -> str:

@@ -64,8 +64,8 @@ def gradient_call(
     spatial = torch.randn(neurons, channels, channels, 1, 3, 3, device="cuda", dtype=dtype) * scale
     temporal = torch.randn(neurons, channels, channels, 3, 1, 1, device="cuda", dtype=dtype) * scale
     run = TritonBackend().gated_conv3d_backward
-    found = needs.index(True)
-    return lambda: run(grad, x, gate, neuron, spatial, temporal, needs)[found]
+    wanted = needs.index(True)
+    return lambda: run(grad, x, gate, neuron, spatial, temporal, needs)[wanted]
 
 
 def calls(size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dtype) -> dict[str, Callable]:
@@ -97,7 +97,7 @@ def best_tile(
 
 def tune(channels: int, batches: tuple[int, ...], dtypes: dict[str, torch.dtype]) -> tuple[dict[str, int], list[dict]]:
     architecture = tuning.architecture_of(torch.cuda.get_device_capability())
-    found, log = {}, []
+    best, log = {}, []
     for kind, dtype in dtypes.items():
         torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         for size in SIZES:
@@ -108,17 +108,17 @@ def tune(channels: int, batches: tuple[int, ...], dtypes: dict[str, torch.dtype]
                         continue
                     index, times = best_tile(kernel, make(), tiles, dtype)
                     name = tuning.problem(kernel, kind, size, channels, batch)
-                    found[name] = index
+                    best[name] = index
                     log.append({"problem": name, "best": index, "ms": [round(t, 4) for t in times]})
                     print(f"{name:<48} {index}  " + "  ".join(f"{t:8.3f}" for t in times), flush=True)
-    return found, log
+    return best, log
 
 
 def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
     """Writes ``folder/<architecture>.json``, what was measured before included, and makes launchers read it."""
     dtypes = {"half": torch.bfloat16, "tf32": torch.float32}
     chosen = {kind: dtypes[kind] for kind in options.kind or ["half"]}
-    found, log = tune(options.channels, tuple(options.batch or BATCHES), chosen)
+    best, log = tune(options.channels, tuple(options.batch or BATCHES), chosen)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tuning.architecture_of(torch.cuda.get_device_capability())}.json"
     before = json.loads(path.read_text()) if path.exists() else {"tiles": {}, "log": []}
@@ -126,7 +126,7 @@ def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
     record = {
         "device": torch.cuda.get_device_name(),
         "machine": describe(torch.device("cuda")),
-        "tiles": {**before["tiles"], **found},
+        "tiles": {**before["tiles"], **best},
         "log": [entry for entry in before["log"] if entry["problem"] not in names] + log,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

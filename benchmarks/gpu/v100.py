@@ -64,9 +64,9 @@ def row(name: str, ms: float, error: float | None = None) -> tuple[str, ...]:
 def measured(bench: Bench) -> str:
     """The paper's row first, then those of this device, and every backend that could not run."""
     rows = [row(PAPER, PAPER_MS)]
-    for found in bench.results["rows"]:
-        title = TITLES[found["variant"]]
-        rows.append(row(title, found["ms"], found["error"]) if found["ms"] else (title, found["note"], "-", "-"))
+    for timed in bench.results["rows"]:
+        title = TITLES[timed["variant"]]
+        rows.append(row(title, timed["ms"], timed["error"]) if timed["ms"] else (title, timed["note"], "-", "-"))
     head = f"evaluation, {bench.work.problem(SHAPE, BATCH).label}", "ms", "paper / this", "error"
     refused = [f"{name} did not run: {reason}" for name, reason in bench.results["backends"].items() if reason]
     return "\n".join([heading(bench.results), table(head, rows), *refused])

@@ -43,8 +43,8 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Every GPU backend by name: why it cannot run ``dtype`` there, ``None`` where it can."""
-    found = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
-    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in found.items()}
+    on_gpu = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
+    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in on_gpu.items()}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ COLUMNS = (
     "matrix rate",
     "peak MiB",
 )
-OWN = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
+OURS = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
 BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 TITLES = {
     "literal": "literal PyTorch",
@@ -33,7 +33,7 @@ TITLES = {
     "handwritten": "best handwritten PyTorch",
     **{
         f"{variant} {backend}".strip(): title + (f", {BACKENDS[backend]}" if backend else "")
-        for variant, title in OWN.items()
+        for variant, title in OURS.items()
         for backend in ("", *BACKENDS)
     },
 }
@@ -118,8 +118,8 @@ def footnotes(results: dict[str, Any]) -> list[str]:
 def gpu_footnotes(results: dict[str, Any]) -> list[str]:
     """How a GPU was timed, and what the baselines are there."""
     timed = [row for row in results["rows"] if row["variant"] == "handwritten" and row["ms"]]
-    plans = {row["shape"]: row["note"] for row in timed if row["note"]}
-    grouped = "; in training " + ", ".join(f"{shape}: {plan}" for shape, plan in plans.items()) if plans else ""
+    notes = {row["shape"]: row["note"] for row in timed if row["note"]}
+    grouped = "; in training " + ", ".join(f"{shape}: {note}" for shape, note in notes.items()) if notes else ""
     return [
         "timed with device events on inputs that take turns and exceed twice the L2 cache together; channels-last.",
         f"copy rate {results['copy_gb_s']:.0f} GB/s, bytes read and written.",
@@ -167,9 +167,9 @@ def scaling_lines(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, the project's own rows in bold."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
-    own = {title for variant, title in TITLES.items() if variant.split()[0] in OWN}
+    ours = {title for variant, title in TITLES.items() if variant.split()[0] in OURS}
     for cells in table(results):
-        cells = [f"**{cell}**" if cells[2] in own and i in (2, 3) else cell for i, cell in enumerate(cells)]
+        cells = [f"**{cell}**" if cells[2] in ours and i in (2, 3) else cell for i, cell in enumerate(cells)]
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         f"- {note}" for note in (*footnotes(results), *extra_lines(results), *filter(None, scaling_lines(results)))

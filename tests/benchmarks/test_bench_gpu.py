@@ -63,7 +63,7 @@ def test_everything_fits_into_its_minutes(tmp_path: Path) -> None:
 def test_the_benchmark_fits_into_its_step(tmp_path: Path) -> None:
     """Every row of both backends, at its most; what one backend needs is less."""
     (one,) = chosen_steps(suite.all_steps(tmp_path, 9, None, 4), ["bench"])
-    assert bench.needed_seconds(1) < bench.needed_seconds(2) <= one.most - suite.OWN_MARGIN_S
+    assert bench.needed_seconds(1) < bench.needed_seconds(2) <= one.most - suite.LIMIT_MARGIN_S
     assert one.most + suite.CLOSING_S < 60 * suite.MINUTES, "alone it fits into the command's time"
 
 
@@ -111,7 +111,7 @@ def test_a_step_learns_its_own_limit() -> None:
     """The benchmark stops by itself before it is stopped."""
     program = "import sys; print(sys.argv[1:])"
     found = run_step(step("timed", command=python(program), takes_seconds="--seconds"), 100, io.StringIO())
-    assert found.note == f"['--seconds', '{int(100 - suite.OWN_MARGIN_S)}']"
+    assert found.note == f"['--seconds', '{int(100 - suite.LIMIT_MARGIN_S)}']"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

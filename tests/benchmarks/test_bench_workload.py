@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import HandwrittenEval
-from benchmarks.gpu.baselines import PLANS, padded, training_plan
+from benchmarks.gpu.baselines import GROUPINGS, padded, training_grouping
 from benchmarks.gpu.workload import Workload, gpu_backends, half_precision
 from benchmarks.margins import MARGIN, margins, separate_draws, separate_features
 from benchmarks.parity import relative_error, training_errors, training_oracle
@@ -71,14 +71,14 @@ def test_padded_lists_change_nothing() -> None:
     assert relative_error(module(x), plain) < 1e-12
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_training_plans_agree(plan: str) -> None:
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_training_groupings_agree(grouping: str) -> None:
     """Both ways to group samples are the reference's training step."""
     reference = make_reference(SMALL, torch.float64, CPU)
     x = torch.rand(SMALL.feature_shape, dtype=torch.float64)
     draws, grad = make_draws(SMALL, CPU, torch.float64), torch.randn_like(x)
     oracle = training_oracle(build("literal", "training", SMALL, reference), x, draws, grad)
-    with training_plan(plan):
+    with training_grouping(grouping):
         errors = training_errors(build("handwritten", "training", SMALL, reference), x, draws, grad, oracle)
     assert max(errors.values()) < 1e-9
 
