@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import ahead
+from benchmarks.compiled import ahead
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import load

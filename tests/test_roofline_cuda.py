@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import cuda_compilers, cuda_loops
+from benchmarks.compiled import cuda_compilers, cuda_loops
 from dsts_kernels.backends.cuda import CudaBackend, kernels
 from dsts_kernels.roofline import CHIPS, SHAPES, STEPS, Case, Chip, frozen_step, predict, total, training_step
 from dsts_kernels.roofline import cuda as model
@@ -31,7 +31,7 @@ from dsts_kernels.roofline.tables import run_on
 
 from .test_roofline import features_of, run_frozen, run_training_layer
 
-AGAIN = "run python -m benchmarks.cuda_loops --write"
+AGAIN = "run python -m benchmarks.compiled.cuda_loops --write"
 CHOSEN = ("v100", "t4", "a100")
 CASES = {
     "tpn": Case(*SHAPES["tpn"]),

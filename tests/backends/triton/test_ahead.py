@@ -9,7 +9,7 @@ import pytest
 from ...conftest import require_triton
 
 require_triton()
-from benchmarks import ahead  # noqa: E402
+from benchmarks.compiled import ahead  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,7 +1,7 @@
 """Compile every kernel launch ahead of time, for chips that are not here, and report what the compiler made of it.
 
-``python -m benchmarks.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's shapes, so what
-is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
+``python -m benchmarks.compiled.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's
+shapes, so what is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
 docs/performance.md; tests/backends/triton/test_ahead.py asserts what must hold.
 """
 
@@ -252,39 +252,40 @@ def compile_all(
         return list(pool.map(compile_launch, work.values(), [key[1] for key in work], chunksize=4))
 
 
-def markdown(found: list[Compiled]) -> str:
+def markdown(compiled: list[Compiled]) -> str:
     """The large kernels, worst of each tile: what limits a chip."""
-    rows = {}
-    for one in found:
+    by_tile: dict[tuple[str, ...], list[Compiled]] = {}
+    for one in compiled:
         if one.kernel in LARGE:
             key = (one.kernel, one.architecture, one.dtype, one.tile, one.instruction)
-            rows.setdefault(key, []).append(one)
+            by_tile.setdefault(key, []).append(one)
     lines = [
         "| kernel | chip | dtype | tile | warps | stages | registers | spilled | shared KiB | unit | programs an SM |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
-    for (kernel, architecture, dtype, tile, instruction), own in sorted(rows.items()):
-        worst = max(own, key=lambda one: (one.stack, one.registers))
+    for (kernel, architecture, dtype, tile, instruction), alike in sorted(by_tile.items()):
+        worst = max(alike, key=lambda one: (one.stack, one.registers))
         lines.append(
             f"| {kernel.removesuffix('_kernel')} | {architecture} | {dtype} | {tile} | {worst.warps} | "
             f"{worst.stages} | "
-            f"{worst.registers} | {worst.stack} | {max(one.shared for one in own) // 1024} | {instruction} | "
-            f"{min(one.programs for one in own)} |"
+            f"{worst.registers} | {worst.stack} | {max(one.shared for one in alike) // 1024} | {instruction} | "
+            f"{min(one.programs for one in alike)} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", action="append", choices=list(TARGETS))
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write everything here")
     options = parser.parse_args(arguments)
-    found = compile_all(options.architecture or list(TARGETS), options.shape or list(SHAPES), KINDS, options.processes)
-    print(markdown(found))
+    shapes = options.shape or list(SHAPES)
+    compiled = compile_all(options.architecture or list(TARGETS), shapes, KINDS, options.processes)
+    print(markdown(compiled))
     if options.json:
-        options.json.write_text(json.dumps([one._asdict() for one in found], indent=1))
+        options.json.write_text(json.dumps([one._asdict() for one in compiled], indent=1))
 
 
 if __name__ == "__main__":
