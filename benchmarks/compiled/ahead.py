@@ -25,15 +25,18 @@ from unittest import mock
 import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu import grids
 from dsts_kernels.backends.triton import LAUNCHERS, TritonBackend, load, tuning
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor; a program gets 1 KiB less
 SHAPES = {"tpn": (8, 16, 16), "swin": (16, 7, 7)}
 CHANNELS, NEURONS, BATCH = 1024, 10, 8
 KINDS = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 LARGE = ("conv_kernel", "data_gradient_kernel", "weight_gradient_kernel")
+
+
+Place = tuple[str | int, ...]  # an argument's name, and where in it, if it is a tuple
 
 
 class Launch(NamedTuple):
@@ -41,9 +44,9 @@ class Launch(NamedTuple):
 
     step: str  # which op, where
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[str, ...]
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[Place, object], ...]
+    divisible: tuple[Place, ...]
     warps: int
     stages: int
 
@@ -78,31 +81,42 @@ class Recorder:
         return functools.partial(self.record, grid)
 
     def record(self, grid, *args, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        signature, values, divisible = [], dict(constants), []
+        signature, values, divisible = [], {(name,): value for name, value in constants.items()}, []
         for parameter, value in zip(self.kernel.params, args, strict=False):
-            name = parameter.name
-            if isinstance(value, TensorDescriptor):
-                block = ",".join(map(str, value.block_shape))
-                signature.append((name, f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"))
-            elif isinstance(value, torch.Tensor):
-                signature.append((name, f"*{DTYPES[value.dtype]}"))
-                divisible.append(name)
-            elif isinstance(value, float):
-                signature.append((name, "fp32"))
-            elif value == 1 and not parameter.do_not_specialize:
-                values[name] = 1
-            else:
-                signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-                if value % 16 == 0 and not parameter.do_not_specialize:
-                    divisible.append(name)
+            kind = specialized((parameter.name,), value, parameter.do_not_specialize, values, divisible)
+            signature.append((parameter.name, kind))
         self.found.append(
             Launch(
                 self.step[0], self.kernel.fn.__name__, tuple(signature), tuple(sorted(values.items())),
                 tuple(divisible), num_warps, num_stages,
             )
         )  # fmt: skip
+
+
+def specialized(path: Place, value: object, plain: bool, values: dict[Place, object], divisible: list[Place]) -> object:
+    """The type of an argument as Triton compiles for it; a tuple's, of all it holds.
+
+    What is compiled in goes to ``values``, what is a multiple of 16 to ``divisible``, unless ``plain``.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, tuple):
+        kinds = [specialized((*path, i), one, plain, values, divisible) for i, one in enumerate(value)]
+        return type(value)(*kinds)
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
+    if isinstance(value, torch.Tensor):
+        divisible.append(path)
+        return f"*{DTYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and not plain):
+        values[path] = value
+        return "constexpr"
+    if value % 16 == 0 and not plain:
+        divisible.append(path)
+    return "i32" if abs(value) < 2**31 else "i64"
 
 
 DTYPES = {
@@ -179,7 +193,7 @@ def launches(architecture: str, shape: str, dtype: torch.dtype, precision: str) 
                 with tuning.forced(**{kernel: tile}):
                     more = trace(architecture, shape, dtype)
                 # Nine taps' sums take the registers of a large tile: the launchers never ask for both.
-                found += [m for m in more if not (tile.n > 128 and dict(m.constants).get("SUM_TAPS") == 9)]
+                found += [m for m in more if not (tile.n > 128 and dict(m.constants).get(("SUM_TAPS",)) == 9)]
     finally:
         torch.set_float32_matmul_precision(before)
     unique = {}
@@ -195,11 +209,15 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     from triton.compiler import ASTSource
 
     kernel = kernel_named(launch.kernel)
-    constants, signature = dict(launch.constants), dict(launch.signature)
+    signature = dict(launch.signature)
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    values = {(kernel.arg_names.index(name), *place): value for (name, *place), value in launch.constants}
+    attributes = {
+        (kernel.arg_names.index(name), *place): [["tt.divisibility", 16]] for name, *place in launch.divisible
+    }
+    constants = {name: value for (name, *place), value in launch.constants if not place}
     built = triton.compile(
-        ASTSource(kernel, full, constants, attributes),
+        ASTSource(kernel, full, values, attributes),
         target=GPUTarget("cuda", TARGETS[architecture], 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
@@ -212,18 +230,18 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     ptx = built.asm["ptx"]
     instruction = next((name for name in ("tcgen05", "wgmma", "mma") if f"{name}." in ptx), "none")
     shared = built.metadata.shared
-    positions = math.prod(constants.get(name, 1) for name in ("BT", "BH", "BW"))
+    positions = math.prod(constants.get("BOX", ()))
     if launch.kernel == "weight_gradient_kernel":  # whose reduction runs over positions
         sides = constants["BM"], constants["BN"], positions
     else:
         sides = positions, constants.get("BN"), constants.get("BK")
     fits = min(65536 // (-(-registers // 8) * 8 * 32 * launch.warps), 64 // launch.warps, 32)
-    fits = min(fits, SHARED_KIB[architecture] * 1024 // (shared + 1024))
+    fits = min(fits, grids.SMEM_KIB[TARGETS[architecture]] * 1024 // (shared + 1024))  # 1 KiB is the system's
     return Compiled(
         launch.step,
         launch.kernel,
         architecture,
-        next((kind for kind in ("bf16", "fp16") if any(kind in text for text in signature.values())), "fp32"),
+        next((kind for kind in ("bf16", "fp16") if any(kind in text for text in map(str, signature.values()))), "fp32"),
         "x".join(map(str, sides)) if launch.kernel in LARGE else "",
         launch.warps,
         launch.stages,
@@ -231,7 +249,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         stack + local,
         shared,
         instruction,
-        str(constants.get("FORM", "listed" if constants.get("LISTED") else "")),
+        str(constants.get("FORM", "listed" if constants.get("dgate", ...) is None else "")),
         "cp.async.bulk.tensor" in ptx,
         fits,
         re.search(r"warp_group_dot [^\n]*: tensor<", built.asm["ttgir"]) is not None,
