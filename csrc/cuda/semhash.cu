@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kSemhashThreads)
   static_cast<T*>(p.out)[static_cast<int64>(n) * p.channels + c] = from_float<T>(total);
 }
 
-#define INSTANTIATE(T)                                                                       \
+#define INSTANTIATE(code, name, T)                                                           \
   template __global__ void semhash_forward_kernel<T>(const __grid_constant__ SemhashParams); \
   template __global__ void semhash_backward_kernel<T>(const __grid_constant__ SemhashParams);
-DSTS_ELEMENTS(INSTANTIATE)
+DSTS_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 #ifndef __CUDACC_RTC__

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.compiled import ahead_cuda, cubin, cuda_compilers
 from benchmarks.compiled.ahead_cuda import Resources
-from dsts_kernels.backends.cuda import kernels
+from dsts_kernels.backends.cuda import launch
 from tests.emulator import build as emulator
 
 pytestmark = pytest.mark.slow
@@ -61,19 +61,19 @@ def test_shared_memory_fits(compiled, arch):
     assert not told([one for one in compiled if one.static_shared + one.dynamic_shared > limit or not one.resident])
 
 
-def test_as_many_blocks_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
-    chip = kernels.Chip(arch, ahead_cuda.CHIPS[arch].processors)
-    monkeypatch.setattr(kernels, "chip", lambda device: chip)
+def test_as_many_ctas_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
+    chip = launch.Chip(arch, ahead_cuda.CHIPS[arch].processors)
+    monkeypatch.setattr(launch, "chip", lambda device: chip)
     before = torch.get_float32_matmul_precision()
     try:
         for one in (one for one in compiled if one.name.base == "conv"):
             torch.set_float32_matmul_precision("high" if one.element == "tf32" else "highest")
-            assert one.resident >= kernels.resident(torch.empty(0, dtype=DTYPES[one.element])), told([one])
+            assert one.resident >= launch.resident(torch.empty(0, dtype=DTYPES[one.element])), told([one])
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_two_blocks_share_a_multiprocessor(compiled, arch):
+def test_two_ctas_share_a_multiprocessor(compiled, arch):
     """Of products in tensor cores, but where four stages of each do not fit."""
     found = products(compiled, "half", *(("bfloat16", "tf32") if arch >= 80 else ()))
     assert {one.resident for one in found} == {1 if arch >= 80 and ahead_cuda.CHIPS[arch].shared_kib < 128 else 2}
@@ -147,7 +147,7 @@ def disassembled(path: Path) -> dict[str, Counter[str]]:
 
 
 def test_opcodes_are_those_of_nvdisasm(arch):
-    for source in ("conv", "lists", "route"):
+    for source in ("conv", "lists", "gather_panel", "route"):
         path = next(path for path in cuda_compilers.SOURCES if path.stem == source)
         built = cuda_compilers.compile_source(path, arch)
         by_nvdisasm, own = disassembled(built.cubin), cubin.kernels(built.cubin, arch)
@@ -165,14 +165,14 @@ def test_shared_memory_is_what_the_launchers_ask_for(tmp_path):
         pytest.skip("no C++ compiler")
     types = {"half": "__half", "bfloat16": "__nv_bfloat16", "tf32": "Tf32", "float": "float"}
     lines = [f'#include "cuda/{name}.cu"' for name in ahead_cuda.PRODUCTS] + ["namespace dsts::cuda {"]
-    for name, bytes_ in (("ConvShared", ahead_cuda.CONV_SHARED), ("GradientShared", ahead_cuda.GRADIENT_SHARED)):
+    for name, bytes_ in (("ConvSmem", ahead_cuda.CONV_SMEM), ("GradientSmem", ahead_cuda.GRADIENT_SMEM)):
         lines.append(f"static_assert(sizeof({name}) == {bytes_});")
     for element, type_ in types.items():
         for a_by_k, b_by_k in ((True, True), (True, False), (False, False)):
             for arch in (70, 75, 80, 90):
                 operands = f"{type_}, {str(a_by_k).lower()}, {str(b_by_k).lower()}"
-                bytes_ = ahead_cuda.product_bytes(element, a_by_k, b_by_k, arch)
-                lines.append(f"static_assert(product_bytes<{operands}>({arch}) == {bytes_});")
+                bytes_ = ahead_cuda.product_smem(element, a_by_k, b_by_k, arch)
+                lines.append(f"static_assert(product_smem_of<{operands}>({arch}) == {bytes_});")
     source = tmp_path / "sizes.cu"
     source.write_text("\n".join([*lines, "}", ""]))
     emulator.run([*emulator.compiler(), *emulator.flags(source, "plain", 800, "sizes"), "-fsyntax-only", str(source)])
