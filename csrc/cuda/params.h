@@ -1,5 +1,5 @@
 // What each CUDA kernel is given: one struct by value, of addresses, sizes and strides. Read by the kernels,
-// by their launchers and by benchmarks/bare, so it knows neither torch nor the standard library. Sizes are in
+// by their launchers and by benchmarks/compiled/bare, so it knows neither torch nor the standard library. Sizes are in
 // elements; rows of panels and of filters by tap are padded to whole 16 bytes, so a `pitch` apart, with zeros
 // where they are summed over.
 //

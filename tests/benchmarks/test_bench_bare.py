@@ -1,4 +1,4 @@
-"""The program that needs nothing but a CUDA driver, benchmarks/bare, with the emulator as the driver."""
+"""The program that needs nothing but a CUDA driver, benchmarks/compiled/bare, with the emulator as the driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ahead_cuda, cubin, cuda_compilers
+from benchmarks.compiled import ahead_cuda, cubin, cuda_compilers
 from dsts_kernels.backends.gpu.grids import MAX_CTAS, flat_tiles, persistent_grid, resident_ctas
 from tests.emulator import build as emulator
 
@@ -46,7 +46,7 @@ def made(folder: Path, arch: int) -> Path:
         emulator.run([*emulator.compiler(), *flags, "-c", str(source), "-o", target])
     driver = folder / "libcuda.so.1"
     emulator.run([*emulator.compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", str(driver), "-pthread"])
-    program = emulator.ROOT / "benchmarks/bare/bare.cpp"
+    program = emulator.ROOT / "benchmarks/compiled/bare/bare.cpp"
     warnings = ["-Wall", "-Wextra", "-Werror"]
     options = ["-std=c++17", "-O1", *warnings, f"-I{emulator.ROOT / 'csrc'}", str(program), "-ldl"]
     emulator.run([*emulator.compiler(), *options, "-o", str(folder / "bare")])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import sweep
+from benchmarks.cpu import sweep
 
 
 def test_small_sweep(tmp_path, monkeypatch, capsys):

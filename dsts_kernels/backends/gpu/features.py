@@ -7,9 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .grids import INT32, cdiv
-
-__all__ = ["INT32", "cdiv"]
+from .grids import INT32
 
 SPATIAL = (1, 3, 3)  # the kernel of a spatial operator
 

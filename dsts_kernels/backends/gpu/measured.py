@@ -1,4 +1,4 @@
-"""Which of the GPU backends was measured faster, by op: what ``python -m benchmarks.tune`` wrote on such a chip.
+"""Which of the GPU backends was measured faster, by op: what ``python -m benchmarks.gpu.tune`` wrote on such a chip.
 
 ``backends/measured/sm_90.json`` holds ``{"faster": {"tap_sums half": "cuda", ...}}``, by op and kind (half or float).
 Where nothing was measured the order of :data:`dsts_kernels.backends.BACKENDS` decides.

@@ -1,8 +1,8 @@
 """Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
 
 ``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m
-benchmarks.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits it
-runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
+benchmarks.gpu.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits
+it runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def problem(kernel: str, kind: str, size: tuple[int, int, int], columns: int, ba
 
 @functools.cache
 def measured(architecture: str) -> dict[str, int]:
-    """What ``benchmarks.tune`` found best on this architecture; empty where it never ran."""
+    """What ``benchmarks.gpu.tune`` found best on this architecture; empty where it never ran."""
     path = TUNED / f"{architecture}.json"
     return json.loads(path.read_text())["tiles"] if path.exists() else {}
 

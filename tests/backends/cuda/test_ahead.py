@@ -1,6 +1,6 @@
 """The CUDA kernels compiled for chips that are not here: registers, shared memory, instructions.
 
-sm_70 needs the packages that benchmarks/cuda_compilers.py names, the others an nvcc.
+sm_70 needs the packages that benchmarks/compiled/cuda_compilers.py names, the others an nvcc.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ahead_cuda, cubin, cuda_compilers
-from benchmarks.ahead_cuda import Resources
+from benchmarks.compiled import ahead_cuda, cubin, cuda_compilers
+from benchmarks.compiled.ahead_cuda import Resources
 from dsts_kernels.backends.cuda import launch
 from tests.emulator import build as emulator
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cubin, cuda_compilers
+from benchmarks.compiled import cubin, cuda_compilers
 from tests.emulator import build as emulator
 
 COUNTING = """

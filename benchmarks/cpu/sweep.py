@@ -1,7 +1,7 @@
 """Never slower: one layer against the best handwritten PyTorch over channels, grids, batches and gate shares (CPU).
 
-``python -m benchmarks.sweep`` times, at every point of the grid, a frozen layer beside the handwritten folded one, a
-``FusedDSTS`` beside the handwritten one in evaluation (both on live parameters) and in training, taking turns in one
+``python -m benchmarks.cpu.sweep`` times, at every point of the grid, a frozen layer beside the handwritten folded one,
+a ``FusedDSTS`` beside the handwritten one in evaluation (both on live parameters) and in training, taking turns in one
 process, after checking that they agree. Frozen layers are also timed with ``algorithm="direct"``. A ratio is a
 median of at least five turns; one above 1.05 is measured again, twice, with more turns, and the median of the three
 counts. Points beyond a limit of multiply-adds are left out and counted.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
-from benchmarks.machine import describe
+from benchmarks.report.machine import describe
 from benchmarks.variants import training_step
 from dsts_kernels import FusedDSTS
 from dsts_kernels.reference import DSTS, Draws
@@ -140,9 +140,9 @@ def sweep(mode: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]],
             torch.manual_seed(channels)
             built = ((channels, share), modules_of(mode, reference_of(channels, share)))
         x = torch.randn(batch, channels, frames, plane, plane)
-        found = measure(mode, built[1], x, options.seconds)
-        rows.append({"C": channels, "share": share, "T": frames, "plane": plane, "B": batch, **found})
-        ratio = found["ours"] / found["handwritten"]
+        ms = measure(mode, built[1], x, options.seconds)
+        rows.append({"C": channels, "share": share, "T": frames, "plane": plane, "B": batch, **ms})
+        ratio = ms["ours"] / ms["handwritten"]
         if ratio > ALLOWED:
             print(f"  {ratio:.2f}: {describe_row(rows[-1])}", flush=True)
     return rows, left_out
@@ -178,10 +178,10 @@ def figure(results: dict[str, Any], path: Path) -> None:
     titles = {"frozen": "frozen", "evaluation": "FusedDSTS, evaluation", "training": "FusedDSTS, training step"}
     for panel, (mode, rows) in zip([axes] if len(modes) == 1 else axes, modes.items(), strict=True):
         for index, channels in enumerate(CHANNELS):
-            own = [row for row in rows if row["C"] == channels]
+            coloured = [row for row in rows if row["C"] == channels]
             panel.scatter(
-                [row["handwritten"] for row in own],
-                [row["ours"] / row["handwritten"] for row in own],
+                [row["handwritten"] for row in coloured],
+                [row["ours"] / row["handwritten"] for row in coloured],
                 s=9,
                 color=plt.cm.viridis(index / (len(CHANNELS) - 1)),
                 label=f"C = {channels}",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.features import make_features
-from benchmarks.gpu_timing import rotation_count
+from benchmarks.gpu.timing import rotation_count
 from benchmarks.margins import separate_draws, separate_features
 from benchmarks.parity import Oracle, evaluation_oracle, running_statistics, training_oracle
 from benchmarks.shapes import NAMED_SHAPES, Problem
@@ -43,8 +43,8 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Every GPU backend by name: why it cannot run ``dtype`` there, ``None`` where it can."""
-    found = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
-    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in found.items()}
+    on_gpu = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
+    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in on_gpu.items()}
 
 
 @contextlib.contextmanager

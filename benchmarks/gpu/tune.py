@@ -1,9 +1,9 @@
-"""Measure what is best on this GPU, Triton's tiles and then either backend's ops: ``python -m benchmarks.tune``.
+"""Measure what is best on this GPU, Triton's tiles and then either backend's ops: ``python -m benchmarks.gpu.tune``.
 
 Each of the three large kernels is timed by the op that launches it, everything else in the op included alike. Results
 are checked against the first candidate's before they are timed. The file goes to
 ``dsts_kernels/backends/triton/tuned/<architecture>.json``, where launchers look problems up. Where both GPU backends
-run, :mod:`benchmarks.faster` then says which runs each op faster.
+run, :mod:`benchmarks.gpu.faster` then says which runs each op faster.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import faster
+from benchmarks.gpu.timing import NOT_RUN
+from benchmarks.gpu.workload import gpu_backends
+from benchmarks.report.machine import describe
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.backends.gpu import measured
 from dsts_kernels.backends.triton import TritonBackend, tuning
 from dsts_kernels.testing import TOLERANCES, relative_error
-
-from . import faster
-from .gpu_timing import NOT_RUN
-from .gpu_workload import gpu_backends
-from .machine import describe
 
 SIZES = ((8, 16, 16), (16, 7, 7))
 BATCHES = (1, 8, 32)
@@ -65,8 +64,8 @@ def gradient_call(
     spatial = torch.randn(neurons, channels, channels, 1, 3, 3, device="cuda", dtype=dtype) * scale
     temporal = torch.randn(neurons, channels, channels, 3, 1, 1, device="cuda", dtype=dtype) * scale
     run = TritonBackend().gated_conv3d_backward
-    found = needs.index(True)
-    return lambda: run(grad, x, gate, neuron, spatial, temporal, needs)[found]
+    wanted = needs.index(True)
+    return lambda: run(grad, x, gate, neuron, spatial, temporal, needs)[wanted]
 
 
 def calls(size: tuple[int, int, int], batch: int, channels: int, dtype: torch.dtype) -> dict[str, Callable]:
@@ -98,7 +97,7 @@ def best_tile(
 
 def tune(channels: int, batches: tuple[int, ...], dtypes: dict[str, torch.dtype]) -> tuple[dict[str, int], list[dict]]:
     architecture = tuning.architecture_of(torch.cuda.get_device_capability())
-    found, log = {}, []
+    best, log = {}, []
     for kind, dtype in dtypes.items():
         torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         for size in SIZES:
@@ -109,17 +108,17 @@ def tune(channels: int, batches: tuple[int, ...], dtypes: dict[str, torch.dtype]
                         continue
                     index, times = best_tile(kernel, make(), tiles, dtype)
                     name = tuning.problem(kernel, kind, size, channels, batch)
-                    found[name] = index
+                    best[name] = index
                     log.append({"problem": name, "best": index, "ms": [round(t, 4) for t in times]})
                     print(f"{name:<48} {index}  " + "  ".join(f"{t:8.3f}" for t in times), flush=True)
-    return found, log
+    return best, log
 
 
 def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
     """Writes ``folder/<architecture>.json``, what was measured before included, and makes launchers read it."""
     dtypes = {"half": torch.bfloat16, "tf32": torch.float32}
     chosen = {kind: dtypes[kind] for kind in options.kind or ["half"]}
-    found, log = tune(options.channels, tuple(options.batch or BATCHES), chosen)
+    best, log = tune(options.channels, tuple(options.batch or BATCHES), chosen)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tuning.architecture_of(torch.cuda.get_device_capability())}.json"
     before = json.loads(path.read_text()) if path.exists() else {"tiles": {}, "log": []}
@@ -127,7 +126,7 @@ def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
     record = {
         "device": torch.cuda.get_device_name(),
         "machine": describe(torch.device("cuda")),
-        "tiles": {**before["tiles"], **found},
+        "tiles": {**before["tiles"], **best},
         "log": [entry for entry in before["log"] if entry["problem"] not in names] + log,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -137,7 +136,7 @@ def tune_tiles(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=int, default=1024)
     parser.add_argument("--batch", type=int, action="append", help="of the tiles' problems")
     parser.add_argument("--kind", action="append", choices=["half", "tf32"], help="of the tiles' problems")

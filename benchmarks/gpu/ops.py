@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import device_events
-from benchmarks.gpu_workload import TRAINING_BATCH, Workload
+from benchmarks.gpu.timing import device_events
+from benchmarks.gpu.workload import TRAINING_BATCH, Workload
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
@@ -22,13 +22,13 @@ from dsts_kernels.functional import semhash_gate
 from dsts_kernels.ops import tap_sums
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_bench import Bench
+    from benchmarks.gpu.bench import Bench
 
-__all__ = ["OPS", "OP_NEEDS", "cycling", "op_rows", "pack_rows"]
+__all__ = ["OPS", "OP_NEEDS", "cycling", "op_rows", "route_rows"]
 
 OP_NEEDS = 1.0  # seconds that a kernel takes to profile, roughly
 REPEATS = 20
-PACK_KERNEL = "pack"
+ROUTE_KERNEL = "route_and_gather"
 
 
 class Call(NamedTuple):
@@ -164,11 +164,11 @@ def op_rows(bench: Bench) -> None:
         bench.work.drop()
 
 
-def pack_rows(bench: Bench, backend: str) -> None:
-    """Route-and-pack, the first of a frozen layer's two kernels: reads features, writes as much in panels."""
+def route_rows(bench: Bench, backend: str) -> None:
+    """Route-and-gather, the first of a frozen layer's two kernels: reads features, writes as much in panels."""
     for shape in bench.work.grids:
         label = bench.work.problem(shape, TRAINING_BATCH).label
         kernels = bench.results["kernels"].get(f"frozen {backend} {label}", [])
-        found = [kernel["us"] for kernel in kernels if PACK_KERNEL in kernel["name"]]
+        times = [kernel["us"] for kernel in kernels if ROUTE_KERNEL in kernel["name"]]
         x = bench.work.inputs(shape, TRAINING_BATCH)[0]
-        add_op(bench, backend, "route and pack", label, max(found, default=None), 2 * size_of(x))
+        add_op(bench, backend, "route and gather", label, max(times, default=None), 2 * size_of(x))

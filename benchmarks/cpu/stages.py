@@ -1,6 +1,6 @@
 """Where the time goes: every stage of a frozen evaluation or a training step beside its floor.
 
-``python -m benchmarks.stages`` wraps the backend's passes over memory, the stages of its fast convolution and the
+``python -m benchmarks.cpu.stages`` wraps the backend's passes over memory, the stages of its fast convolution and the
 library's convolutions with a clock and runs the module of the benchmark. The floor of a product is its operations
 over the machine's matrix-product rate, that of a pass its bytes (read and written once) over the machine's copy
 rate, both measured in the same run. What no stage covers (autograd, BatchNorm, routing, Python) is the last line.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.features import make_features
-from benchmarks.machine import best_seconds, describe, matrix_rate
+from benchmarks.report.machine import best_seconds, describe, matrix_rate
 from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends
@@ -46,13 +46,13 @@ def fast_work(x: Tensor, operators: tuple, grid: torch.Size, outputs: int, sampl
     spatial = (points(tile_h) * points(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
     temporal = (points(tile_t), batch * -(-t // tile_t) * h * w, 3)
     work: dict[str, float] = defaultdict(float)
-    for operator, (count, rows, taps) in zip(operators, (spatial, temporal), strict=True):
+    for operator, (count, tiles, taps) in zip(operators, (spatial, temporal), strict=True):
         if operator is not None:
             filters = operator.count * outputs
-            work["flop"] += 2 * count * rows * filters
-            work["features"] += 4 * operator.count * (batch * t * h * w + count * rows)
+            work["flop"] += 2 * count * tiles * filters
+            work["features"] += 4 * operator.count * (batch * t * h * w + count * tiles)
             work["filters"] += filters * (taps * operator.weight.element_size() + count * 4)
-            work["outputs"] += 4 * count * rows * outputs
+            work["outputs"] += 4 * count * tiles * outputs
     return work
 
 

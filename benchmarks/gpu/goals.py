@@ -1,6 +1,6 @@
 """The speed goals of the GPU kernels beside what a run measured: a goal that was not measured says so.
 
-Works on the saved results alone (see :mod:`benchmarks.gpu_bench` for their fields), so a table can be drawn anywhere.
+Works on the saved results alone (see :mod:`benchmarks.gpu.bench` for their fields), so a table can be drawn anywhere.
 """
 
 from __future__ import annotations
@@ -58,56 +58,56 @@ def triton_goals(results: dict[str, Any], shape: str) -> list[dict[str, Any]]:
     literal = find_ms(results, "evaluation", "literal", shape, 8)
     handwritten = find_ms(results, "evaluation", "handwritten", shape, 8)
     name = f"Triton: frozen, {title}: share of the matrix-product rate"
-    found = [share_goal(results, name, MATRIX_SHARE[shape], shape, frozen)]
+    goals = [share_goal(results, name, MATRIX_SHARE[shape], shape, frozen)]
 
-    found.append(ratio_goal(f"Triton: literal eager / frozen, {title}", OVER_LITERAL, literal, frozen))
+    goals.append(ratio_goal(f"Triton: literal eager / frozen, {title}", OVER_LITERAL, literal, frozen))
     name = f"Triton: best handwritten PyTorch / frozen, {title}"
-    found.append(ratio_goal(name, OVER_HANDWRITTEN, handwritten, frozen))
+    goals.append(ratio_goal(name, OVER_HANDWRITTEN, handwritten, frozen))
     steps = [find_ms(results, "training", variant, shape, 8) for variant in ("literal", "fused triton")]
     name = f"Triton: literal eager / FusedDSTS training step, {title}"
-    found.append(ratio_goal(name, OVER_LITERAL_TRAINING, *steps))
+    goals.append(ratio_goal(name, OVER_LITERAL_TRAINING, *steps))
 
     one, eight = (find_ms(results, "evaluation", "graph triton", shape, batch) for batch in (1, 8))
     name, wanted = f"Triton: frozen in a CUDA graph, batch 1 / batch 8, {title}", f"at most {SMALL_BATCH_SHARE:g}"
     if one and eight:
-        found.append(goal(name, wanted, f"{one / eight:.3f} ({one:.3f} ms)", one / eight <= SMALL_BATCH_SHARE))
+        goals.append(goal(name, wanted, f"{one / eight:.3f} ({one:.3f} ms)", one / eight <= SMALL_BATCH_SHARE))
     else:
-        found.append(goal(name, wanted, None, None))
-    return found
+        goals.append(goal(name, wanted, None, None))
+    return goals
 
 
 def cuda_goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Goals of named chips: measured there, not measured on any other."""
-    device, found = results["machine"]["device"], []
+    device, goals = results["machine"]["device"], []
     for shape, title in TITLES.items():
         ms = find_ms(results, "evaluation", "frozen cuda", shape, 8) if HOPPER.search(device) else None
         name = f"CUDA: frozen, {title}: share of the matrix-product rate on an H100"
-        found.append(share_goal(results, name, CUDA_MATRIX_SHARE, shape, ms))
+        goals.append(share_goal(results, name, CUDA_MATRIX_SHARE, shape, ms))
     here = VOLTA.search(device) and results["dtype"] == "float16"
     ms = find_ms(results, "evaluation", "frozen cuda", "tpn", 8) if here else None
     name, wanted = "CUDA: frozen, TPN, batch 8 in float16 on a V100", f"at most {V100_MS:g} ms"
-    found.append(goal(name, wanted, None if ms is None else f"{ms:.3f} ms", None if ms is None else ms <= V100_MS))
-    return found
+    goals.append(goal(name, wanted, None if ms is None else f"{ms:.3f} ms", None if ms is None else ms <= V100_MS))
+    return goals
 
 
 def pass_goals(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Memory-bound kernels of either backend: a share of the copy rate, or too short to matter."""
     wanted, rate = f"at least {COPY_SHARE:.0%} of the copy rate or under {SHORT_US:g} us", results["copy_gb_s"]
-    found = []
+    goals = []
     for op in results["ops"]:
         name = f"{BACKENDS[op['backend']]}: {op['op']}, {op['shape']}"
         if op["us"] is None:
-            found.append(goal(name, wanted, None, None))
+            goals.append(goal(name, wanted, None, None))
             continue
         share = op["bytes"] / op["us"] / 1e3 / rate
-        found.append(goal(name, wanted, f"{share:.0%}, {op['us']:.1f} us", share >= COPY_SHARE or op["us"] < SHORT_US))
-    return found
+        goals.append(goal(name, wanted, f"{share:.0%}, {op['us']:.1f} us", share >= COPY_SHARE or op["us"] < SHORT_US))
+    return goals
 
 
 def evaluate(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal as ``goal``, ``wanted``, ``measured`` (text) and ``met`` (``None``: not measured)."""
-    found = [g for shape in MATRIX_SHARE for g in triton_goals(results, shape)]
-    return [*found, *cuda_goals(results), *pass_goals(results)]
+    goals = [g for shape in MATRIX_SHARE for g in triton_goals(results, shape)]
+    return [*goals, *cuda_goals(results), *pass_goals(results)]
 
 
 def lines(goals: list[dict[str, Any]]) -> list[str]:

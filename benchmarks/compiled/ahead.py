@@ -1,7 +1,7 @@
 """Compile every kernel launch ahead of time, for chips that are not here, and report what the compiler made of it.
 
-``python -m benchmarks.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's shapes, so what
-is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
+``python -m benchmarks.compiled.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's
+shapes, so what is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
 docs/performance.md; tests/backends/triton/test_ahead.py asserts what must hold.
 """
 
@@ -25,15 +25,18 @@ from unittest import mock
 import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu import grids
 from dsts_kernels.backends.triton import LAUNCHERS, TritonBackend, load, tuning
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-SHARED_KIB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor; a program gets 1 KiB less
 SHAPES = {"tpn": (8, 16, 16), "swin": (16, 7, 7)}
 CHANNELS, NEURONS, BATCH = 1024, 10, 8
 KINDS = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
 LARGE = ("conv_kernel", "data_gradient_kernel", "weight_gradient_kernel")
+
+
+Place = tuple[str | int, ...]  # an argument's name, and where in it, if it is a tuple
 
 
 class Launch(NamedTuple):
@@ -41,9 +44,9 @@ class Launch(NamedTuple):
 
     step: str  # which op, where
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[str, ...]
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[Place, object], ...]
+    divisible: tuple[Place, ...]
     warps: int
     stages: int
 
@@ -78,31 +81,42 @@ class Recorder:
         return functools.partial(self.record, grid)
 
     def record(self, grid, *args, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        signature, values, divisible = [], dict(constants), []
+        signature, values, divisible = [], {(name,): value for name, value in constants.items()}, []
         for parameter, value in zip(self.kernel.params, args, strict=False):
-            name = parameter.name
-            if isinstance(value, TensorDescriptor):
-                block = ",".join(map(str, value.block_shape))
-                signature.append((name, f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"))
-            elif isinstance(value, torch.Tensor):
-                signature.append((name, f"*{DTYPES[value.dtype]}"))
-                divisible.append(name)
-            elif isinstance(value, float):
-                signature.append((name, "fp32"))
-            elif value == 1 and not parameter.do_not_specialize:
-                values[name] = 1
-            else:
-                signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-                if value % 16 == 0 and not parameter.do_not_specialize:
-                    divisible.append(name)
+            kind = specialized((parameter.name,), value, parameter.do_not_specialize, values, divisible)
+            signature.append((parameter.name, kind))
         self.found.append(
             Launch(
                 self.step[0], self.kernel.fn.__name__, tuple(signature), tuple(sorted(values.items())),
                 tuple(divisible), num_warps, num_stages,
             )
         )  # fmt: skip
+
+
+def specialized(path: Place, value: object, plain: bool, values: dict[Place, object], divisible: list[Place]) -> object:
+    """The type of an argument as Triton compiles for it; a tuple's, of all it holds.
+
+    What is compiled in goes to ``values``, what is a multiple of 16 to ``divisible``, unless ``plain``.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, tuple):
+        kinds = [specialized((*path, i), one, plain, values, divisible) for i, one in enumerate(value)]
+        return type(value)(*kinds)
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
+    if isinstance(value, torch.Tensor):
+        divisible.append(path)
+        return f"*{DTYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and not plain):
+        values[path] = value
+        return "constexpr"
+    if value % 16 == 0 and not plain:
+        divisible.append(path)
+    return "i32" if abs(value) < 2**31 else "i64"
 
 
 DTYPES = {
@@ -179,7 +193,7 @@ def launches(architecture: str, shape: str, dtype: torch.dtype, precision: str) 
                 with tuning.forced(**{kernel: tile}):
                     more = trace(architecture, shape, dtype)
                 # Nine taps' sums take the registers of a large tile: the launchers never ask for both.
-                found += [m for m in more if not (tile.n > 128 and dict(m.constants).get("SUM_TAPS") == 9)]
+                found += [m for m in more if not (tile.n > 128 and dict(m.constants).get(("SUM_TAPS",)) == 9)]
     finally:
         torch.set_float32_matmul_precision(before)
     unique = {}
@@ -195,11 +209,15 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     from triton.compiler import ASTSource
 
     kernel = kernel_named(launch.kernel)
-    constants, signature = dict(launch.constants), dict(launch.signature)
+    signature = dict(launch.signature)
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    values = {(kernel.arg_names.index(name), *place): value for (name, *place), value in launch.constants}
+    attributes = {
+        (kernel.arg_names.index(name), *place): [["tt.divisibility", 16]] for name, *place in launch.divisible
+    }
+    constants = {name: value for (name, *place), value in launch.constants if not place}
     built = triton.compile(
-        ASTSource(kernel, full, constants, attributes),
+        ASTSource(kernel, full, values, attributes),
         target=GPUTarget("cuda", TARGETS[architecture], 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
@@ -212,18 +230,18 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     ptx = built.asm["ptx"]
     instruction = next((name for name in ("tcgen05", "wgmma", "mma") if f"{name}." in ptx), "none")
     shared = built.metadata.shared
-    positions = math.prod(constants.get(name, 1) for name in ("BT", "BH", "BW"))
+    positions = math.prod(constants.get("BOX", ()))
     if launch.kernel == "weight_gradient_kernel":  # whose reduction runs over positions
         sides = constants["BM"], constants["BN"], positions
     else:
         sides = positions, constants.get("BN"), constants.get("BK")
     fits = min(65536 // (-(-registers // 8) * 8 * 32 * launch.warps), 64 // launch.warps, 32)
-    fits = min(fits, SHARED_KIB[architecture] * 1024 // (shared + 1024))
+    fits = min(fits, grids.SMEM_KIB[TARGETS[architecture]] * 1024 // (shared + 1024))  # 1 KiB is the system's
     return Compiled(
         launch.step,
         launch.kernel,
         architecture,
-        next((kind for kind in ("bf16", "fp16") if any(kind in text for text in signature.values())), "fp32"),
+        next((kind for kind in ("bf16", "fp16") if any(kind in text for text in map(str, signature.values()))), "fp32"),
         "x".join(map(str, sides)) if launch.kernel in LARGE else "",
         launch.warps,
         launch.stages,
@@ -231,7 +249,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         stack + local,
         shared,
         instruction,
-        str(constants.get("FORM", "listed" if constants.get("LISTED") else "")),
+        str(constants.get("FORM", "listed" if constants.get("dgate", ...) is None else "")),
         "cp.async.bulk.tensor" in ptx,
         fits,
         re.search(r"warp_group_dot [^\n]*: tensor<", built.asm["ttgir"]) is not None,
@@ -252,39 +270,40 @@ def compile_all(
         return list(pool.map(compile_launch, work.values(), [key[1] for key in work], chunksize=4))
 
 
-def markdown(found: list[Compiled]) -> str:
+def markdown(compiled: list[Compiled]) -> str:
     """The large kernels, worst of each tile: what limits a chip."""
-    rows = {}
-    for one in found:
+    by_tile: dict[tuple[str, ...], list[Compiled]] = {}
+    for one in compiled:
         if one.kernel in LARGE:
             key = (one.kernel, one.architecture, one.dtype, one.tile, one.instruction)
-            rows.setdefault(key, []).append(one)
+            by_tile.setdefault(key, []).append(one)
     lines = [
         "| kernel | chip | dtype | tile | warps | stages | registers | spilled | shared KiB | unit | programs an SM |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
-    for (kernel, architecture, dtype, tile, instruction), own in sorted(rows.items()):
-        worst = max(own, key=lambda one: (one.stack, one.registers))
+    for (kernel, architecture, dtype, tile, instruction), alike in sorted(by_tile.items()):
+        worst = max(alike, key=lambda one: (one.stack, one.registers))
         lines.append(
             f"| {kernel.removesuffix('_kernel')} | {architecture} | {dtype} | {tile} | {worst.warps} | "
             f"{worst.stages} | "
-            f"{worst.registers} | {worst.stack} | {max(one.shared for one in own) // 1024} | {instruction} | "
-            f"{min(one.programs for one in own)} |"
+            f"{worst.registers} | {worst.stack} | {max(one.shared for one in alike) // 1024} | {instruction} | "
+            f"{min(one.programs for one in alike)} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", action="append", choices=list(TARGETS))
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write everything here")
     options = parser.parse_args(arguments)
-    found = compile_all(options.architecture or list(TARGETS), options.shape or list(SHAPES), KINDS, options.processes)
-    print(markdown(found))
+    shapes = options.shape or list(SHAPES)
+    compiled = compile_all(options.architecture or list(TARGETS), shapes, KINDS, options.processes)
+    print(markdown(compiled))
     if options.json:
-        options.json.write_text(json.dumps([one._asdict() for one in found], indent=1))
+        options.json.write_text(json.dumps([one._asdict() for one in compiled], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compile the CUDA kernels for every chip, with no GPU, and report what the compiler made of each.
 
-``python -m benchmarks.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared memory,
-CTAs that a multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what must hold.
+``python -m benchmarks.compiled.ahead_cuda [--arch 70 75 80] [--ptx DIR [--wmma]]`` prints registers, spills, shared
+memory, CTAs that a multiprocessor holds, and instructions by kind. tests/backends/cuda/test_ahead.py asserts what
+must hold.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ def markdown(found: list[Resources]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead_cuda", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled.ahead_cuda", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=list(CHIPS), help="default: sm_70 and all of nvcc's")
     parser.add_argument("--ptx", type=Path, help="only write PTX, for sm_70 or the first --arch, to this folder")
     parser.add_argument("--wmma", action="store_true", help="of sm_70 for simulators, which know no mma.sync")

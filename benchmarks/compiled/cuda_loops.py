@@ -1,6 +1,6 @@
 """Main loops of the compiled CUDA product kernels: instructions, passes through shared memory, cycles of a step.
 
-``python -m benchmarks.cuda_loops [--arch 70 75 80 90]`` prints them; with ``--write`` it writes them to
+``python -m benchmarks.compiled.cuda_loops [--arch 70 75 80 90]`` prints them; with ``--write`` it writes them to
 dsts_kernels/roofline/counted.py, from which the roofline predicts. Works on cubins alone: where a branch goes is read
 off its code (compared with nvdisasm's labels for these four targets); cycles are those of the model in
 dsts_kernels/roofline/multiprocessor.py.
@@ -145,7 +145,7 @@ def count(arch: int) -> dict[str, dict[str, Counted]]:
     }
 
 
-HEAD = '''"""What `python -m benchmarks.cuda_loops --write` found in the compiled kernels on {date}; not to be edited.
+HEAD = '''"""What `python -m benchmarks.compiled.cuda_loops --write` found in the kernels on {date}; not to be edited.
 
 A step of each product kernel's main loop, by compute capability, dtype of products and kernel.
 Compiled by {compilers}.
@@ -191,7 +191,9 @@ def text_of(found: Mapping[int, Mapping[str, Mapping[str, Counted]]], date: date
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_loops", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled.cuda_loops", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--write", action="store_true", help="all of them, to the roofline's counted.py")
     options = parser.parse_args(arguments)

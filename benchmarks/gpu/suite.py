@@ -25,11 +25,10 @@ from typing import TextIO
 
 import torch
 
-from benchmarks import gpu_goals
-from benchmarks.gpu_timing import NOT_RUN, require_gpu, slug
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu import goals
+from benchmarks.gpu.timing import NOT_RUN, require_gpu, slug
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("build", "tests", "sanitize", "bench", "tune")
 DEFAULT_PARTS = PARTS[:-1]
 GPU_BACKENDS = ("triton", "cuda")
@@ -38,7 +37,7 @@ LATE = "not run: time"
 SANITIZER = "compute-sanitizer"
 GRACE_S = 8.0  # from being asked to stop to being stopped
 CLOSING_S = 15.0  # for the table, at the end
-OWN_MARGIN_S = 30.0  # what a step that keeps to a limit of its own may need beyond it, its start included
+LIMIT_MARGIN_S = 30.0  # what a step that keeps to a limit of its own may need beyond it, its start included
 TOOL_FOUND_ERRORS = 86  # exit code asked of compute-sanitizer
 
 
@@ -69,24 +68,24 @@ class Outcome:
 def allowance(steps: Sequence[Step], index: int, left: float) -> float:
     """Seconds for ``steps[index]`` when ``left`` remain: what later steps do not need at the least; 0 is too few."""
     later = sum(step.least for step in steps[index + 1 :] if step.command is not None)
-    found = min(steps[index].most, left - later)
-    if found < steps[index].least:  # squeezed by late steps: an earlier one goes first
-        found = min(steps[index].least, left)
-    return found if found >= steps[index].least else 0.0
+    seconds = min(steps[index].most, left - later)
+    if seconds < steps[index].least:  # squeezed by late steps: an earlier one goes first
+        seconds = min(steps[index].least, left)
+    return seconds if seconds >= steps[index].least else 0.0
 
 
 def find_sanitizer() -> str | None:
     """``compute-sanitizer`` on the path, in a CUDA toolkit, or in one of NVIDIA's Python packages."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for folder in (None, *(f"{home}/bin" for home in (*homes, "/usr/local/cuda"))):
-        found = shutil.which(SANITIZER, path=folder)
-        if found:
-            return found
+        tool = shutil.which(SANITIZER, path=folder)
+        if tool:
+            return tool
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for found in sorted(Path(folder).rglob(SANITIZER)):
-            if found.is_file() and os.access(found, os.X_OK):
-                return str(found)
+        for path in sorted(Path(folder).rglob(SANITIZER)):
+            if path.is_file() and os.access(path, os.X_OK):
+                return str(path)
     return None
 
 
@@ -97,7 +96,7 @@ def workers(count: int) -> list[str]:
 
 def sanitize_steps() -> list[Step]:
     """The script alone, which also fills Triton's cache of compiled kernels, then each backend under each tool."""
-    python = [sys.executable, "-m", "benchmarks.gpu_sanitize"]
+    python = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
     tool = find_sanitizer()
     missing = "" if tool else f"{SANITIZER} not found on PATH, in CUDA_HOME, /usr/local/cuda or NVIDIA's packages"
     steps = [Step("sanitize", "its script alone", python, 15, 60)] if tool else []
@@ -127,8 +126,8 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
         *sanitize_steps(),
         Step(
             "bench",
-            "benchmarks.gpu_bench",
-            [python, "-m", "benchmarks.gpu_bench", "--out", str(out), *named],
+            "benchmarks.gpu.bench",
+            [python, "-m", "benchmarks.gpu.bench", "--out", str(out), *named],
             120,
             320,
             takes_seconds="--seconds",
@@ -141,7 +140,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
             240,
             one_thread,
         ),
-        Step("tune", "benchmarks.tune", [python, "-m", "benchmarks.tune", *kept, *named], 60, 60 * minutes),
+        Step("tune", "benchmarks.gpu.tune", [python, "-m", "benchmarks.gpu.tune", *kept, *named], 60, 60 * minutes),
     ]
 
 
@@ -171,8 +170,8 @@ def stop(process: subprocess.Popen) -> None:
 
 def run_step(step: Step, seconds: float, log: TextIO) -> Outcome:
     """Runs a step for at most ``seconds``; its last line of output is its note."""
-    own_limit = [step.takes_seconds, str(int(seconds - OWN_MARGIN_S))] if step.takes_seconds else []
-    command = [*step.command, *own_limit]
+    time_limit = [step.takes_seconds, str(int(seconds - LIMIT_MARGIN_S))] if step.takes_seconds else []
+    command = [*step.command, *time_limit]
     last = [""]
 
     def say(line: str) -> None:
@@ -228,7 +227,7 @@ def goal_lines(path: Path, since: float) -> list[str]:
     """Goals of a results file that this run wrote."""
     if not path.is_file() or path.stat().st_mtime < since:
         return []
-    return gpu_goals.lines(json.loads(path.read_text())["goals"])
+    return goals.lines(json.loads(path.read_text())["goals"])
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -259,12 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open(logs / "gpu.log", "w") as log:
         outcomes = run_steps(steps, deadline, lambda step, seconds: run_step(step, seconds, log))
         name = torch.cuda.get_device_name(device)
-        goals = goal_lines(out / f"{slug(name)}.json", wall)
-        for line in ("", f"{name}, {time.monotonic() - began:.0f} s", *table(outcomes), "", *goals):
+        reached = goal_lines(out / f"{slug(name)}.json", wall)
+        for line in ("", f"{name}, {time.monotonic() - began:.0f} s", *table(outcomes), "", *reached):
             print(line)
             log.write(line + "\n")
     return 1 if any(outcome.ok is False for outcome in outcomes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
-"""Saved benchmark results as a Markdown table and a figure: ``python benchmarks/report.py FILE --figure
+"""Saved benchmark results as a Markdown table and a figure: ``python -m benchmarks.report FILE --figure
 FIGURE.png``.
 
-Results are the JSON that ``--save-results`` writes, or :mod:`benchmarks.gpu_bench` on a GPU: the machine, its
+Results are the JSON that ``--save-results`` writes, or :mod:`benchmarks.gpu.bench` on a GPU: the machine, its
 matrix rate, one row for each mode, shape and variant, and from a GPU its goals and kernels. :func:`table` turns
 the rows into cells once; the terminal summary and the Markdown table only lay them out. This file needs nothing
 but matplotlib, and that only for the figure, so results can be read anywhere.
@@ -9,8 +9,6 @@ but matplotlib, and that only for the figure, so results can be read anywhere.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ COLUMNS = (
     "matrix rate",
     "peak MiB",
 )
-OWN = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
+OURS = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
 BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 TITLES = {
     "literal": "literal PyTorch",
@@ -35,7 +33,7 @@ TITLES = {
     "handwritten": "best handwritten PyTorch",
     **{
         f"{variant} {backend}".strip(): title + (f", {BACKENDS[backend]}" if backend else "")
-        for variant, title in OWN.items()
+        for variant, title in OURS.items()
         for backend in ("", *BACKENDS)
     },
 }
@@ -120,8 +118,8 @@ def footnotes(results: dict[str, Any]) -> list[str]:
 def gpu_footnotes(results: dict[str, Any]) -> list[str]:
     """How a GPU was timed, and what the baselines are there."""
     timed = [row for row in results["rows"] if row["variant"] == "handwritten" and row["ms"]]
-    plans = {row["shape"]: row["note"] for row in timed if row["note"]}
-    grouped = "; in training " + ", ".join(f"{shape}: {plan}" for shape, plan in plans.items()) if plans else ""
+    notes = {row["shape"]: row["note"] for row in timed if row["note"]}
+    grouped = "; in training " + ", ".join(f"{shape}: {note}" for shape, note in notes.items()) if notes else ""
     return [
         "timed with device events on inputs that take turns and exceed twice the L2 cache together; channels-last.",
         f"copy rate {results['copy_gb_s']:.0f} GB/s, bytes read and written.",
@@ -169,9 +167,9 @@ def scaling_lines(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any]) -> str:
     """The same table in Markdown, the project's own rows in bold."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3)]
-    own = {title for variant, title in TITLES.items() if variant.split()[0] in OWN}
+    ours = {title for variant, title in TITLES.items() if variant.split()[0] in OURS}
     for cells in table(results):
-        cells = [f"**{cell}**" if cells[2] in own and i in (2, 3) else cell for i, cell in enumerate(cells)]
+        cells = [f"**{cell}**" if cells[2] in ours and i in (2, 3) else cell for i, cell in enumerate(cells)]
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         f"- {note}" for note in (*footnotes(results), *extra_lines(results), *filter(None, scaling_lines(results)))
@@ -226,18 +224,3 @@ def figure(results: dict[str, Any], path: Path) -> None:
     canvas.text(0.995, 0.005, heading(results), **caption)
     canvas.savefig(path, dpi=160, facecolor="white")
     plt.close(canvas)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A Markdown table and a figure out of saved benchmark results.")
-    parser.add_argument("results", type=Path, help="JSON written by --save-results")
-    parser.add_argument("--figure", type=Path, help="image to draw; the ending chooses the format")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    print(markdown(results))
-    if arguments.figure:
-        figure(results, arguments.figure)
-
-
-if __name__ == "__main__":
-    main()

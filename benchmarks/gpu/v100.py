@@ -1,4 +1,4 @@
-"""The paper's row: its V100's time on the DSTS module, backbone left out, beside ours. ``python -m benchmarks.v100``.
+"""The paper's row, ``python -m benchmarks.gpu.v100``: a V100's time on the module, backbone left out, beside ours.
 
 The paper gives 870 ms with the module and 741 without, as the design quotes them. Here the literal module, the best
 handwritten PyTorch, FusedDSTS and FrozenDSTS evaluate TPN's features at the same batch, each compared with the float32
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.baselines import HandwrittenEval
-from benchmarks.gpu_baselines import padded
-from benchmarks.gpu_bench import Bench, autocast, describe, evaluation_rows, graph_rows
-from benchmarks.gpu_workload import Workload
-from benchmarks.report import TITLES, heading
+from benchmarks.gpu.baselines import padded
+from benchmarks.gpu.bench import Bench, autocast, describe, evaluation_rows, graph_rows
+from benchmarks.gpu.workload import Workload
+from benchmarks.report.tables import TITLES, heading
 from benchmarks.variants import build
 from dsts_kernels.roofline import CHIPS, SHAPES, Case, report
 from dsts_kernels.roofline.tables import table
@@ -29,11 +30,11 @@ PAPER_MS = WITH_MODULE - WITHOUT
 SHAPE, BATCH = "tpn", 8
 ROWS = [(SHAPE, BATCH)]
 SECONDS = 200.0
-OUT = Path(__file__).resolve().parents[1] / "build" / "v100.json"
+OUT = ROOT / "build" / "v100.json"
 PAPER = f"the paper, V100 ({WITH_MODULE:g} - {WITHOUT:g})"
 NO_GPU = (
-    "benchmarks.v100: no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured. It needs one of "
-    "compute capability 7.0 or later, and a torch and our kernels that were built for it: docs/gpu.md, 'On a V100'"
+    "benchmarks.gpu.v100: no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured. It needs one "
+    "of compute capability 7.0 or later, and a torch and our kernels that were built for it: docs/gpu.md, 'On a V100'"
 )
 
 
@@ -63,9 +64,9 @@ def row(name: str, ms: float, error: float | None = None) -> tuple[str, ...]:
 def measured(bench: Bench) -> str:
     """The paper's row first, then those of this device, and every backend that could not run."""
     rows = [row(PAPER, PAPER_MS)]
-    for found in bench.results["rows"]:
-        title = TITLES[found["variant"]]
-        rows.append(row(title, found["ms"], found["error"]) if found["ms"] else (title, found["note"], "-", "-"))
+    for timed in bench.results["rows"]:
+        title = TITLES[timed["variant"]]
+        rows.append(row(title, timed["ms"], timed["error"]) if timed["ms"] else (title, timed["note"], "-", "-"))
     head = f"evaluation, {bench.work.problem(SHAPE, BATCH).label}", "ms", "paper / this", "error"
     refused = [f"{name} did not run: {reason}" for name, reason in bench.results["backends"].items() if reason]
     return "\n".join([heading(bench.results), table(head, rows), *refused])
@@ -83,7 +84,7 @@ def predicted() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every row was compared and timed; 1 where one was not, or nothing could be."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.v100", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.v100", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON that is written (build/v100.json)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all rows together ({SECONDS:g})")
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")

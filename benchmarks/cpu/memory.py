@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.features import random_features
 from benchmarks.shapes import Problem
 from benchmarks.variants import VARIANTS, build, make_draws, make_reference, training_step
 
 __all__ = ["peak_extra_mib"]
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = {"grid": (3, 4, 4), "channels": 16, "layers": 1, "neurons": 2}
 TIMEOUT_S = 300
 
@@ -134,7 +134,7 @@ def peak_extra_mib(
         "device": str(device),
         "threads": threads,
     }
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
+    command = [sys.executable, "-m", "benchmarks.cpu.memory", json.dumps(request)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode != 0:
         raise RuntimeError(f"memory of {variant} {mode}: {done.stderr.strip()[-800:]}")

@@ -140,9 +140,9 @@ def device_events(step: Callable[[], object], repeats: int = 1) -> list[tuple[st
                 step()
             torch.cuda.synchronize()
     on_device = [e for e in record.events() if e.device_type == DeviceType.CUDA]
-    found = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
-    found.sort(key=lambda e: e.time_range.start)
-    return [(e.name, float(e.time_range.elapsed_us())) for e in found]
+    events = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
+    events.sort(key=lambda e: e.time_range.start)
+    return [(e.name, float(e.time_range.elapsed_us())) for e in events]
 
 
 def short_name(name: str) -> str:
@@ -169,7 +169,7 @@ def copy_rate(device: torch.device) -> float:
 
 @torch.inference_mode()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
-    """GFLOP/s of a large product of random matrices, in the form of :func:`benchmarks.machine.matrix_rate`."""
+    """GFLOP/s of a large product of random matrices, in the form of :func:`benchmarks.report.machine.matrix_rate`."""
     a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
     timing = time_steps([lambda: torch.mm(a, b)], seconds=0.5)
     name = f"torch.mm {MATRIX}^3 {str(dtype).removeprefix('torch.')}"

@@ -20,10 +20,10 @@ from benchmarks import baselines
 from benchmarks.baselines import HandwrittenEval, Unit
 from dsts_kernels.reference import DSTS
 
-__all__ = ["PLANS", "AutocastDSTS", "padded", "training_plan"]
+__all__ = ["GROUPINGS", "AutocastDSTS", "padded", "training_grouping"]
 
 MULTIPLE = 64
-PLANS = ("lists a sample", "dense a neuron")
+GROUPINGS = ("lists a sample", "dense a neuron")
 
 
 class AutocastDSTS(DSTS):
@@ -41,27 +41,27 @@ def padded(module: HandwrittenEval) -> HandwrittenEval:
     for neuron in (neuron for layer in module.folded for neuron in layer.neurons):
         for side in ("spatial", "temporal"):
             channels, weight = getattr(neuron, f"{side}_channels"), getattr(neuron, side)
-            more = -channels.numel() % MULTIPLE
-            if channels.numel() and more:
-                weight = F.pad(weight, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
-                setattr(neuron, f"{side}_channels", F.pad(channels, (0, more)))
+            extra = -channels.numel() % MULTIPLE
+            if channels.numel() and extra:
+                weight = F.pad(weight, (0, 0, 0, 0, 0, extra)).contiguous(memory_format=torch.channels_last)
+                setattr(neuron, f"{side}_channels", F.pad(channels, (0, extra)))
                 setattr(neuron, side, weight)
     return module
 
 
 def dense_units(gate: Tensor, neuron: Tensor) -> list[Unit]:
     """One unit a neuron, on all channels."""
-    rows: dict[int, list[int]] = {}
-    for row, i in enumerate(neuron.tolist()):
-        rows.setdefault(i, []).append(row)
-    return [Unit(i, own, None, None) for i, own in rows.items()]
+    by_neuron: dict[int, list[int]] = {}
+    for b, i in enumerate(neuron.tolist()):
+        by_neuron.setdefault(i, []).append(b)
+    return [Unit(i, samples, None, None) for i, samples in by_neuron.items()]
 
 
 @contextlib.contextmanager
-def training_plan(plan: str) -> Iterator[None]:
-    """How :class:`benchmarks.baselines.HandwrittenTrain` groups samples inside the block: one of :data:`PLANS`."""
-    if plan == PLANS[0]:
+def training_grouping(grouping: str) -> Iterator[None]:
+    """How :class:`benchmarks.baselines.HandwrittenTrain` groups samples inside the block: one of :data:`GROUPINGS`."""
+    if grouping == GROUPINGS[0]:
         yield
         return
-    with mock.patch.object(baselines, "plan_units", dense_units):
+    with mock.patch.object(baselines, "group_units", dense_units):
         yield

@@ -2,9 +2,9 @@
 
 Our own variants run on each GPU backend in turn, beside the same baselines.
 
-``python -m benchmarks.gpu_bench --out DIR`` writes ``DIR/<device>.json`` after every row, so a run that is stopped
+``python -m benchmarks.gpu.bench --out DIR`` writes ``DIR/<device>.json`` after every row, so a run that is stopped
 leaves what it has. Rows that no longer fit into ``--seconds`` are written with the reason in place of a number, and
-torch.compile comes last. :mod:`benchmarks.gpu` runs this as one of its parts; :mod:`benchmarks.report` draws the
+torch.compile comes last. :mod:`benchmarks.gpu` runs this as one of its parts; :mod:`benchmarks.report.tables` draws the
 table.
 """
 
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu_goals, machine, report
+from benchmarks import RESULTS
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
 from benchmarks.bench_module import assert_parity
-from benchmarks.gpu_baselines import PLANS, AutocastDSTS, padded, training_plan
-from benchmarks.gpu_ops import OP_NEEDS, OPS, cycling, op_rows, pack_rows
-from benchmarks.gpu_timing import (
+from benchmarks.gpu import goals
+from benchmarks.gpu.baselines import GROUPINGS, AutocastDSTS, padded, training_grouping
+from benchmarks.gpu.ops import OP_NEEDS, OPS, cycling, op_rows, route_rows
+from benchmarks.gpu.timing import (
     Timing,
     captured,
     copy_rate,
@@ -39,8 +40,9 @@ from benchmarks.gpu_timing import (
     slug,
     time_steps,
 )
-from benchmarks.gpu_workload import TRAINING_BATCH, Workload, gpu_backends
+from benchmarks.gpu.workload import TRAINING_BATCH, Workload, gpu_backends
 from benchmarks.parity import relative_error, training_errors
+from benchmarks.report import machine, tables
 from benchmarks.shapes import Problem
 from benchmarks.variants import adopt, build, restore_statistics, time_limit, training_step
 from dsts_kernels.backends.cuda import native_targets
@@ -56,7 +58,7 @@ TRAINING_SHAPES = ("tpn", "swin")
 
 
 def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """What :func:`benchmarks.machine.describe` says, and versions of the driver, of Triton and of nvcc."""
+    """What :func:`benchmarks.report.machine.describe` says, and versions of the driver, of Triton and of nvcc."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
@@ -67,8 +69,8 @@ def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
     except ImportError:
         triton = ""
     nvcc, _ = native_targets() or ("", [])
-    found = machine.describe(device) | {"driver": driver.strip(), "triton": triton, "nvcc": nvcc}
-    return found | ({"commit": commit} if commit else {})
+    facts = machine.describe(device) | {"driver": driver.strip(), "triton": triton, "nvcc": nvcc}
+    return facts | ({"commit": commit} if commit else {})
 
 
 class Bench:
@@ -100,7 +102,7 @@ class Bench:
 
     def save(self) -> None:
         self.results["features"] = self.work.features_text
-        self.results["goals"] = gpu_goals.evaluate(self.results)
+        self.results["goals"] = goals.evaluate(self.results)
         self.target.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def row(
@@ -127,8 +129,8 @@ class Bench:
 
 
 def timed(timing: Timing, error: float, peak: float | None, note: str = "") -> dict[str, Any]:
-    found = {"ms": timing.median, "ms_min": timing.least, "rounds": timing.rounds}
-    return found | {"error": error, "peak_mib": peak, "note": note}
+    numbers = {"ms": timing.median, "ms_min": timing.least, "rounds": timing.rounds}
+    return numbers | {"error": error, "peak_mib": peak, "note": note}
 
 
 def evaluation_rows(
@@ -213,7 +215,7 @@ def frozen_rows(bench: Bench) -> None:
         graph_rows(bench, backend, frozen)
         name = f"frozen {backend}"
         kernel_rows(bench, name, lambda shape, run=frozen: cycling(run, work.inputs(shape, TRAINING_BATCH)))
-        pack_rows(bench, backend)
+        route_rows(bench, backend)
         work.drop()
 
 
@@ -288,9 +290,9 @@ def handwritten_training(bench: Bench) -> None:
     module = adopt(HandwrittenTrain, bench.work.problem("tpn", TRAINING_BATCH), bench.work.half).train()
     for shape in TRAINING_SHAPES:
         tried = []
-        for plan in PLANS:
-            with training_plan(plan):
-                training_row(bench, "handwritten", shape, module, bench.work.half, plan)
+        for grouping in GROUPINGS:
+            with training_grouping(grouping):
+                training_row(bench, "handwritten", shape, module, bench.work.half, grouping)
             tried.append(bench.results["rows"].pop())
         bench.results["rows"].append(min(tried, key=lambda row: row["ms"] or float("inf")))
         bench.save()
@@ -313,16 +315,16 @@ def compiled_rows(bench: Bench) -> None:
 
 def needed_seconds(backends: int) -> float:
     """Roughly, for everything but torch.compile, which takes what is left."""
-    shapes, plans = len(TRAINING_SHAPES), len(PLANS)
-    own = len(FROZEN_CASES) + 2 * len(CASES) + 2 * shapes  # frozen, graphs, fused; a training row takes twice as long
-    baselines = 2 * len(CASES) + 2 * shapes * (1 + plans)
+    shapes, groupings = len(TRAINING_SHAPES), len(GROUPINGS)
+    ours = len(FROZEN_CASES) + 2 * len(CASES) + 2 * shapes  # frozen, graphs, fused; a training row takes twice as long
+    baselines = 2 * len(CASES) + 2 * shapes * (1 + groupings)
     kernels = 2 * shapes + len(OPS) * shapes
-    return SETUP_SECONDS + ROW_NEEDS * (own * backends + baselines) + OP_NEEDS * kernels * backends
+    return SETUP_SECONDS + ROW_NEEDS * (ours * backends + baselines) + OP_NEEDS * kernels * backends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Benchmarks on a CUDA GPU: writes <device>.json and prints a table.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's rows out")
@@ -342,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         except Exception as error:  # of building a module: rows report their own
             bench.failures.append(f"{part.__name__}: {type(error).__name__}: {str(error).strip()[:200]}")
-    print("\n".join(report.plain(bench.results)))
+    print("\n".join(tables.plain(bench.results)))
     print(f"results written to {target}")
     for failure in bench.failures:
         print(f"FAILED {failure}")

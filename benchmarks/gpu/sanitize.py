@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: every kernel once, on small ragged shapes.
 
-``python -m benchmarks.gpu_sanitize --backend cuda`` runs a training step and a frozen evaluation of a module in each
+``python -m benchmarks.gpu.sanitize --backend cuda`` runs a training step and a frozen evaluation of a module in each
 dtype that the backend takes, with channels that are no multiple of a tile, planes that no tile divides, and every kind
 of gate; without ``--backend`` it runs both. It only checks that results are finite: their values are the business of
 ``tests/gpu``.
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.gpu_timing import NOT_RUN, require_gpu
-from benchmarks.gpu_workload import gpu_backends
+from benchmarks.gpu.timing import NOT_RUN, require_gpu
+from benchmarks.gpu.workload import gpu_backends
 from dsts_kernels import Draws, FusedDSTS
 
 CASES = (
@@ -39,11 +39,13 @@ def check(backend: str, device: torch.device, case: tuple) -> None:
         torch.randn(2, batch, neurons, device=device),
     )
     module(x, draws).square().mean().backward()
-    found = [x.grad, *(p.grad for p in module.parameters())]
+    results = [x.grad, *(p.grad for p in module.parameters())]
     frozen = module.eval().freeze()
-    found += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
-    if not all(bool(torch.isfinite(t).all()) for t in found):
-        raise SystemExit(f"gpu_sanitize: {backend}: a result is not finite ({channels} channels, {dtype}, {options})")
+    results += [frozen(x.detach()), frozen(x.detach().contiguous(memory_format=torch.channels_last_3d))]
+    if not all(bool(torch.isfinite(t).all()) for t in results):
+        raise SystemExit(
+            f"benchmarks.gpu.sanitize: {backend}: a result is not finite ({channels} channels, {dtype}, {options})"
+        )
 
 
 def run(device: torch.device, backends: Sequence[str]) -> int:
