@@ -93,7 +93,7 @@ __device__ __forceinline__ bool tap_reads(int tap, int h, int w, const Extent& e
   return !(i == 0 && h == e.h - 1) && !(i == 2 && h == 0) && !(j == 0 && w == e.w - 1) && !(j == 2 && w == 0);
 }
 
-// Counts this block in, after everything that any of its threads wrote; true for all threads of the block
+// Counts this CTA in, after everything that any of its threads wrote; true for all threads of the CTA
 // that makes `all` of them, which then may read what the others wrote. `is_last` is a shared int.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int all, int* is_last) {
   __syncthreads();

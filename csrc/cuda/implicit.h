@@ -21,9 +21,8 @@ __device__ __forceinline__ Place reach_of(const Taps& k, int tap) {
 // Where tiles of one launch read: what does not change from tile to tile.
 template <class T>
 struct Implicit {
-  const T* panel;  // [B, T, H, W, pitch]
-  const T*
-      filters;  // by tap [taps, outputs or k_channels, filter_pitch], or packed [K blocks, outputs, K block]
+  const T* panel;    // [B, T, H, W, pitch]
+  const T* filters;  // packed [K blocks, outputs, K block], else [taps, outputs or k_channels, filter_pitch]
   const Extent* extent;
   Taps taps;
   int width, pitch;  // columns of the panel that each operator may read, and how far its rows are apart

@@ -8,7 +8,7 @@ namespace dsts::cuda {
 constexpr int kListThreads = 256;
 constexpr int kListWarps = kListThreads / 32;
 
-// Sums of three counts over a block, and of those before this thread's warp; `scratch` is 3 * kListWarps
+// Sums of three counts over a CTA, and of those before this thread's warp; `scratch` is 3 * kListWarps
 // shared ints.
 struct Counts {
   int n[3];
@@ -31,7 +31,7 @@ __device__ __forceinline__ void block_counts(const Counts& of_warp, int* scratch
   }
 }
 
-// A block a sample: the slot of its neuron, and its place among the samples sorted by neuron. Strays, whose
+// A CTA a sample: the slot of its neuron, and its place among the samples sorted by neuron. Strays, whose
 // neuron is out of range, get slot -1.
 __global__ void __launch_bounds__(kListThreads) group_samples_kernel(const __grid_constant__ GroupParams p) {
   DSTS_DYNAMIC_SMEM(smem);
@@ -88,7 +88,7 @@ __device__ __forceinline__ int readers(const ListParams& p, int list, int c) {
   return all_spatial ? kSpatialOnly : all_temporal ? kTemporalOnly : kBoth;
 }
 
-// A block a list. The plan of a slot without a neuron is empty: a stray may still read it.
+// A CTA a list. The plan of a slot without a neuron is empty: a stray may still read it.
 __global__ void __launch_bounds__(kListThreads) list_channels_kernel(const __grid_constant__ ListParams p) {
   DSTS_DYNAMIC_SMEM(smem);
   int* scratch = reinterpret_cast<int*>(smem);  // [3 * kListWarps]

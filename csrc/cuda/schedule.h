@@ -1,5 +1,4 @@
-// Which CTA computes what: tiles dealt in whole waves, and the iterations of the rest split evenly
-// (stream-K).
+// Which CTA computes what: tiles dealt in whole waves, the iterations of the rest split evenly (stream-K).
 //
 // Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `num_ctas`
 // persistent CTAs takes one tile of every wave; what the waves leave, fewer than two tiles a CTA, is cut into
@@ -37,8 +36,7 @@ struct Schedule {
   int* starts;  // [num_ctas + 1], shared: where each CTA's range of the split tiles' iterations starts
   int* ends;    // [2 * num_ctas], shared: where each split tile's iterations end
 
-  // `length` gives the iterations of a sample's tiles. All threads; `memory` is schedule_bytes of shared
-  // memory.
+  // `length` gives the iterations of a sample's tiles. All threads; `memory`: schedule_bytes, shared.
   template <int THREADS, class Length>
   __device__ void build(const Length& length, int tiles, int* memory) {
     static_assert(kMaxCtas <= kCtasPerThread * THREADS, "threads look after all CTAs");

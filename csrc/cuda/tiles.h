@@ -1,6 +1,6 @@
-// Sizes of tiles, each stated once: kernels, launchers, bindings (so Python) and benchmarks/bare count with
-// these. A size that its users cannot take fails a static assertion, here or beside the code that needs it.
-// Neither CUDA nor the standard library is needed to read it.
+// Sizes of tiles, each stated once: kernels, launchers, bindings (so Python) and benchmarks/compiled/bare
+// count with these. A size that its users cannot take fails a static assertion, here or beside the code that
+// needs it. Neither CUDA nor the standard library is needed to read it.
 #pragma once
 
 #ifdef __CUDACC__
