@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from dsts_kernels.backends.gpu.grids import TILE
 from dsts_kernels.roofline.counted import Counted
 from dsts_kernels.roofline.loops import KERNELS, load_passes
 from dsts_kernels.roofline.multiprocessor import MACHINES, MEMORY, estimate
@@ -28,7 +29,7 @@ ARCHS = (70, 75, 80, 90)
 BRANCH = 0x147  # the low nine bits of its code
 TRIPS = 1, 2, 4, 8, 16  # that loops inside a step may take; all of a step's take equally many
 NAMES = ("conv<{}, by K>", "conv<{}, by output>", "data_gradient<{}>", "weight_gradient<{}>")  # of loops.KERNELS
-TILE, DEPTH = 128, {"float16": 32, "bfloat16": 32, "tf32": 16, "float32": 16}  # of a step: 64 bytes of K
+DEPTH = {"float16": 32, "bfloat16": 32, "tf32": 16, "float32": 16}  # of a step: 64 bytes of K
 TABLE = cuda_compilers.ROOT / "dsts_kernels" / "roofline" / "counted.py"
 DTYPES = {"half": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float": "float32"}
 

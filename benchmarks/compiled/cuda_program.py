@@ -38,7 +38,7 @@ NEVER, ZEROS = 0xF, 0xF  # the predicate !PT: of an instruction, and of a copy t
 # stall counts by which the compiler spaces a warp's products: 6 cycles for one of 16x8x16 on Hopper, unkindly 6.4 (63%
 # of the peak, an estimate).
 RATE = {70: (128.0, 128.0), 75: (128.0, 128.0), 80: (256.0, 256.0), 90: (2048 / 6.0, 2048 / 6.4)}
-LEAST = {90: 4.0}  # cycles of the shortest product: of 16x8x4 and of 16x8x8
+MIN_CYCLES = {90: 4.0}  # cycles of the shortest product: of 16x8x4 and of 16x8x8
 FRESH = 3.0  # Volta, unkindly: of a product none of whose three register pairs was read by the one before
 LANES = {70: 2.0, 90: 1.0}  # cycles of a float32 multiply-add; other arithmetic takes 2
 # Passes of 16 bytes a lane from or to L2, at full width and at half of it. A copy that goes to shared memory at once
@@ -67,7 +67,7 @@ def product_cycles(kind: str, high: int, arch: int) -> tuple[float, float]:
     """Of a tensor core, kindly and not."""
     tf32 = kind == "HMMA" and high >> 19 & 1
     done = multiply_adds(kind, high) * (2 if tf32 else 1)
-    least = of_generation({0: 1.0, **LEAST}, arch)
+    least = of_generation({0: 1.0, **MIN_CYCLES}, arch)
     kindly, unkindly = (max(done / rate, least) for rate in of_generation(RATE, arch))
     return kindly, unkindly
 

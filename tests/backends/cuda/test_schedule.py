@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -93,3 +95,29 @@ def test_sizes(tmp_path):
     checked(tmp_path, *facts)
     with pytest.raises(RuntimeError, match="static assertion failed"):
         checked(tmp_path, f"kTile == {grids.TILE + 1}")
+
+
+@pytest.mark.parametrize(
+    "source, size, changed, compiles",
+    [
+        ("conv", "kTile = 128", "kTile = 64", False),
+        ("conv", "kKBlockBytes = 128", "kKBlockBytes = 96", False),
+        ("conv", "kMaxCtas = 1024", "kMaxCtas = 2048", False),
+        ("conv", "< 80 ? 32 : 70", "< 80 ? 32 : 64", False),
+        ("conv", "kConvSmemBytes = 192", "kConvSmemBytes = 184", False),
+        ("gather_panel", "kGatherPositions = 64", "kGatherPositions = 60", False),
+        ("gather_panel", "kGatherBytes = 16384", "kGatherBytes = 16000", False),
+        ("gather_panel", "kGatherBytes = 16384", "kGatherBytes = 8192", True),
+    ],
+)
+def test_a_size_that_does_not_fit_fails_to_compile(tmp_path, source, size, changed, compiles):
+    """No size of ``csrc/cuda/tiles.h`` is taken in silence."""
+    folder = tmp_path / "cuda"
+    shutil.copytree(emulator.ROOT / "csrc/cuda", folder)
+    text = (folder / "tiles.h").read_text()
+    assert text.count(size) == 1
+    (folder / "tiles.h").write_text(text.replace(size, changed))
+    path = folder / f"{source}.cu"
+    command = [*emulator.compiler(), f"-I{tmp_path}", *emulator.flags(path, "plain", 800, "sizes"), "-fsyntax-only"]
+    with contextlib.nullcontext() if compiles else pytest.raises(RuntimeError, match="static assertion failed"):
+        emulator.run([*command, str(path)])
