@@ -93,8 +93,8 @@ class FoldedLayer:
         else:
             z = x.new_empty(*x.shape[:4], self.bias.numel())
             for i in set(chosen):
-                rows = torch.tensor([b for b, j in enumerate(chosen) if j == i], device=x.device)
-                z[rows] = self.neurons[i](x[rows], self.bias)
+                samples = torch.tensor([b for b, j in enumerate(chosen) if j == i], device=x.device)
+                z[samples] = self.neurons[i](x[samples], self.bias)
         return z.relu_() if self.source.activation == "relu" else z
 
 
@@ -122,22 +122,22 @@ class Unit(NamedTuple):
     channels."""
 
     neuron: int
-    rows: list[int]
+    samples: list[int]
     spatial_channels: Tensor | None
     temporal_channels: Tensor | None
 
 
-def plan_units(gate: Tensor, neuron: Tensor) -> list[Unit]:
+def group_units(gate: Tensor, neuron: Tensor) -> list[Unit]:
     """Hard samples have gates of exactly 0 and 1; their lists differ by sample, soft ones share a dense
     pass."""
     hard = ((gate == 0) | (gate == 1)).all(1).tolist()
     units, soft = [], {}
-    for row, i in enumerate(neuron.tolist()):
-        if hard[row]:
-            units.append(Unit(i, [row], gate[row].nonzero()[:, 0], (gate[row] == 0).nonzero()[:, 0]))
+    for b, i in enumerate(neuron.tolist()):
+        if hard[b]:
+            units.append(Unit(i, [b], gate[b].nonzero()[:, 0], (gate[b] == 0).nonzero()[:, 0]))
         else:
-            soft.setdefault(i, []).append(row)
-    return units + [Unit(i, rows, None, None) for i, rows in soft.items()]
+            soft.setdefault(i, []).append(b)
+    return units + [Unit(i, samples, None, None) for i, samples in soft.items()]
 
 
 def lazy_zeros(like: Tensor, device: torch.device) -> Tensor:
@@ -153,11 +153,11 @@ def lazy_zeros(like: Tensor, device: torch.device) -> Tensor:
 def unit_panels(unit: Unit, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """What each operator sees: gathered channels of a hard sample, scaled channels of soft ones."""
     if unit.spatial_channels is None:
-        g = gate[unit.rows, :, None, None, None]
-        spatial = g * x[unit.rows]
-        return spatial, x[unit.rows] - spatial
-    row = x[unit.rows[0]][None]
-    return row.index_select(1, unit.spatial_channels), row.index_select(1, unit.temporal_channels)
+        g = gate[unit.samples, :, None, None, None]
+        spatial = g * x[unit.samples]
+        return spatial, x[unit.samples] - spatial
+    sample = x[unit.samples[0]][None]
+    return sample.index_select(1, unit.spatial_channels), sample.index_select(1, unit.temporal_channels)
 
 
 def flat_plane(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class NeuronOperators(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, mixing: Tensor
     ) -> Tensor:
-        units, mixed = plan_units(gate, neuron), []
+        units, mixed = group_units(gate, neuron), []
         out = x.new_empty(x.shape[0], mixing.shape[1], *x.shape[2:])
         for unit in units:
             i, (xs, xt) = unit.neuron, unit_panels(unit, x, gate)
@@ -204,7 +204,7 @@ class NeuronOperators(torch.autograd.Function):
                 t = listed(temporal[i], unit.temporal_channels)[..., 0]
                 parts.append(F.conv2d(flat_plane(xt), t, padding=(1, 0)).unflatten(3, x.shape[3:]))
             z = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-            out[unit.rows] = F.conv2d(flat_plane(z), mixing[i, ..., 0]).unflatten(3, x.shape[3:])
+            out[unit.samples] = F.conv2d(flat_plane(z), mixing[i, ..., 0]).unflatten(3, x.shape[3:])
             mixed.append(z)
         ctx.units, ctx.mixed = units, mixed
         ctx.save_for_backward(x, gate, spatial, temporal, mixing)
@@ -216,11 +216,11 @@ class NeuronOperators(torch.autograd.Function):
         x, gate, spatial, temporal, mixing = ctx.saved_tensors
         d_x, d_gate = torch.empty_like(x), torch.empty_like(gate)
         d_spatial, d_temporal, d_mixing = (lazy_zeros(w, w.device) for w in (spatial, temporal, mixing))
-        seen: set[int] = set()
+        written: set[int] = set()
         for unit, z in zip(ctx.units, ctx.mixed, strict=True):
-            i, rows, first = unit.neuron, unit.rows, unit.neuron not in seen
-            seen.add(i)
-            d_out = flat_plane(grad[rows])
+            i, samples, first = unit.neuron, unit.samples, unit.neuron not in written
+            written.add(i)
+            d_out = flat_plane(grad[samples])
             w = mixing[i, ..., 0]
             store_listed(d_mixing[i, ..., 0], conv2d_weight(flat_plane(z), w.shape, d_out), None, first)
             d_z = conv2d_input(flat_plane(z).shape, w, d_out)  # (b, O, T, HW)
@@ -236,12 +236,12 @@ class NeuronOperators(torch.autograd.Function):
                 part = conv2d_weight(flat_plane(xt), shape, d_z, padding=(1, 0))
                 store_listed(d_temporal[i, ..., 0], part, unit.temporal_channels, first)
 
-            samples = x[rows]
-            through_t = conv2d_input(flat_plane(samples).shape, temporal[i, ..., 0], d_z, padding=(1, 0))
-            through_t = through_t.view_as(samples)
-            difference = conv3d_input(samples.shape, spatial[i], d_volume, padding=(0, 1, 1)).sub_(through_t)
-            d_gate[rows] = (samples * difference).flatten(2).sum(2)
-            d_x[rows] = through_t.addcmul_(gate[rows, :, None, None, None], difference)
+            inputs = x[samples]
+            through_t = conv2d_input(flat_plane(inputs).shape, temporal[i, ..., 0], d_z, padding=(1, 0))
+            through_t = through_t.view_as(inputs)
+            difference = conv3d_input(inputs.shape, spatial[i], d_volume, padding=(0, 1, 1)).sub_(through_t)
+            d_gate[samples] = (inputs * difference).flatten(2).sum(2)
+            d_x[samples] = through_t.addcmul_(gate[samples, :, None, None, None], difference)
         return d_x, d_gate, None, d_spatial, d_temporal, d_mixing
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from benchmarks.conftest import Recorder, Settings, Workbench
-from benchmarks.machine import synchronise
-from benchmarks.memory import peak_extra_mib
+from benchmarks.cpu.memory import peak_extra_mib
 from benchmarks.parity import TOLERANCES, relative_error, training_errors
+from benchmarks.report.machine import synchronise
 from benchmarks.shapes import Problem
 from benchmarks.variants import (
     COMPILE_LIMIT_S,

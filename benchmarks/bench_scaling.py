@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import ROOT
 from benchmarks.conftest import Recorder, Settings, Workbench
-from benchmarks.machine import synchronise
-from benchmarks.memory import ROOT
 from benchmarks.parity import TOLERANCES, relative_error
+from benchmarks.report.machine import synchronise
 from benchmarks.shapes import Problem
 from benchmarks.variants import build, make_reference
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, report
 from benchmarks.features import make_features
 from benchmarks.parity import Oracle, evaluation_oracle, training_oracle
+from benchmarks.report import machine, tables
 from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.reference import DSTS, Draws
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-compile", action="store_true", help="leave torch.compile's row untimed")
     group.addoption("--no-memory", action="store_true", help="skip the peak memory measurements")
     group.addoption("--scaling", action="store_true", help="also run bench_scaling.py")
-    group.addoption("--save-results", metavar="FILE", help="write the table's JSON (see benchmarks/report.py)")
+    group.addoption("--save-results", metavar="FILE", help="write the table's JSON (see benchmarks/report)")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     results = recorder.results()
     terminalreporter.section("DSTS benchmarks")
-    for line in report.plain(results):
+    for line in tables.plain(results):
         terminalreporter.write_line(line)
     target = config.getoption("--save-results")
     if target:

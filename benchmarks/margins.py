@@ -45,8 +45,8 @@ def separate_draws(run: Callable[[NamedTuple], NamedTuple], draws: NamedTuple, m
         narrow = margins(noisy) < margin
         if not narrow.any():
             return draws
-        more = torch.where(narrow, 4 * margin * noisy.square().mean(-1).sqrt(), 0.0)[..., None]
-        gumbel = draws.gumbel.scatter_add(-1, noisy.argmax(-1, keepdim=True), more.to(draws.gumbel))
+        extra = torch.where(narrow, 4 * margin * noisy.square().mean(-1).sqrt(), 0.0)[..., None]
+        gumbel = draws.gumbel.scatter_add(-1, noisy.argmax(-1, keepdim=True), extra.to(draws.gumbel))
         draws = draws._replace(gumbel=gumbel)
     raise RuntimeError(f"draws: scores within {margin} of each other after {ATTEMPTS} corrections")
 
@@ -61,10 +61,10 @@ def separate_features(run: Callable[[Tensor], NamedTuple], x: Tensor, margin: fl
         RuntimeError: some scores stay nearly tied.
     """
     x = x.clone()
-    rows = torch.arange(x.shape[0], device=x.device)
+    samples = torch.arange(x.shape[0], device=x.device)
     for _ in range(ATTEMPTS):
-        rows = rows[(margins(run(x[rows]).scores) < margin).any(0)]
-        if not rows.numel():
+        samples = samples[(margins(run(x[samples]).scores) < margin).any(0)]
+        if not samples.numel():
             return x
-        x[rows] = x[rows].roll(ROLL, dims=1)
+        x[samples] = x[samples].roll(ROLL, dims=1)
     raise RuntimeError(f"x: scores within {margin} of each other after {ATTEMPTS} corrections")

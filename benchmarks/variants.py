@@ -96,9 +96,9 @@ def adopt(kind: Callable[..., nn.Module], problem: Problem, reference: DSTS) -> 
 @torch.no_grad()
 def restore_statistics(module: nn.Module, reference: DSTS) -> None:
     """Undoes what training steps did to the running statistics."""
-    theirs = dict(reference.named_buffers())
+    before = dict(reference.named_buffers())
     for name, buffer in module.named_buffers():
-        buffer.copy_(theirs[name.removeprefix("_orig_mod.")])
+        buffer.copy_(before[name.removeprefix("_orig_mod.")])
 
 
 def build(variant: str, mode: str, problem: Problem, reference: DSTS, backend: str | None = None) -> nn.Module:

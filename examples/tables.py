@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe
+from benchmarks.report.machine import describe
 from dsts_kernels import viz
 from dsts_kernels.learning import load_checkpoint
 from examples.options import parse

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import cuda_compilers
+from benchmarks.compiled import cuda_compilers
 
 ASSIGNED = re.compile(r"#\$ (\w+)=(.*)")
 

@@ -1,4 +1,4 @@
-"""How benchmarks/cuda_program.py and cuda_loops.py read compiled code: instructions as nvdisasm prints them."""
+"""How cuda_program.py and cuda_loops.py of benchmarks/compiled read code: instructions as nvdisasm prints them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from benchmarks import cuda_compilers, cuda_loops, cuda_program
-from benchmarks.cuda_loops import Loop, text_of, turn_of, unrolled
+from benchmarks.compiled import cuda_compilers, cuda_loops, cuda_program
+from benchmarks.compiled.cuda_loops import Loop, text_of, turn_of, unrolled
 from dsts_kernels.roofline import multiprocessor as model
 from dsts_kernels.roofline.counted import COUNTED
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_compilers
+from benchmarks.compiled import cuda_compilers
 
 from .test_install import LEFT_OUT, ROOT, contents, environment, pip_wheel, script
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import ahead
+from benchmarks.compiled import ahead
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu.grids import deal
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import load
 from dsts_kernels.cli import main
@@ -30,7 +31,6 @@ from dsts_kernels.roofline import (
     predict,
     total,
 )
-from dsts_kernels.roofline.common import deal
 from dsts_kernels.roofline.launches import conv_grid, gather, route_and_gather
 from dsts_kernels.roofline.tables import run_on
 
@@ -103,21 +103,22 @@ def test_frozen_order():
 
 
 @pytest.mark.parametrize("steps", [[96] * 8, [96], [24, 192, 3, 96, 96], [1, 1], [5, 300]], ids=str)
-@pytest.mark.parametrize("programs", [132, 7, 1, 256])
-def test_deal(steps, programs):
-    """All K blocks are dealt: the busiest program has the mean or more, and never much more where there is enough."""
+@pytest.mark.parametrize("ctas", [132, 7, 1, 256])
+def test_deal(steps, ctas):
+    """All K blocks are dealt: the busiest CTA has the mean or more, and never much more where there is enough."""
     per_sample = 64
-    share = deal(steps, per_sample, programs)
-    mean = sum(steps) * per_sample / programs
-    assert mean <= share.longest <= max(mean + max(steps) + 8, 16)
-    assert share.parts == 0 if programs == 1 else share.parts >= 2 * (share.pieces > 0)
-    assert share.pieces <= programs
+    found = deal(steps, per_sample, ctas)
+    mean = sum(steps) * per_sample / ctas
+    assert mean <= found.longest <= max(mean + max(steps) + 8, 16)
+    assert found.parts == 0 if ctas == 1 else found.parts >= 2 * (found.parts_of_a_tile > 0)
+    assert found.parts_of_a_tile <= ctas
 
 
 def test_deal_by_hand():
-    """Three tiles of 8 K blocks on two programs: no whole wave, so each takes 12 and the middle tile is cut."""
-    assert deal([8, 8, 8], 1, 2) == (12, 2, 2, 2)
-    assert deal([8] * 4, 1, 2) == (16, 2, 0, 0)
+    """Three tiles of 8 K blocks on two CTAs: no whole wave, so each takes 12 and the middle tile is cut."""
+    assert deal([8, 8, 8], 1, 2) == (12, 2, 2, 2, 0)
+    assert deal([8] * 4, 1, 2) == (16, 2, 0, 0, 0)
+    assert deal([5], 1, 4) == (5, 1, 0, 0, 3), "a range of fewer than eight K blocks costs more than it saves"
 
 
 def test_gather_bytes():
@@ -133,7 +134,7 @@ def test_gather_bytes():
     assert route_and_gather(case, CHIPS["h100"], parts).dram == expected
 
     lists = case.sample_lists()  # two hard samples in 2 and 3 blocks, two soft ones in 4 and 4
-    launch = gather("pack", case, CHIPS["h100"], lists, 4, 0.0)
+    launch = gather("gather_panel", case, CHIPS["h100"], lists, 4, 0.0)
     assert launch.dram == case.features + case.positions * case.element * 64 * (2 * 5 + 2 * 8)
 
 
@@ -141,7 +142,7 @@ class Call(NamedTuple):
     """One recorded launch."""
 
     kernel: str
-    programs: int
+    ctas: int
     tensors: dict[str, torch.Tensor]
     constants: dict[str, object]
 
@@ -155,13 +156,13 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]):
         return functools.partial(self.record, math.prod(grid))
 
-    def record(self, programs: int, *arguments, **constants) -> None:
+    def record(self, ctas: int, *arguments, **constants) -> None:
         named = zip(self.kernel.arg_names, arguments, strict=False)
         bases = {name: getattr(value, "base", value) for name, value in named}  # of tensor descriptors
         tensors = {name: value for name, value in bases.items() if isinstance(value, torch.Tensor)}
         name = self.kernel.fn.__name__.removesuffix("_kernel")
         form = constants.get("FORM")
-        self.recorded.append(Call(f"{name} {form}" if form else name, programs, tensors, constants))
+        self.recorded.append(Call(f"{name} {form}" if form else name, ctas, tensors, constants))
 
 
 @contextlib.contextmanager
@@ -214,7 +215,7 @@ def run_training_layer(launch, case: Case) -> None:
 @pytest.mark.parametrize("name", ["a100", "h100"])
 @pytest.mark.parametrize("step", STEPS)
 def test_launches_are_those_of_the_launchers(case, name, step):
-    """Kernels in their order, programs of each, tiles of the large ones."""
+    """Kernels in their order, CTAs of each, tiles of the large ones."""
     chip, before = CHIPS[name], torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -223,12 +224,12 @@ def test_launches_are_those_of_the_launchers(case, name, step):
     finally:
         torch.set_float32_matmul_precision(before)
     case = case if step == "frozen" else case._replace(layers=1)
-    ours = [one for one in STEPS[step](case, chip) if one.programs]
+    ours = [one for one in STEPS[step](case, chip) if one.num_ctas]
     assert [re.sub(" (mixing|union)$", "", one.kernel) for one in ours] == [call.kernel for call in recorded]
-    assert [one.programs for one in ours] == [call.programs for call in recorded]
+    assert [one.num_ctas for one in ours] == [call.ctas for call in recorded]
     for one, call in zip(ours, recorded, strict=True):
         if one.tile is not None:
-            rows = call.constants["BT"] * call.constants["BH"] * call.constants["BW"]
+            rows = math.prod(call.constants["BOX"])
             gradient = call.kernel == "weight_gradient"
             assert rows == (one.tile.k if gradient else one.tile.m) and call.constants["BN"] == one.tile.n
             assert (call.constants["num_warps"], call.constants["num_stages"]) == one.tile[3:5]
@@ -237,14 +238,12 @@ def test_launches_are_those_of_the_launchers(case, name, step):
 @pytest.mark.parametrize("batch", [1, 2, 8, 32])
 @pytest.mark.parametrize("name", ["a100", "h100"])
 @pytest.mark.parametrize("case", [TPN, SWIN, CASES["ragged"]], ids=["tpn", "swin", "ragged"])
-def test_conv_problem_is_the_launchers(case, name, batch):
-    """Tile, tiles and programs of the persistent convolution, and how many waves it deals whole."""
+def test_conv_grid_is_the_launchers(case, name, batch):
+    """Tile, box, CTAs and whole waves of the persistent convolution."""
     case, chip = case._replace(batch=batch), CHIPS[name]
     with launchers(chip):
         theirs = load("conv").conv_grid(features_of(case), case.channels, case.channels + 64, 9, 1)
-    tile, per_sample, programs = conv_grid(case, chip, case.channels + 64, 9)
-    assert (tile, programs) == (theirs.tile, theirs.programs)
-    assert max(0, batch * per_sample // programs - 1) == theirs.waves
+    assert conv_grid(case, chip, case.channels + 64, 9) == theirs
 
 
 @pytest.mark.parametrize("name", SHAPES)

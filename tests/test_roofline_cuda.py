@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import cuda_compilers, cuda_loops
-from dsts_kernels.backends.cuda import CudaBackend, kernels
+from benchmarks.compiled import cuda_compilers, cuda_loops
+from dsts_kernels.backends.cuda import CudaBackend, kernels, launch
+from dsts_kernels.backends.gpu.grids import GATHER_POSITIONS, TILE, cdiv, flat_tiles
 from dsts_kernels.roofline import CHIPS, SHAPES, STEPS, Case, Chip, frozen_step, predict, total, training_step
 from dsts_kernels.roofline import cuda as model
 from dsts_kernels.roofline.counted import COUNTED
@@ -31,7 +33,7 @@ from dsts_kernels.roofline.tables import run_on
 
 from .test_roofline import features_of, run_frozen, run_training_layer
 
-AGAIN = "run python -m benchmarks.cuda_loops --write"
+AGAIN = "run python -m benchmarks.compiled.cuda_loops --write"
 CHOSEN = ("v100", "t4", "a100")
 CASES = {
     "tpn": Case(*SHAPES["tpn"]),
@@ -44,54 +46,53 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def tap_sum_ctas(a: SimpleNamespace) -> int:
+    channels = 8 * (4 if a.dtype == 0 else 8) if a.vector else 32
+    return a.batch * a.parts * cdiv(a.channels, channels)
 
 
-def tap_sum_blocks(size, strides, sums, b, c, parts, taps, vector, dtype, target) -> int:
-    return b * parts * cdiv(c, 8 * (4 if dtype == 0 else 8) if vector else 32)
+def gather_ctas(a: SimpleNamespace) -> int:
+    return a.batch * (1 if a.whole_positions else cdiv(math.prod(a.size), GATHER_POSITIONS)) * a.splits
 
 
-def filter_blocks(outputs: int, channels: int, taps: int, by_channel: bool, pitch: int, dtype: int) -> int:
-    line = 32 if dtype == 0 else 64
-    along = cdiv(channels * taps, 4 * line) if by_channel else cdiv(outputs, max(1, 128 // taps))
-    return cdiv(pitch, line) * along
+def filter_ctas(a: SimpleNamespace, matrices: int) -> int:
+    line = 32 if a.dtype == 0 else 64
+    along = cdiv(a.channels * a.taps, 4 * line) if a.by_channel else cdiv(a.outputs, max(1, 128 // a.taps))
+    return cdiv(a.pitch, line) * along * matrices
 
 
-def products(a: tuple) -> int:
-    """Of the grid of a filter gradient."""
-    return cdiv(a[11], 128) * cdiv(a[12], 128) * (math.prod(a[14]) + 3 * a[15]) * a[13]
+def weight_gradient_ctas(a: SimpleNamespace) -> int:
+    return cdiv(a.rows, TILE) * cdiv(a.columns, TILE) * (math.prod(a.kernel) + 3 * a.with_temporal) * a.slots
 
 
-# Blocks of each native launch by its arguments, as the launchers at the end of every csrc/cuda/*.cu work them out.
-GRIDS: dict[str, Callable[[tuple], int]] = {
-    "semhash": lambda a: (a[7] if a[9] else a[6]) * cdiv(a[8], 256),
-    "tap_sums": lambda a: tap_sum_blocks(*a[1:]),
-    "group_samples": lambda a: a[6],
-    "list_channels": lambda a: a[8],
-    "gather_panel": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
-    "route_and_gather": lambda a: a[4] * (1 if a[8] else cdiv(math.prod(a[1]), 64)) * a[7],
-    "pack_filters": lambda a: filter_blocks(a[3], a[4], a[5], a[8], a[9], a[12]) * a[10],
-    "unpack_filters": lambda a: filter_blocks(a[5], a[6], a[7], a[10], a[11], a[13]) * a[12],
-    "conv": lambda a: a[17],
-    "data_gradient": lambda a: a[10] * cdiv(math.prod(a[8]), 128) * cdiv(a[11], 128),
-    "weight_gradient": products,
+# CTAs of each native launch by its arguments, as the launchers at the end of every csrc/cuda/*.cu work them out.
+GRIDS: dict[str, Callable[[SimpleNamespace], int]] = {
+    "semhash": lambda a: (a.neurons if a.backward else a.batch) * cdiv(a.channels, 256),
+    "tap_sums": tap_sum_ctas,
+    "group_samples": lambda a: a.batch,
+    "list_channels": lambda a: a.num_lists,
+    "gather_panel": gather_ctas,
+    "route_and_gather": gather_ctas,
+    "pack_filters": lambda a: filter_ctas(a, a.slots),
+    "unpack_filters": lambda a: filter_ctas(a, a.neurons),
+    "conv": lambda a: a.num_ctas,
+    "data_gradient": lambda a: a.batch * flat_tiles(math.prod(a.size), a.channels).per_sample,
+    "weight_gradient": weight_gradient_ctas,
 }
-NAMES = {"group_samples": "group", "list_channels": "list", "gather_panel": "pack"}
 
 
 class Call(NamedTuple):
     """One recorded native launch."""
 
     kernel: str
-    programs: int
-    arguments: tuple
+    ctas: int
+    arguments: SimpleNamespace
 
 
-def named(name: str, arguments: tuple) -> str:
-    if name == "semhash" and arguments[9]:
+def named(name: str, arguments: SimpleNamespace) -> str:
+    if name == "semhash" and arguments.backward:
         return "semhash_backward"
-    return f"conv {arguments[13]}" if name == "conv" else NAMES.get(name, name)
+    return f"conv {arguments.form}" if name == "conv" else name
 
 
 @contextlib.contextmanager
@@ -99,14 +100,15 @@ def launchers(chip: Chip) -> Iterator[tuple[CudaBackend, list[Call]]]:
     """The CUDA backend on a chip that is not here, and the list of its launches, none of which runs."""
     recorded: list[Call] = []
 
-    def record(name: str) -> Callable[..., None]:
-        return lambda *arguments: recorded.append(Call(named(name, arguments), GRIDS[name](arguments), arguments))
+    def record(name: str, **arguments: object) -> None:
+        a = SimpleNamespace(**arguments)
+        recorded.append(Call(named(name, a), GRIDS[name](a), a))
 
-    native = SimpleNamespace(**{name: record(name) for name in GRIDS})
-    found = kernels.Chip(chip.capability, chip.processors)
+    native = SimpleNamespace(**{name: functools.partial(record, name) for name in GRIDS})
+    found = launch.Chip(chip.capability, chip.processors)
     with contextlib.ExitStack() as stack:
         for name, stand_in in (("native", native), ("chip", found), ("target", None)):
-            stack.enter_context(mock.patch.object(kernels, name, lambda *_, value=stand_in: value))
+            stack.enter_context(mock.patch.object(launch, name, lambda *_, value=stand_in: value))
         yield CudaBackend(), recorded
 
 
@@ -124,38 +126,36 @@ def precision(case: Case) -> Iterator[None]:
 @pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.parametrize("step", STEPS)
 def test_launches_are_those_of_the_launchers(case, name, step):
-    """Kernels in their order and blocks of each."""
+    """Kernels in their order and CTAs of each."""
     chip = CHIPS[name]
     case = run_on(case, chip)
-    with precision(case), launchers(chip) as (launch, recorded):
-        (run_frozen if step == "frozen" else run_training_layer)(launch, case)
+    with precision(case), launchers(chip) as (backend, recorded):
+        (run_frozen if step == "frozen" else run_training_layer)(backend, case)
     case = case if step == "frozen" else case._replace(layers=1)
-    ours = [one for one in STEPS[step](case, chip, "cuda") if one.programs]
+    ours = [one for one in STEPS[step](case, chip, "cuda") if one.num_ctas]
     ends = " mixing", " union"
     names = [
         next((one.kernel.removesuffix(end) for end in ends if one.kernel.endswith(end)), one.kernel) for one in ours
     ]
     assert names == [call.kernel for call in recorded]
-    assert [one.programs for one in ours] == [call.programs for call in recorded]
+    assert [one.num_ctas for one in ours] == [call.ctas for call in recorded]
 
 
 @every_case
 @pytest.mark.parametrize("name", CHOSEN)
 def test_schedule_is_the_launchers(case, name):
-    """Programs and whole waves of the persistent convolution, counters zeroed for it, parts of tap sums."""
+    """CTAs and whole waves of the persistent convolution, counters zeroed for it, parts of tap sums."""
     chip = CHIPS[name]
     case = run_on(case, chip)
-    with precision(case), launchers(chip) as (launch, recorded):
-        run_frozen(launch, case)
+    with precision(case), launchers(chip) as (backend, recorded):
+        run_frozen(backend, case)
         theirs = kernels.conv_grid(features_of(case), case.channels, case.channels + 64, 9, 1)
-        held = kernels.resident(features_of(case))
-    tile, per_sample, programs = model.conv_grid(case, chip, case.channels + 64, 9)
-    assert tile.per_sm == held and programs == theirs.programs
-    assert max(0, case.batch * per_sample // programs - 1) == theirs.waves
+        resident = launch.resident(features_of(case))
+    assert model.conv_grid(case, chip, case.channels + 64, 9) == theirs and model.tile_of(case, chip).per_sm == resident
     calls = {call.kernel: call.arguments for call in recorded}
-    assert calls["tap_sums"][6] == model.tap_sums(case, chip)[1]
-    assert calls["route_and_gather"][-3] == theirs.arrival_counters == programs + case.batch * model.tiles_of(case)[1]
-    assert calls["conv packed"][17:19] == (programs, theirs.waves)
+    assert calls["tap_sums"].parts == model.tap_sums(case, chip)[1]
+    assert calls["route_and_gather"].num_arrival_counters == theirs.arrival_counters
+    assert (calls["conv packed"].num_ctas, calls["conv packed"].waves) == theirs[:2]
 
 
 @every_case
@@ -167,10 +167,10 @@ def test_padding_is_the_launchers(case, name):
     copies = []
     with (
         precision(case),
-        launchers(chip) as (launch, _),
-        mock.patch.object(kernels.F, "pad", wraps=kernels.F.pad) as pad,
+        launchers(chip) as (backend, _),
+        mock.patch.object(launch.F, "pad", wraps=launch.F.pad) as pad,
     ):
-        run_training_layer(launch, case)
+        run_training_layer(backend, case)
         copies = [call.args[0].numel() * case.element for call in pad.call_args_list]
     ours = [one.dram / 3 for one in training_step(case, chip, "cuda") if one.kernel == "torch: rows padded"]
     assert sorted(ours) == sorted(copies) and bool(copies) == bool(case.channels % model.vector(case))
@@ -267,20 +267,20 @@ def test_chips_between_take_the_generation_before():
 
 
 def test_tiles_on_v100():
-    """TPN at batch 8: 1024 tiles on 160 programs, 5 whole waves and 224 tiles shared; no program has 1% too much."""
+    """TPN at batch 8: 1024 tiles on 160 CTAs, 5 whole waves and 224 tiles shared; no CTA has 1% too much."""
     chip, case = CHIPS["v100"], run_on(CASES["tpn"], CHIPS["v100"])
     conv = next(one for one in frozen_step(case, chip) if one.kernel == "conv packed")
-    assert conv.programs == 160 and conv.waves == pytest.approx(6.4)
+    assert conv.num_ctas == 160 and conv.waves == pytest.approx(6.4)
     assert 1 <= conv.busiest * chip.processors / conv.flop < 1.01
 
 
 def test_launches_take_the_cycles_of_their_loops():
-    """The packed convolution of a V100 by hand: 160 programs, two a multiprocessor, and the longest one's steps."""
+    """The packed convolution of a V100 by hand: 160 CTAs, two a multiprocessor, and the longest one's steps."""
     chip, case = CHIPS["v100"], run_on(CASES["tpn"], CHIPS["v100"])
     conv = next(one for one in frozen_step(case, chip) if one.kernel == "conv packed")
     steps = conv.busiest / (2 * 2 * 128 * 128 * 32)
     cycles, worst = COUNTED[70]["float16"]["by_k"].cycles[2]
-    assert steps == pytest.approx(1228.8, rel=0.01)  # 1024 tiles of 192 steps on 160 programs
+    assert steps == pytest.approx(1228.8, rel=0.01)  # 1024 tiles of 192 steps on 160 CTAs
     assert (conv.cycles, conv.worst) == (steps * cycles, steps * worst)
     found = predict(conv, case.kind, chip)
     assert found.bound == "compute" and found.us == pytest.approx(steps * cycles / chip.clock + conv.tail)

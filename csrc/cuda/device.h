@@ -1,5 +1,5 @@
-// What kernels share: element types, positions and taps, arrivals at a counter, sums over a block. Device
-// code only, and without the standard library, so that NVRTC compiles it too.
+// What kernels have in common: element types, positions and taps, arrivals at a counter, sums over a block.
+// Device code only, and without the standard library, so that NVRTC compiles it too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,8 +7,8 @@
 
 #include "cuda/params.h"
 
-#ifndef DSTS_DYNAMIC_SHARED  // tests run kernels on the CPU, where this is another kind of memory
-#  define DSTS_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#ifndef DSTS_DYNAMIC_SMEM  // tests run kernels on the CPU, where this is another kind of memory
+#  define DSTS_DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
 namespace dsts::cuda {
@@ -41,7 +41,7 @@ __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffff
 
 __host__ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ __forceinline__ int quotient(const Divide& d, int n) {
+__device__ __forceinline__ int quotient(const FastDivmod& d, int n) {
   return static_cast<int>((__umulhi(static_cast<unsigned>(n), d.magic) + static_cast<unsigned>(n)) >>
                           d.shift);
 }
@@ -69,7 +69,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_of(const Extent& e, int position) {
-  const int row = quotient(e.by_w, position), t = quotient(e.by_h, row);
+  const int row = quotient(e.w_divmod, position), t = quotient(e.h_divmod, row);
   return {t, row - t * e.h, position - row * e.w};
 }
 
@@ -87,23 +87,23 @@ __device__ __forceinline__ Place reach(int tap, int kt, int kh, int kw, int sign
   return {sign * (t - kt / 2), sign * (row - t * kh - kh / 2), sign * (tap - row * kw - kw / 2)};
 }
 
-// Whether tap `tap` of a 1x3x3 scoring kernel meets row h and column w.
-__device__ __forceinline__ bool tap_meets(int tap, int h, int w, const Extent& e) {
+// Whether tap `tap` of a 1x3x3 scoring kernel reads row h and column w for some output.
+__device__ __forceinline__ bool tap_reads(int tap, int h, int w, const Extent& e) {
   const int i = tap / 3, j = tap - 3 * i;
   return !(i == 0 && h == e.h - 1) && !(i == 2 && h == 0) && !(j == 0 && w == e.w - 1) && !(j == 2 && w == 0);
 }
 
-// Counts this block in, after everything that any of its threads wrote; true for all threads of the block
-// that makes `all` of them, which then may read what the others wrote. `flag` is a shared int.
-__device__ __forceinline__ bool last_to_arrive(int* counter, int all, int* flag) {
+// Counts this CTA in, after everything that any of its threads wrote; true for all threads of the CTA
+// that makes `all` of them, which then may read what the others wrote. `is_last` is a shared int.
+__device__ __forceinline__ bool last_to_arrive(int* counter, int all, int* is_last) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    *flag = atomicAdd(counter, 1) == all - 1;
+    *is_last = atomicAdd(counter, 1) == all - 1;
     __threadfence();
   }
   __syncthreads();
-  return *flag != 0;
+  return *is_last != 0;
 }
 
 __device__ __forceinline__ float warp_sum(float v) {

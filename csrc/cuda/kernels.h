@@ -10,8 +10,8 @@ void semhash(const SemhashParams&, bool backward, int dtype, void* stream);
 void tap_sums(const TapSumsParams&, int taps, int dtype, void* stream);
 void group_samples(const GroupParams&, void* stream);
 void list_channels(const ListParams&, void* stream);
-void gather_panel(const GatherParams&, int dtype, void* stream);
-void route_and_gather(const GatherParams&, int dtype, void* stream);
+void gather_panel(const GatherPanelParams&, int dtype, void* stream);
+void route_and_gather(const RouteParams&, int dtype, void* stream);
 void pack_filters(const FilterParams&, int slots, int from_dtype, int to_dtype, void* stream);
 void unpack_filters(const FilterParams&, int neurons, int dtype, void* stream);
 

@@ -1,13 +1,8 @@
-// How launchers launch: a kernel of one struct, on the caller's stream, the error raised if there is one.
-// `DSTS_ELEMENTS` and `DSTS_ENGINES` name the instances of templates once.
+// How launchers launch: a kernel of one struct, on the caller's stream, the error raised if there is one; and
+// which instance of a template a dtype takes.
 #pragma once
 
-#define DSTS_ELEMENTS(INSTANCE) \
-  INSTANCE(float)               \
-  INSTANCE(__half)              \
-  INSTANCE(__nv_bfloat16)
-
-#define DSTS_ENGINES(INSTANCE) DSTS_ELEMENTS(INSTANCE) INSTANCE(Tf32)
+#include "cuda/dtypes.h"
 
 #ifndef __CUDACC_RTC__
 #  include <cuda_bf16.h>
@@ -28,25 +23,35 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class P>
-void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, void* stream, const P& params) {
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+void launch(void (*kernel)(P), dim3 grid, int threads, size_t smem_bytes, void* stream, const P& params) {
+  if (smem_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(smem_bytes)),
           "shared memory");
   P copy = params;
   void* arguments[] = {&copy};
-  check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, shared,
+  check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, smem_bytes,
                          static_cast<cudaStream_t>(stream)),
         "launch");
 }
 
+// Calls `run` with an element of `dtype`.
 template <class F>
 void for_element(int dtype, F&& run) {
-  if (dtype == kFloat32)
-    run(float{});
-  else if (dtype == kFloat16)
-    run(__half{});
-  else
-    run(__nv_bfloat16{});
+  switch (dtype) {
+#  define CASE(code, name, T) \
+    case code:                \
+      return run(T{});
+    DSTS_DTYPES(CASE)
+#  undef CASE
+  }
+  throw std::invalid_argument("dtype is " + std::to_string(dtype) + ", which csrc/cuda/dtypes.h lacks");
+}
+
+inline int element_bytes(int dtype) {
+  int bytes = 0;
+  for_element(dtype, [&](auto element) { bytes = sizeof element; });
+  return bytes;
 }
 
 template <class E>
@@ -56,22 +61,14 @@ struct Tag {
 
 struct Tf32;
 
+// Calls `run` with a tag of what multiplies elements of `dtype`.
 template <class F>
-void for_engine(int dtype, bool tf32, F&& run) {
+void for_mma(int dtype, bool tf32, F&& run) {
   if (dtype == kFloat32 && tf32)
     run(Tag<Tf32>{});
   else
     for_element(dtype, [&](auto element) { run(Tag<decltype(element)>{}); });
 }
-
-inline Divide divide_by(int divisor) {
-  unsigned shift = 0;
-  while ((1ull << shift) < static_cast<unsigned>(divisor)) ++shift;
-  const unsigned long long one = 1, magic = ((one << 32) * ((one << shift) - divisor)) / divisor + 1;
-  return {static_cast<unsigned>(divisor), static_cast<unsigned>(magic), shift};
-}
-
-inline Extent extent_of(int t, int h, int w) { return {t, h, w, t * h * w, divide_by(w), divide_by(h)}; }
 
 }  // namespace dsts::cuda
 #endif

@@ -6,13 +6,14 @@
 
 namespace dsts::cuda {
 
-constexpr int kAcross = 8;  // lanes, and vectors, of a line
+constexpr int kAcross = kLineBytes / kVectorBytes;  // lanes, and vectors, of a line
+static_assert(kAcross == 8, "eight lanes take a line");
 
 template <class T>
 struct Side {
-  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
   static constexpr int kLine = kAcross * kVector;  // elements of a line, and rows of a tile
-  static constexpr int kTileBytes = kLine * 128;
+  static constexpr int kTileBytes = kLine * kLineBytes;
 };
 
 template <class T>
@@ -22,8 +23,8 @@ using Vector = Pack<T, Side<T>::kVector>;
 // loads, each of them of whole lines.
 template <class From>
 __host__ __device__ constexpr int element_of(int lane, int e) {
-  constexpr int own = Side<From>::kVector;
-  return e / own * (kAcross * own) + lane * own + e % own;
+  constexpr int vector = Side<From>::kVector;
+  return e / vector * (kAcross * vector) + lane * vector + e % vector;
 }
 
 // Which vector of row `row` of a turned tile holds the squares' `square`. Eight lanes write eight rows and
@@ -48,10 +49,10 @@ __device__ __forceinline__ __nv_bfloat16 converted(__nv_bfloat16 v) {
 
 template <class T>
 __device__ __forceinline__ Vector<T> zeros() {
-  Vector<T> found;
+  Vector<T> zero;
 #pragma unroll
-  for (int e = 0; e < Side<T>::kVector; ++e) found.v[e] = from_float<T>(0.0f);
-  return found;
+  for (int e = 0; e < Side<T>::kVector; ++e) zero.v[e] = from_float<T>(0.0f);
+  return zero;
 }
 
 // What a lane takes of a line's worth of parameters, as it comes: converted only once all is on its way.

@@ -1,11 +1,12 @@
-// A tile of a matrix product, 128 by 128 floats in the registers of one block: how its operands come through
-// shared memory, and who multiplies them.
+// A tile of a matrix product, 128 by 128 floats in the registers of one CTA: how its operands come through
+// shared memory, and what multiplies them.
 //
-// Engines: `Turing` (turing.h) in tensor cores from sm_75 on (half, bfloat16, TF32; 4 warps of 64 by 64),
-// `Wmma` in those of sm_70 (half), `Simt` in full float32 (256 threads of 8 by 8). A step brings some bytes
-// of K of both operands, each as a shared tile that lies either by K ([128][K], K contiguous) or by column
-// ([K][128]). Up to sm_75 the next step waits in registers while this one is multiplied (two tiles take
-// turns); from sm_80 on cp.async keeps several on their way.
+// `TileMma` is one of: `TuringMma` (turing.h) in tensor cores from sm_75 on (half, bfloat16, TF32; 4 warps of
+// 64 by 64), `VoltaMma` (volta.h) or, for simulators, `Wmma` in those of sm_70 (half), `SimtMma` in full
+// float32 (256 threads of 8 by 8). A step brings some bytes of K of both operands, each as a shared tile that
+// lies either by K ([128][K], K contiguous) or by column ([K][128]). Up to sm_75 the next step waits in
+// registers while this one is multiplied (two tiles take turns); from sm_80 on cp.async keeps several on
+// their way.
 #pragma once
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -28,74 +29,65 @@ namespace dsts::cuda {
 
 struct Tf32 {};  // float32 multiplied as TF32
 
-// Who multiplies elements E: `Element` in memory, threads of a block, blocks that a multiprocessor holds.
+// How elements E are multiplied: `Element` in memory, threads of a CTA, CTAs that a multiprocessor holds.
 template <class E>
-struct Multiplier;
+struct MmaTraits;
 template <class E, bool SUPPORTED>
-struct HalfMultiplier {
+struct HalfMmaTraits {
   using Element = E;
   static constexpr int kThreads = 128, kResident = 2;
   static constexpr bool kSupported = SUPPORTED;
 };
 template <>
-struct Multiplier<__half> : HalfMultiplier<__half, true> {};
+struct MmaTraits<__half> : HalfMmaTraits<__half, true> {};
 template <>
-struct Multiplier<__nv_bfloat16> : HalfMultiplier<__nv_bfloat16, DSTS_SM80 != 0> {};
+struct MmaTraits<__nv_bfloat16> : HalfMmaTraits<__nv_bfloat16, DSTS_SM80 != 0> {};
 template <>
-struct Multiplier<Tf32> {
+struct MmaTraits<Tf32> {
   using Element = float;
   static constexpr int kThreads = 128, kResident = 2;
   static constexpr bool kSupported = DSTS_SM80;
 };
 template <>
-struct Multiplier<float> {
+struct MmaTraits<float> {
   using Element = float;
   static constexpr int kThreads = 256, kResident = 1;
   static constexpr bool kSupported = true;
 };
 
-// What depends on the chip, by compute capability times ten: launchers need it too. kCapability is of the
-// first chip that has what this code uses.
+// The first chip that has what this code uses: by it the table of tiles.h says what depends on the chip.
 constexpr int kCapability = DSTS_SM80 ? 80 : DSTS_SM70 ? 70 : 75;
 
-// Stages of the pipeline.
+// Whether E is float32 without tensor cores.
 template <class E>
-__host__ __device__ constexpr int stages_of(int capability) {
-  return capability < 80 ? 2 : kSame<E, float> ? 3 : 4;
-}
+constexpr bool kExact = kSame<E, float>;
 
-// Bytes of K that `Turing` takes at a time.
-__host__ __device__ constexpr int step_bytes(int capability) { return capability < 80 ? 32 : 64; }
-
-// Where an operand lies in shared memory for `Wmma` and `Simt`. Rows are padded by 16 bytes, so that eight of
-// them touch every bank once; on sm_70, whose fragments are read 8 bytes at a time, by 32 where rows are K.
+// Where an operand lies in shared memory in padded rows, for all but `TuringMma`. Rows are padded by 16
+// bytes, so that eight of them touch every bank once; on sm_70, whose fragments are read 8 bytes at a time,
+// by 32 where rows are K.
 template <class T, bool BY_K>
 struct SharedTile {
-  static constexpr int kVector = 16 / sizeof(T);
-  static constexpr int kDepth = 64 / sizeof(T);
+  static constexpr int kStep = 64;  // bytes of K
+  static constexpr int kVector = kVectorBytes / sizeof(T);
+  static constexpr int kDepth = kStep / sizeof(T);
   static constexpr int kRows = BY_K ? kTile : kDepth;
   static constexpr int kColumns = BY_K ? kDepth : kTile;
   static constexpr int kPitch = kColumns + (BY_K || !DSTS_SM70 ? 1 : 2) * kVector;
-  static constexpr int kBytes = kRows * (kColumns + (BY_K ? 1 : 2) * kVector) * static_cast<int>(sizeof(T));
+  static constexpr int kBytes = padded_bytes(kStep, BY_K, sizeof(T));
   static constexpr int kRowVectors = kColumns / kVector;  // 16-byte vectors of a row
+  static_assert(kRows * kPitch * static_cast<int>(sizeof(T)) <= kBytes, "rows lie within their tile");
+  static_assert(kStep == step_bytes(70, true) && kStep == step_bytes(80, true), "as tiles.h counts");
   static __device__ __forceinline__ int at(int mn, int k) { return BY_K ? mn * kPitch + k : k * kPitch + mn; }
 };
 
-// Epilogues take a finished tile in parts: some of its columns as floats, and room behind for sums of
-// columns. On sm_75 two blocks have 64 KiB, so parts are half as wide.
-__host__ __device__ constexpr int chunk_columns(int capability) {
-  return capability >= 75 && capability < 80 ? kTile / 4 : kTile / 2;
-}
-__host__ __device__ constexpr int chunk_bytes(int capability) {
-  return kTile * (chunk_columns(capability) + 4) * static_cast<int>(sizeof(float));
-}
-constexpr int kChunkColumns = chunk_columns(kCapability);
-constexpr int kChunkPitch = kChunkColumns + 4;
-constexpr int kChunkBytes = chunk_bytes(kCapability);
-constexpr int kParts = kTile / kChunkColumns;
-constexpr int kSumGroups = kTile / kChunkColumns;  // of rows: kTile threads add columns up
+// An epilogue's staging memory: part of a finished tile's columns, [128][kEpiloguePitch].
+constexpr int kEpilogueColumns = epilogue_columns(kCapability);
+constexpr int kEpiloguePitch = kEpilogueColumns + kEpiloguePad;
+constexpr int kEpilogueBytes = epilogue_bytes(kCapability);
+constexpr int kEpilogueParts = kTile / kEpilogueColumns;
+constexpr int kSumGroups = kTile / kEpilogueColumns;  // of rows: kTile threads add columns up
 constexpr int kSumRows = kTile / kSumGroups;
-constexpr int kSumsBytes = kTile * 9 * static_cast<int>(sizeof(float));
+static_assert(kEpilogueParts * kEpilogueColumns == kTile && kSumRows * kSumGroups == kTile);
 
 #if DSTS_SM70
 template <bool ROW_MAJOR>
@@ -113,7 +105,8 @@ class Wmma {
   using T = E;
   using A = SharedTile<T, A_BY_K>;
   using B = SharedTile<T, B_BY_K>;
-  static constexpr int kThreads = Multiplier<E>::kThreads;
+  static constexpr int kThreads = MmaTraits<E>::kThreads;
+  static_assert(kThreads / 32 * 64 * 64 == kTile * kTile, "a warp has 64 by 64");
 
   __device__ __forceinline__ void clear() {
 #  pragma unroll
@@ -141,16 +134,16 @@ class Wmma {
     }
   }
 
-  // Columns 64 * half and on, into chunk [128][kChunkPitch].
-  __device__ __forceinline__ void store(float* chunk, int half) const {
+  // Columns 64 * half and on, into staging [128][kEpiloguePitch].
+  __device__ __forceinline__ void store(float* staging, int half) const {
     const int m0 = threadIdx.x / 64 * 64;
     if (static_cast<int>(threadIdx.x / 32 % 2) != half) return;
 #  pragma unroll
     for (int i = 0; i < 4; ++i)
 #  pragma unroll
       for (int j = 0; j < 4; ++j)
-        nvcuda::wmma::store_matrix_sync(chunk + (m0 + 16 * i) * kChunkPitch + 16 * j, sum_[i][j], kChunkPitch,
-                                        nvcuda::wmma::mem_row_major);
+        nvcuda::wmma::store_matrix_sync(staging + (m0 + 16 * i) * kEpiloguePitch + 16 * j, sum_[i][j],
+                                        kEpiloguePitch, nvcuda::wmma::mem_row_major);
   }
 
  private:
@@ -161,12 +154,13 @@ class Wmma {
 #endif
 
 template <bool A_BY_K, bool B_BY_K>
-class Simt {
+class SimtMma {
  public:
   using T = float;
   using A = SharedTile<T, A_BY_K>;
   using B = SharedTile<T, B_BY_K>;
-  static constexpr int kThreads = Multiplier<float>::kThreads;
+  static constexpr int kThreads = MmaTraits<float>::kThreads;
+  static_assert(kThreads * 8 * 8 == kTile * kTile && kThreads == kTile / 8 * 16);
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -192,17 +186,17 @@ class Simt {
     }
   }
 
-  __device__ __forceinline__ void store(float* chunk, int part) const {
-    constexpr int kEach = kChunkColumns / 16;
+  __device__ __forceinline__ void store(float* staging, int part) const {
+    constexpr int kEach = kEpilogueColumns / 16;
     const int m0 = threadIdx.x / 16 * 8, n0 = threadIdx.x % 16;
 #pragma unroll
-    for (int own = 0; own < kParts; ++own) {
-      if (own != part) continue;
+    for (int columns = 0; columns < kEpilogueParts; ++columns) {
+      if (columns != part) continue;
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int j = 0; j < kEach; ++j)
-          chunk[(m0 + i) * kChunkPitch + n0 + 16 * j] = sum_[i][own * kEach + j];
+          staging[(m0 + i) * kEpiloguePitch + n0 + 16 * j] = sum_[i][columns * kEach + j];
     }
   }
 
@@ -210,37 +204,32 @@ class Simt {
   float sum_[8][8];
 };
 
-// Other headers say more of these.
+// Which one multiplies E; turing.h and volta.h add theirs.
 template <class E, bool A_BY_K, bool B_BY_K>
-struct EngineOf {
+struct TileMmaOf {
 #if DSTS_SM70
   using Type = Wmma<E, A_BY_K, B_BY_K>;
 #endif
 };
 template <bool A_BY_K, bool B_BY_K>
-struct EngineOf<float, A_BY_K, B_BY_K> {
-  using Type = Simt<A_BY_K, B_BY_K>;
+struct TileMmaOf<float, A_BY_K, B_BY_K> {
+  using Type = SimtMma<A_BY_K, B_BY_K>;
 };
 #if DSTS_SM70 && !defined(DSTS_WMMA)  // simulators know WMMA only
 template <bool A_BY_K, bool B_BY_K>
-class Volta;
+class VoltaMma;
 template <bool A_BY_K, bool B_BY_K>
-struct EngineOf<__half, A_BY_K, B_BY_K> {
-  using Type = Volta<A_BY_K, B_BY_K>;
+struct TileMmaOf<__half, A_BY_K, B_BY_K> {
+  using Type = VoltaMma<A_BY_K, B_BY_K>;
 };
 #endif
 template <class E, bool A_BY_K, bool B_BY_K>
-using Engine = typename EngineOf<E, A_BY_K, B_BY_K>::Type;
+using TileMma = typename TileMmaOf<E, A_BY_K, B_BY_K>::Type;
 
-// Shared bytes of operands or, afterwards, of a chunk: the same memory.
+// Shared bytes of operands or, afterwards, of the epilogue: the same memory.
 template <class E, bool A_BY_K, bool B_BY_K>
-__host__ __device__ constexpr int product_bytes(int capability) {
-  using T = typename Multiplier<E>::Element;
-  const bool padded = capability < 75 || kSame<E, float>;
-  const int step = padded ? SharedTile<T, A_BY_K>::kBytes + SharedTile<T, B_BY_K>::kBytes
-                          : 2 * kTile * step_bytes(capability);
-  const int operands = stages_of<E>(capability) * step, chunk = chunk_bytes(capability) + kSumsBytes;
-  return operands > chunk ? operands : chunk;
+__host__ __device__ constexpr int product_smem_of(int capability) {
+  return product_smem(capability, kExact<E>, A_BY_K, B_BY_K, sizeof(typename MmaTraits<E>::Element));
 }
 
 // 16 bytes of an operand, or as many zeros where it ends. Rows are padded to whole vectors in memory.
@@ -250,11 +239,13 @@ struct Source {
   unsigned inside;  // or 0
 };
 
-// One operand's share of a step for this thread: vectors of 16 bytes, and where they go in its shared tile.
+// One operand's part of a step that this thread brings: vectors of 16 bytes, and where they go in its shared
+// tile.
 template <class Tile, class T, int THREADS>
-struct Copies {
+struct GlobalToShared {
   static constexpr int kCount = Tile::kRows * Tile::kRowVectors / THREADS;
   static constexpr int kRowsApart = THREADS / Tile::kRowVectors;  // of a thread's vectors
+  static_assert(kCount * THREADS == Tile::kRows * Tile::kRowVectors && kCount * kRowsApart == Tile::kRows);
 
   // Of a tile by K, eight neighbouring threads take rows r and r + 4, whose vectors meet in no bank.
   static __device__ __forceinline__ int row() {
@@ -268,24 +259,23 @@ struct Copies {
   }
 };
 
-// Adds `steps` steps of a product to what `engine` holds. `operands` gives the sources of the present step,
-// by vector, and moves on with next(); after end(true) there is nothing to read. Starts with all threads done
+// Adds `steps` steps of a product to the sums in `mma`. `operands` gives the sources of the present step, by
+// vector, and goes on with next(); after end(true) there is nothing to read. Starts with all threads done
 // with the shared memory; a barrier must follow before it is used for something else.
-template <class Engine, class Operands>
-__device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, int steps,
-                                           unsigned char* shared) {
-  using T = typename Engine::T;
-  using A = Copies<typename Engine::A, T, Engine::kThreads>;
-  using B = Copies<typename Engine::B, T, Engine::kThreads>;
+template <class Mma, class Operands>
+__device__ __forceinline__ void accumulate(Mma& mma, Operands& operands, int steps, unsigned char* smem) {
+  using T = typename Mma::T;
+  using A = GlobalToShared<typename Mma::A, T, Mma::kThreads>;
+  using B = GlobalToShared<typename Mma::B, T, Mma::kThreads>;
   const auto tile_a = [&](int stage) {
-    return reinterpret_cast<T*>(shared + stage * (Engine::A::kBytes + Engine::B::kBytes));
+    return reinterpret_cast<T*>(smem + stage * (Mma::A::kBytes + Mma::B::kBytes));
   };
   const auto tile_b = [&](int stage) {
-    return reinterpret_cast<T*>(shared + stage * (Engine::A::kBytes + Engine::B::kBytes) + Engine::A::kBytes);
+    return reinterpret_cast<T*>(smem + stage * (Mma::A::kBytes + Mma::B::kBytes) + Mma::A::kBytes);
   };
   __syncthreads();
 #if DSTS_SM80
-  constexpr int kStages = stages_of<T>(80);
+  constexpr int kStages = stages_of(kCapability, kExact<T>);
   const auto copy = [](T* to, const Source<T>& from) {
     __pipeline_memcpy_async(to, from.at, 16, from.inside ? 0 : 16);
   };
@@ -295,23 +285,23 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
 #  pragma unroll
     for (int i = 0; i < B::kCount; ++i) copy(B::place(tile_b(stage), i), operands.b(i));
   };
-  const auto move = [&](int step) {
+  const auto go_on = [&](int step) {
     operands.end(step >= steps);
     operands.next();
   };
 #  pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) fetch(s), move(s + 1);
+    if (s < steps) fetch(s), go_on(s + 1);
     __pipeline_commit();
   }
   int now = 0, then = kStages - 1;
   for (int s = 0; s < steps; ++s) {
     __pipeline_wait_prior(kStages - 2);
     __syncthreads();
-    if (s + kStages - 1 < steps) fetch(then), move(s + kStages);
+    if (s + kStages - 1 < steps) fetch(then), go_on(s + kStages);
     __pipeline_commit();
 #  pragma unroll 1
-    for (int part = 0; part < 2; ++part) engine.multiply(tile_a(now), tile_b(now), part);
+    for (int part = 0; part < 2; ++part) mma.multiply(tile_a(now), tile_b(now), part);
     now = now + 1 == kStages ? 0 : now + 1;
     then = then + 1 == kStages ? 0 : then + 1;
   }
@@ -321,27 +311,27 @@ __device__ __forceinline__ void accumulate(Engine& engine, Operands& operands, i
   const auto copy = [](const Source<T>& from) {
     return from.inside ? *reinterpret_cast<const uint4*>(from.at) : make_uint4(0, 0, 0, 0);
   };
-  uint4 held_a[A::kCount], held_b[B::kCount];
+  uint4 staged_a[A::kCount], staged_b[B::kCount];
   for (int s = -1; s < steps; ++s) {  // -1 fills the first tile
-    const bool more = s + 1 < steps;
+    const bool has_next = s + 1 < steps;
     T *const now_a = tile_a(s & 1), *const now_b = tile_b(s & 1), *const to_a = tile_a((s + 1) & 1),
              *const to_b = tile_b((s + 1) & 1);
-    if (more)
+    if (has_next)
 #  pragma unroll
-      for (int i = 0; i < A::kCount; ++i) held_a[i] = copy(operands.a(i));
-    if (s >= 0) engine.multiply(now_a, now_b, 0);
-    if (more) {
+      for (int i = 0; i < A::kCount; ++i) staged_a[i] = copy(operands.a(i));
+    if (s >= 0) mma.multiply(now_a, now_b, 0);
+    if (has_next) {
 #  pragma unroll
-      for (int i = 0; i < A::kCount; ++i) *reinterpret_cast<uint4*>(A::place(to_a, i)) = held_a[i];
+      for (int i = 0; i < A::kCount; ++i) *reinterpret_cast<uint4*>(A::place(to_a, i)) = staged_a[i];
 #  pragma unroll
-      for (int i = 0; i < B::kCount; ++i) held_b[i] = copy(operands.b(i));
+      for (int i = 0; i < B::kCount; ++i) staged_b[i] = copy(operands.b(i));
       operands.end(s + 2 >= steps);
       operands.next();
     }
-    if (s >= 0) engine.multiply(now_a, now_b, 1);
-    if (more)
+    if (s >= 0) mma.multiply(now_a, now_b, 1);
+    if (has_next)
 #  pragma unroll
-      for (int i = 0; i < B::kCount; ++i) *reinterpret_cast<uint4*>(B::place(to_b, i)) = held_b[i];
+      for (int i = 0; i < B::kCount; ++i) *reinterpret_cast<uint4*>(B::place(to_b, i)) = staged_b[i];
     __syncthreads();
   }
 #endif

@@ -1,93 +1,92 @@
-// Who computes what: tiles dealt in whole waves, and the iterations of the rest shared out evenly (stream-K).
+// Which CTA computes what: tiles dealt in whole waves, the iterations of the rest split evenly (stream-K).
 //
-// Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `programs`
-// persistent blocks takes one tile of every wave; what the waves leave over, fewer than two tiles a program,
-// is cut into one contiguous range of iterations a program, the shorter the longer its waves were. Every
-// block works it out alike, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights
-// are ours.)
+// Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `num_ctas`
+// persistent CTAs takes one tile of every wave; what the waves leave, fewer than two tiles a CTA, is cut into
+// one contiguous range of iterations a CTA, the shorter the longer its waves were. Every CTA works it out
+// alike, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
+// iteration_ranges of dsts_kernels/backends/gpu/grids.py is the same; tests hold one to the other.
 #pragma once
 
 #include "cuda/device.h"
 
 namespace dsts::cuda {
 
-// Inclusive sums of n ints in shared memory, by all threads; `room` holds one int a thread.
+// Inclusive sums of n ints in shared memory, by all threads; `scratch` holds one int a thread.
 template <int THREADS>
-__device__ inline void scan(int* values, int n, int* room) {
+__device__ inline void scan(int* values, int n, int* scratch) {
   const int each = ceil_div(n, THREADS), first = min(n, static_cast<int>(threadIdx.x) * each);
   const int last = min(n, first + each);
-  int own = 0;
+  int total = 0;
   __syncthreads();
-  for (int i = first; i < last; ++i) own += values[i];
-  room[threadIdx.x] = own;
+  for (int i = first; i < last; ++i) total += values[i];
+  scratch[threadIdx.x] = total;
   for (int step = 1; step < THREADS; step *= 2) {
     __syncthreads();
-    const int before = static_cast<int>(threadIdx.x) >= step ? room[threadIdx.x - step] : 0;
+    const int before = static_cast<int>(threadIdx.x) >= step ? scratch[threadIdx.x - step] : 0;
     __syncthreads();
-    room[threadIdx.x] += before;
+    scratch[threadIdx.x] += before;
   }
-  int sum = room[threadIdx.x] - own;
+  int sum = scratch[threadIdx.x] - total;
   for (int i = first; i < last; ++i) values[i] = sum += values[i];
   __syncthreads();
 }
 
 struct Schedule {
-  int programs, waves, per_sample, shared_tiles;
-  int* starts;  // shared, [programs + 1]: where each program's range of shared iterations starts
-  int* ends;    // shared, [2 * programs]: where each shared tile's iterations end
+  int num_ctas, waves, per_sample, split_tiles;
+  int* starts;  // [num_ctas + 1], shared: where each CTA's range of the split tiles' iterations starts
+  int* ends;    // [2 * num_ctas], shared: where each split tile's iterations end
 
-  static __host__ __device__ int ints(int programs, int threads) { return 3 * programs + 1 + threads; }
-
-  // `length` gives the iterations of a sample's tiles. All threads; `memory` is shared.
+  // `length` gives the iterations of a sample's tiles. All threads; `memory`: schedule_bytes, shared.
   template <int THREADS, class Length>
   __device__ void build(const Length& length, int tiles, int* memory) {
-    ends = memory, starts = ends + 2 * programs;
-    int* room = starts + programs + 1;
-    shared_tiles = tiles - waves * programs;
-    for (int i = threadIdx.x; i < shared_tiles; i += THREADS)
-      ends[i] = length((waves * programs + i) / per_sample);
-    scan<THREADS>(ends, shared_tiles, room);
-    const int shared = ends[shared_tiles - 1];
+    static_assert(kMaxCtas <= kCtasPerThread * THREADS, "threads look after all CTAs");
+    ends = memory, starts = ends + 2 * num_ctas;
+    int* scratch = starts + num_ctas + 1;
+    split_tiles = tiles - waves * num_ctas;
+    for (int i = threadIdx.x; i < split_tiles; i += THREADS)
+      ends[i] = length((waves * num_ctas + i) / per_sample);
+    scan<THREADS>(ends, split_tiles, scratch);
+    const int iterations = ends[split_tiles - 1];
     int* weights = starts + 1;
     if (waves == 0) {  // a range that is too short costs more to add up than it saves
-      const int most = min(max(shared / kLeast, 1), programs);
-      for (int q = threadIdx.x; q < programs; q += THREADS) weights[q] = q < most;
+      const int busy = min(max(iterations / kMinKBlocks, 1), num_ctas);
+      for (int q = threadIdx.x; q < num_ctas; q += THREADS) weights[q] = q < busy;
     } else {
-      for (int q = threadIdx.x; q < programs; q += THREADS) {
+      for (int q = threadIdx.x; q < num_ctas; q += THREADS) {
         int dealt = 0;
-        for (int wave = 0; wave < waves; ++wave) dealt += length((wave * programs + q) / per_sample);
+        for (int wave = 0; wave < waves; ++wave) dealt += length((wave * num_ctas + q) / per_sample);
         weights[q] = dealt;
       }
-      scan<THREADS>(weights, programs, room);
-      const int mean = (weights[programs - 1] + shared) / programs + 1;
-      int mine[kMost];
+      scan<THREADS>(weights, num_ctas, scratch);
+      const int mean = (weights[num_ctas - 1] + iterations) / num_ctas + 1;
+      int rest[kCtasPerThread];
 #pragma unroll
-      for (int i = 0; i < kMost; ++i) {
+      for (int i = 0; i < kCtasPerThread; ++i) {
         const int q = threadIdx.x + i * THREADS;
-        mine[i] = q < programs ? max(mean - (weights[q] - (q ? weights[q - 1] : 0)), 0) : 0;
+        rest[i] = q < num_ctas ? max(mean - (weights[q] - (q ? weights[q - 1] : 0)), 0) : 0;
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kMost; ++i)
-        if (threadIdx.x + i * THREADS < static_cast<unsigned>(programs))
-          weights[threadIdx.x + i * THREADS] = mine[i];
+      for (int i = 0; i < kCtasPerThread; ++i)
+        if (threadIdx.x + i * THREADS < static_cast<unsigned>(num_ctas))
+          weights[threadIdx.x + i * THREADS] = rest[i];
     }
-    scan<THREADS>(weights, programs, room);
-    const int64 total = weights[programs - 1];
+    scan<THREADS>(weights, num_ctas, scratch);
+    const int64 total = weights[num_ctas - 1];
     __syncthreads();
-    for (int q = threadIdx.x; q < programs; q += THREADS)
-      weights[q] = static_cast<int>(static_cast<int64>(shared) * weights[q] / total);
+    for (int q = threadIdx.x; q < num_ctas; q += THREADS)
+      weights[q] = static_cast<int>(static_cast<int64>(iterations) * weights[q] / total);
     if (threadIdx.x == 0) starts[0] = 0;
     __syncthreads();
   }
 
-  static constexpr int kMost = 8;  // programs a thread looks after at most
+  static constexpr int kCtasPerThread = 8;  // that a thread looks after at most
 
   __device__ int tile_start(int i) const { return i ? ends[i - 1] : 0; }
 
-  // The shared tile that an iteration belongs to.
+  // The split tile that an iteration belongs to.
   __device__ int tile_of(int iteration) const {
-    int low = 0, high = shared_tiles - 1;
+    int low = 0, high = split_tiles - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
       if (ends[middle] > iteration)
@@ -98,7 +97,7 @@ struct Schedule {
     return low;
   }
 
-  // Whether program q has iterations of the shared tile that spans [from, to).
+  // Whether CTA q has iterations of the split tile that spans [from, to).
   __device__ bool has_part(int q, int from, int to) const {
     return starts[q] < starts[q + 1] && starts[q + 1] > from && starts[q] < to;
   }

@@ -24,8 +24,8 @@ __device__ __forceinline__ float noisy_logit(const SemhashParams& p, int b, int 
 template <class T>
 __global__ void __launch_bounds__(kSemhashThreads)
     semhash_forward_kernel(const __grid_constant__ SemhashParams p) {
-  const int blocks = ceil_div(p.channels, kSemhashThreads);
-  const int b = blockIdx.x / blocks, c = blockIdx.x % blocks * kSemhashThreads + threadIdx.x;
+  const int across = ceil_div(p.channels, kSemhashThreads);
+  const int b = blockIdx.x / across, c = blockIdx.x % across * kSemhashThreads + threadIdx.x;
   if (c >= p.channels) return;
   const float q = noisy_logit<T>(p, b, c);
   float gate = p.hard && !p.hard[b] ? semhash_soft(q) : semhash_hard(q);
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kSemhashThreads)
 template <class T>
 __global__ void __launch_bounds__(kSemhashThreads)
     semhash_backward_kernel(const __grid_constant__ SemhashParams p) {
-  const int blocks = ceil_div(p.channels, kSemhashThreads);
-  const int n = blockIdx.x / blocks, c = blockIdx.x % blocks * kSemhashThreads + threadIdx.x;
+  const int across = ceil_div(p.channels, kSemhashThreads);
+  const int n = blockIdx.x / across, c = blockIdx.x % across * kSemhashThreads + threadIdx.x;
   if (c >= p.channels) return;
   float total = 0;
   const int first = p.neuron ? 0 : n, last = p.neuron ? p.batch : n + 1;
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kSemhashThreads)
   static_cast<T*>(p.out)[static_cast<int64>(n) * p.channels + c] = from_float<T>(total);
 }
 
-#define INSTANTIATE(T)                                                                       \
+#define INSTANTIATE(code, name, T)                                                           \
   template __global__ void semhash_forward_kernel<T>(const __grid_constant__ SemhashParams); \
   template __global__ void semhash_backward_kernel<T>(const __grid_constant__ SemhashParams);
-DSTS_ELEMENTS(INSTANTIATE)
+DSTS_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 #ifndef __CUDACC_RTC__

@@ -1,5 +1,5 @@
-// Tap sums: every channel summed over the positions that each tap of a scoring kernel meets, in float32. A
-// block sums a range of positions of some channels, so that a small batch still fills the chip; who reads the
+// Tap sums: every channel summed over the positions that each tap of a scoring kernel reads, in float32. A
+// CTA sums a range of positions of some channels, so that a small batch still fills the chip; what reads the
 // ranges' sums adds them up, in order. Threads run along whichever side lies at stride 1, 16 bytes each where
 // it is aligned.
 #include "cuda/device.h"
@@ -8,7 +8,6 @@
 namespace dsts::cuda {
 
 constexpr int kSumThreads = 256;
-constexpr int kSumBytes = 16;  // of a vector
 
 // Threads along the side that lies at stride 1, which read 128 bytes together; the rest go along the other
 // side.
@@ -16,7 +15,7 @@ __host__ __device__ constexpr int inner_threads(int vector) { return vector == 1
 
 // Sums of one channel by tap: one tap is the total. Nine are the total less what lies on an edge.
 template <int TAPS>
-struct Taps {
+struct ChannelSums {
   float sum[TAPS] = {};
 
   __device__ __forceinline__ void add(float v, int h, int w, const Extent& e) {
@@ -24,7 +23,7 @@ struct Taps {
       sum[0] += v;
     } else {
 #pragma unroll
-      for (int tap = 0; tap < TAPS; ++tap) sum[tap] += tap_meets(tap, h, w, e) ? v : 0.0f;
+      for (int tap = 0; tap < TAPS; ++tap) sum[tap] += tap_reads(tap, h, w, e) ? v : 0.0f;
     }
   }
 };
@@ -35,7 +34,7 @@ template <class T, int TAPS, int V, bool BY_CHANNEL>
 __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_constant__ TapSumsParams p) {
   constexpr int INNER = inner_threads(V), OUTER = kSumThreads / INNER;
   constexpr int CHANNELS = BY_CHANNEL ? INNER * V : OUTER;
-  constexpr int OWN = BY_CHANNEL ? V : 1;
+  constexpr int COUNT = BY_CHANNEL ? V : 1;  // channels of a thread
   const int inner = threadIdx.x % INNER, outer = threadIdx.x / INNER;
   const int b = blockIdx.x, part = blockIdx.y;
   const int c = blockIdx.z * CHANNELS + (BY_CHANNEL ? inner * V : outer);
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_cons
   const int first = part * each, last = min(first + each, p.extent.positions);
   const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b + static_cast<int64>(c) * p.x_strides.c;
 
-  Taps<TAPS> own[OWN];
+  ChannelSums<TAPS> taps[COUNT];
   if (c < p.channels) {
     const int step = BY_CHANNEL ? OUTER : INNER * V;
     for (int at = first + (BY_CHANNEL ? outer : inner * V); at < last; at += step) {
@@ -52,42 +51,44 @@ __global__ void __launch_bounds__(kSumThreads) tap_sums_kernel(const __grid_cons
       const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        own[BY_CHANNEL ? i : 0].add(to_float(pack.v[i]), place.h, place.w, p.extent);
+        taps[BY_CHANNEL ? i : 0].add(to_float(pack.v[i]), place.h, place.w, p.extent);
     }
   }
 
   // Threads that share a channel are added up in order.
-  DSTS_DYNAMIC_SHARED(shared);
-  float* cell = reinterpret_cast<float*>(shared);  // [threads][OWN * TAPS]
+  DSTS_DYNAMIC_SMEM(smem);
+  float* cells = reinterpret_cast<float*>(smem);  // [threads][COUNT * TAPS]
 #pragma unroll
-  for (int i = 0; i < OWN; ++i)
+  for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-    for (int tap = 0; tap < TAPS; ++tap) cell[threadIdx.x * OWN * TAPS + i * TAPS + tap] = own[i].sum[tap];
+    for (int tap = 0; tap < TAPS; ++tap)
+      cells[threadIdx.x * COUNT * TAPS + i * TAPS + tap] = taps[i].sum[tap];
   __syncthreads();
   float* sums = p.sums + (static_cast<int64>(b) * p.parts + part) * p.channels * TAPS;
   for (int i = threadIdx.x; i < CHANNELS * TAPS; i += kSumThreads) {
-    const int own_c = i / TAPS, tap = i % TAPS, column = blockIdx.z * CHANNELS + own_c;
+    const int channel = i / TAPS, tap = i % TAPS, column = blockIdx.z * CHANNELS + channel;
     if (column >= p.channels) continue;
     float total = 0;
     if (BY_CHANNEL) {
-      for (int o = 0; o < OUTER; ++o) total += cell[((o * INNER + own_c / V) * OWN + own_c % V) * TAPS + tap];
+      for (int o = 0; o < OUTER; ++o)
+        total += cells[((o * INNER + channel / V) * COUNT + channel % V) * TAPS + tap];
     } else {
-      for (int o = 0; o < INNER; ++o) total += cell[(own_c * INNER + o) * TAPS + tap];
+      for (int o = 0; o < INNER; ++o) total += cells[(channel * INNER + o) * TAPS + tap];
     }
     sums[static_cast<int64>(column) * TAPS + tap] = total;
   }
 }
 
-#define INSTANTIATE(T)                                                                             \
+#define INSTANTIATE(code, name, T)                                                                 \
   template __global__ void tap_sums_kernel<T, 1, 1, true>(const __grid_constant__ TapSumsParams);  \
   template __global__ void tap_sums_kernel<T, 9, 1, true>(const __grid_constant__ TapSumsParams);  \
-  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), true>(                     \
+  template __global__ void tap_sums_kernel<T, 1, kVectorBytes / sizeof(T), true>(                  \
       const __grid_constant__ TapSumsParams);                                                      \
   template __global__ void tap_sums_kernel<T, 1, 1, false>(const __grid_constant__ TapSumsParams); \
   template __global__ void tap_sums_kernel<T, 9, 1, false>(const __grid_constant__ TapSumsParams); \
-  template __global__ void tap_sums_kernel<T, 1, kSumBytes / sizeof(T), false>(                    \
+  template __global__ void tap_sums_kernel<T, 1, kVectorBytes / sizeof(T), false>(                 \
       const __grid_constant__ TapSumsParams);
-DSTS_ELEMENTS(INSTANTIATE)
+DSTS_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 #ifndef __CUDACC_RTC__
@@ -98,11 +99,11 @@ void launch_sums(const TapSumsParams& p, void* stream) {
   constexpr int INNER = inner_threads(V);
   const bool by_channel = p.x_strides.c == 1;
   const int channels = by_channel ? INNER * V : kSumThreads / INNER;
-  const size_t shared = sizeof(float) * kSumThreads * TAPS * (by_channel ? V : 1);
+  const size_t smem_bytes = sizeof(float) * kSumThreads * TAPS * (by_channel ? V : 1);
   const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.parts),
                   static_cast<unsigned>(ceil_div(p.channels, channels)));
   launch(by_channel ? tap_sums_kernel<T, TAPS, V, true> : tap_sums_kernel<T, TAPS, V, false>, grid,
-         kSumThreads, shared, stream, p);
+         kSumThreads, smem_bytes, stream, p);
 }
 
 }  // namespace
@@ -113,7 +114,7 @@ void tap_sums(const TapSumsParams& p, int taps, int dtype, void* stream) {
     if (taps == 9)
       launch_sums<T, 9, 1>(p, stream);
     else if (p.vector)
-      launch_sums<T, 1, kSumBytes / sizeof(T)>(p, stream);
+      launch_sums<T, 1, kVectorBytes / sizeof(T)>(p, stream);
     else
       launch_sums<T, 1, 1>(p, stream);
   });

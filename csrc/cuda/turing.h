@@ -1,11 +1,11 @@
-// Products in tensor cores from sm_75 on: `Turing`, an engine (product.h) by ldmatrix and mma.sync, and its
-// main loop.
+// Products in tensor cores from sm_75 on: `TuringMma`, a TileMma (product.h) by ldmatrix and mma.sync, and
+// its main loop.
 //
 // A warp has 64 rows by 64 columns of a tile. Operands lie in shared memory without padding: 16-byte vectors
 // of a row change places by the row's number, so that lanes which load or store together meet every bank
 // once. Fragments go by slabs of 32 bytes of K; one slab's come from shared memory while the slab before is
 // multiplied, those of the right operand into the registers that it has done with. From sm_80 on a step is
-// two slabs, and cp.async keeps three more on their way. On sm_75, where two blocks must do with 64 KiB, a
+// two slabs, and cp.async keeps three more on their way. On sm_75, where two CTAs must do with 64 KiB, a
 // step is one slab, and the next one waits in registers.
 #pragma once
 
@@ -15,12 +15,12 @@
 namespace dsts::cuda {
 
 constexpr int kSlabBytes = 32;
-constexpr int kStepBytes = step_bytes(DSTS_SM80 ? 80 : 75);
+constexpr int kStepBytes = step_bytes(DSTS_SM80 ? 80 : 75, false);
 
 template <class T, bool BY_K>
 struct SwizzledTile {
   static constexpr int kSize = static_cast<int>(sizeof(T));
-  static constexpr int kVector = 16 / kSize;
+  static constexpr int kVector = kVectorBytes / kSize;
   static constexpr int kDepth = kStepBytes / kSize;
   static constexpr int kRows = BY_K ? kTile : kDepth;
   static constexpr int kColumns = BY_K ? kDepth : kTile;
@@ -36,9 +36,9 @@ struct SwizzledTile {
   }
 };
 
-// One operand's share of a step for this thread, as in product.h. Its rows have the same turn.
+// One operand's part of a step that this thread brings, as in product.h. Its rows have the same turn.
 template <class T, bool BY_K, int THREADS>
-struct Copies<SwizzledTile<T, BY_K>, T, THREADS> {
+struct GlobalToShared<SwizzledTile<T, BY_K>, T, THREADS> {
   using Tile = SwizzledTile<T, BY_K>;
   static constexpr int kCount = Tile::kRows * Tile::kRowVectors / THREADS;
   static constexpr int kRowsApart = THREADS / Tile::kRowVectors;
@@ -99,12 +99,13 @@ class Reader {
 };
 
 template <class E, bool A_BY_K, bool B_BY_K>
-class Turing {
+class TuringMma {
  public:
-  using T = typename Multiplier<E>::Element;
+  using T = typename MmaTraits<E>::Element;
   using A = SwizzledTile<T, A_BY_K>;
   using B = SwizzledTile<T, B_BY_K>;
-  static constexpr int kThreads = Multiplier<E>::kThreads;
+  static constexpr int kThreads = MmaTraits<E>::kThreads;
+  static_assert(kThreads / 32 * 64 * 64 == kTile * kTile, "a warp has 64 by 64");
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -135,12 +136,12 @@ class Turing {
     }
   }
 
-  // Columns kChunkColumns * part and on, into chunk [128][kChunkPitch].
-  __device__ __forceinline__ void store(float* chunk, int part) const {
-    constexpr int kParts = 64 / kChunkColumns, kEach = 8 / kParts;  // of a warp's columns
-    static_assert(kParts <= 2);
+  // Columns kEpilogueColumns * part and on, into staging [128][kEpiloguePitch].
+  __device__ __forceinline__ void store(float* staging, int part) const {
+    constexpr int kParts = 64 / kEpilogueColumns, kEach = 8 / kParts;  // of a warp's columns
+    static_assert(kParts == 1 || kParts == 2);
     const int lane = threadIdx.x % 32;
-    float* to = chunk + (threadIdx.x / 64 * 64 + lane / 4) * kChunkPitch + lane % 4 * 2;
+    float* to = staging + (threadIdx.x / 64 * 64 + lane / 4) * kEpiloguePitch + lane % 4 * 2;
     if (static_cast<int>(threadIdx.x / 32 % 2) != part / kParts) return;
     const bool upper = part % kParts != 0;
 #pragma unroll
@@ -151,7 +152,8 @@ class Turing {
         for (int e = 0; e < 4; e += 2) {
           const float left = upper ? sum_[i][8 - kEach + j][e] : sum_[i][j][e];
           const float right = upper ? sum_[i][8 - kEach + j][e + 1] : sum_[i][j][e + 1];
-          *reinterpret_cast<float2*>(to + (16 * i + 4 * e) * kChunkPitch + 8 * j) = make_float2(left, right);
+          *reinterpret_cast<float2*>(to + (16 * i + 4 * e) * kEpiloguePitch + 8 * j) =
+              make_float2(left, right);
         }
   }
 
@@ -167,21 +169,21 @@ class Turing {
 
 // As in product.h.
 template <class E, bool A_BY_K, bool B_BY_K, class Operands>
-__device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Operands& operands, int steps,
-                                           unsigned char* shared) {
-  using Engine = Turing<E, A_BY_K, B_BY_K>;
-  using T = typename Engine::T;
-  using A = Copies<typename Engine::A, T, Engine::kThreads>;
-  using B = Copies<typename Engine::B, T, Engine::kThreads>;
-  constexpr int kLeft = Engine::A::kBytes, kStage = kLeft + Engine::B::kBytes;
+__device__ __forceinline__ void accumulate(TuringMma<E, A_BY_K, B_BY_K>& mma, Operands& operands, int steps,
+                                           unsigned char* smem) {
+  using Mma = TuringMma<E, A_BY_K, B_BY_K>;
+  using T = typename Mma::T;
+  using A = GlobalToShared<typename Mma::A, T, Mma::kThreads>;
+  using B = GlobalToShared<typename Mma::B, T, Mma::kThreads>;
+  constexpr int kLeft = Mma::A::kBytes, kStage = kLeft + Mma::B::kBytes;
   const Reader<T, A_BY_K, true> read_a(threadIdx.x / 64 * 64);
   const Reader<T, B_BY_K, false> read_b(threadIdx.x / 32 % 2 * 64);
   const int place_a = A::place(), place_b = kLeft + B::place();
   unsigned a[DSTS_SM80 ? 2 : 1][4][4], b[4][4];
   const auto load_a = [&](int which, int stage, int slab, int q) {
-    read_a.load(a[which][q], shared + stage, q, slab);
+    read_a.load(a[which][q], smem + stage, q, slab);
   };
-  const auto load_b = [&](int stage, int slab, int q) { read_b.load(b[q], shared + stage + kLeft, q, slab); };
+  const auto load_b = [&](int stage, int slab, int q) { read_b.load(b[q], smem + stage + kLeft, q, slab); };
   const auto load_all = [&](int which, int stage, int slab) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) load_a(which, stage, slab, q);
@@ -189,18 +191,18 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
   if (steps <= 0) return;
   __syncthreads();
 #if DSTS_SM80
-  constexpr int kStages = stages_of<E>(80), kAll = kStages * kStage;
+  constexpr int kStages = stages_of(kCapability, kExact<E>), kAll = kStages * kStage;
   static_assert(kStepBytes == 2 * kSlabBytes, "two slabs take turns in two sets of registers");
   const auto fetch = [&](int stage) {
 #  pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
       const Source<T> from = operands.a(i);
-      start_copy(shared + stage + place_a + i * A::kApart, from.at, from.inside);
+      start_copy(smem + stage + place_a + i * A::kApart, from.at, from.inside);
     }
 #  pragma unroll
     for (int i = 0; i < B::kCount; ++i) {
       const Source<T> from = operands.b(i);
-      start_copy(shared + stage + place_b + i * B::kApart, from.at, from.inside);
+      start_copy(smem + stage + place_b + i * B::kApart, from.at, from.inside);
     }
     group_copies();
   };
@@ -223,33 +225,33 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
     fetch(then);
     operands.end(left <= kStages);
     operands.next();
-    engine.multiply(a[0], b, [](int) {}, [&](int q) { load_b(now, 1, q); });
+    mma.multiply(a[0], b, [](int) {}, [&](int q) { load_b(now, 1, q); });
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the next stage is whole, and this one read
     then = now, now = now + kStage == kAll ? 0 : now + kStage;
     load_all(0, now, 0);
-    engine.multiply(a[1], b, [](int) {}, [&](int q) { load_b(now, 0, q); });
+    mma.multiply(a[1], b, [](int) {}, [&](int q) { load_b(now, 0, q); });
   }
   wait_for_copies<0>();
 #else
   static_assert(kStepBytes == kSlabBytes, "a step is one slab");
-  uint4 held[A::kCount + B::kCount];
+  uint4 staged[A::kCount + B::kCount];
   const auto copy = [](const Source<T>& from) {
     return from.inside ? *reinterpret_cast<const uint4*>(from.at) : make_uint4(0, 0, 0, 0);
   };
   const auto fetch = [&] {
 #  pragma unroll
-    for (int i = 0; i < A::kCount; ++i) held[i] = copy(operands.a(i));
+    for (int i = 0; i < A::kCount; ++i) staged[i] = copy(operands.a(i));
 #  pragma unroll
-    for (int i = 0; i < B::kCount; ++i) held[A::kCount + i] = copy(operands.b(i));
+    for (int i = 0; i < B::kCount; ++i) staged[A::kCount + i] = copy(operands.b(i));
   };
   const auto put = [&](int stage) {
 #  pragma unroll
     for (int i = 0; i < A::kCount; ++i)
-      *reinterpret_cast<uint4*>(shared + stage + place_a + i * A::kApart) = held[i];
+      *reinterpret_cast<uint4*>(smem + stage + place_a + i * A::kApart) = staged[i];
 #  pragma unroll
     for (int i = 0; i < B::kCount; ++i)
-      *reinterpret_cast<uint4*>(shared + stage + place_b + i * B::kApart) = held[A::kCount + i];
+      *reinterpret_cast<uint4*>(smem + stage + place_b + i * B::kApart) = staged[A::kCount + i];
   };
   fetch();
   put(0);
@@ -268,23 +270,23 @@ __device__ __forceinline__ void accumulate(Turing<E, A_BY_K, B_BY_K>& engine, Op
     operands.next();
     fetch();
     __syncthreads();  // the next step is in place, and the stage behind it read
-    engine.multiply(a[0], b, [&](int q) { load_a(0, then, 0, q); }, [&](int q) { load_b(then, 0, q); });
+    mma.multiply(a[0], b, [&](int q) { load_a(0, then, 0, q); }, [&](int q) { load_b(then, 0, q); });
     then = kStage - then;
   }
 #endif
 }
 
 template <bool A_BY_K, bool B_BY_K>
-struct EngineOf<__half, A_BY_K, B_BY_K> {
-  using Type = Turing<__half, A_BY_K, B_BY_K>;
+struct TileMmaOf<__half, A_BY_K, B_BY_K> {
+  using Type = TuringMma<__half, A_BY_K, B_BY_K>;
 };
 template <bool A_BY_K, bool B_BY_K>
-struct EngineOf<__nv_bfloat16, A_BY_K, B_BY_K> {
-  using Type = Turing<__nv_bfloat16, A_BY_K, B_BY_K>;
+struct TileMmaOf<__nv_bfloat16, A_BY_K, B_BY_K> {
+  using Type = TuringMma<__nv_bfloat16, A_BY_K, B_BY_K>;
 };
 template <bool A_BY_K, bool B_BY_K>
-struct EngineOf<Tf32, A_BY_K, B_BY_K> {
-  using Type = Turing<Tf32, A_BY_K, B_BY_K>;
+struct TileMmaOf<Tf32, A_BY_K, B_BY_K> {
+  using Type = TuringMma<Tf32, A_BY_K, B_BY_K>;
 };
 
 }  // namespace dsts::cuda

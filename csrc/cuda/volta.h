@@ -1,5 +1,5 @@
-// Products of halves on sm_70: `Volta`, an engine (product.h) by mma.sync.m8n8k4, whose layout is documented
-// (PTX ISA, "Matrix Fragments for mma.m8n8k4"), and its main loop.
+// Products of halves on sm_70: `VoltaMma`, a TileMma (product.h) by mma.sync.m8n8k4, whose layout is
+// documented (PTX ISA, "Matrix Fragments for mma.m8n8k4"), and its main loop.
 //
 // The instruction takes four products of 8 by 8 by 4 at once, one for each *quad pair*: lanes 4 q to 4 q + 3
 // and the four that are 16 further. A warp has 64 by 64, in 4 by 4 squares of 16 by 16; in each square quad
@@ -87,13 +87,15 @@ struct QuadOperand {
 };
 
 template <bool A_BY_K, bool B_BY_K>
-class Volta {
+class VoltaMma {
  public:
   using T = __half;
   using A = SharedTile<T, A_BY_K>;
   using B = SharedTile<T, B_BY_K>;
-  static constexpr int kThreads = Multiplier<T>::kThreads;
+  static constexpr int kThreads = MmaTraits<T>::kThreads;
   static constexpr int kSlabs = A::kDepth / 4;  // of a step
+  static_assert(kThreads / 32 * 64 * 64 == kTile * kTile, "a warp has 64 by 64");
+  static_assert(kEpilogueParts == 2, "a part of the epilogue is what a warp has of the columns");
 
   struct Fragments {
     uint2 a[4], b[4];
@@ -119,8 +121,8 @@ class Volta {
       }
   }
 
-  // Columns 64 * half and on, into chunk [128][kChunkPitch].
-  __device__ __forceinline__ void store(float* chunk, int half) const {
+  // Columns 64 * half and on, into staging [128][kEpiloguePitch].
+  __device__ __forceinline__ void store(float* staging, int half) const {
     if (static_cast<int>(threadIdx.x / 32 % 2) != half) return;
     const int lane = threadIdx.x % 32, m0 = threadIdx.x / 64 * 64;
 #pragma unroll
@@ -131,7 +133,7 @@ class Volta {
         for (int e = 0; e < 8; e += 2) {
           const int row = QuadOperand<A_BY_K>::place(i, lane / 4 % 2, lane / 16, (lane & 1) + (e & 2));
           const int column = QuadOperand<B_BY_K>::place(j, lane / 8 % 2, e / 4, lane & 2);
-          *reinterpret_cast<float2*>(chunk + (m0 + row) * kChunkPitch + column) =
+          *reinterpret_cast<float2*>(staging + (m0 + row) * kEpiloguePitch + column) =
               make_float2(sum_[i][j][e], sum_[i][j][e + 1]);
         }
   }
@@ -142,43 +144,43 @@ class Volta {
 
 // As in product.h. Operands also know end(true): from then on there is nothing to read.
 template <bool A_BY_K, bool B_BY_K, class Operands>
-__device__ __forceinline__ void accumulate(Volta<A_BY_K, B_BY_K>& engine, Operands& operands, int steps,
-                                           unsigned char* shared) {
-  using Engine = Volta<A_BY_K, B_BY_K>;
-  using T = typename Engine::T;
-  using A = Copies<typename Engine::A, T, Engine::kThreads>;
-  using B = Copies<typename Engine::B, T, Engine::kThreads>;
-  constexpr int kLeft = Engine::A::kBytes, kStage = kLeft + Engine::B::kBytes, kSlabs = Engine::kSlabs;
+__device__ __forceinline__ void accumulate(VoltaMma<A_BY_K, B_BY_K>& mma, Operands& operands, int steps,
+                                           unsigned char* smem) {
+  using Mma = VoltaMma<A_BY_K, B_BY_K>;
+  using T = typename Mma::T;
+  using A = GlobalToShared<typename Mma::A, T, Mma::kThreads>;
+  using B = GlobalToShared<typename Mma::B, T, Mma::kThreads>;
+  constexpr int kLeft = Mma::A::kBytes, kStage = kLeft + Mma::B::kBytes, kSlabs = Mma::kSlabs;
   static_assert(A::kCount == B::kCount, "operands take turns in the same registers");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned char* from_a = QuadOperand<A_BY_K>::of_lane(shared, warp / 2 * 64, lane / 4 % 2);
-  const unsigned char* from_b = QuadOperand<B_BY_K>::of_lane(shared + kLeft, warp % 2 * 64, lane / 8 % 2);
-  unsigned char* to = shared;
+  const unsigned char* from_a = QuadOperand<A_BY_K>::of_lane(smem, warp / 2 * 64, lane / 4 % 2);
+  const unsigned char* from_b = QuadOperand<B_BY_K>::of_lane(smem + kLeft, warp % 2 * 64, lane / 8 % 2);
+  unsigned char* to = smem;
   int other = kStage;  // how far the other stage is
 
-  uint4 held[A::kCount];
+  uint4 staged[A::kCount];
   const auto read = [](const Source<T>& from) {
     return from.inside ? *reinterpret_cast<const uint4*>(from.at) : make_uint4(0, 0, 0, 0);
   };
   const auto read_a = [&] {
 #pragma unroll
-    for (int i = 0; i < A::kCount; ++i) held[i] = read(operands.a(i));
+    for (int i = 0; i < A::kCount; ++i) staged[i] = read(operands.a(i));
   };
   const auto read_b = [&] {
 #pragma unroll
-    for (int i = 0; i < B::kCount; ++i) held[i] = read(operands.b(i));
+    for (int i = 0; i < B::kCount; ++i) staged[i] = read(operands.b(i));
   };
   const auto write_a = [&] {
 #pragma unroll
     for (int i = 0; i < A::kCount; ++i)
-      *reinterpret_cast<uint4*>(A::place(reinterpret_cast<T*>(to), i)) = held[i];
+      *reinterpret_cast<uint4*>(A::place(reinterpret_cast<T*>(to), i)) = staged[i];
   };
   const auto write_b = [&] {
 #pragma unroll
     for (int i = 0; i < B::kCount; ++i)
-      *reinterpret_cast<uint4*>(B::place(reinterpret_cast<T*>(to + kLeft), i)) = held[i];
+      *reinterpret_cast<uint4*>(B::place(reinterpret_cast<T*>(to + kLeft), i)) = staged[i];
   };
-  typename Engine::Fragments fragments[2];
+  typename Mma::Fragments fragments[2];
   const auto load = [&](int slab) {
     QuadOperand<A_BY_K>::load(fragments[slab % 2].a, from_a, slab);
     QuadOperand<B_BY_K>::load(fragments[slab % 2].b, from_b, slab);
@@ -198,7 +200,7 @@ __device__ __forceinline__ void accumulate(Volta<A_BY_K, B_BY_K>& engine, Operan
 #pragma unroll
     for (int slab = 0; slab < kSlabs - 1; ++slab) {
       load(slab + 1);
-      engine.multiply(fragments[slab % 2]);
+      mma.multiply(fragments[slab % 2]);
       keep_order();
       if (slab != 2) continue;
       write_a();
@@ -211,7 +213,7 @@ __device__ __forceinline__ void accumulate(Volta<A_BY_K, B_BY_K>& engine, Operan
     load(0);
     operands.end(left <= 2);
     operands.next();
-    engine.multiply(fragments[(kSlabs - 1) % 2]);
+    mma.multiply(fragments[(kSlabs - 1) % 2]);
   }
 }
 

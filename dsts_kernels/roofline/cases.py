@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.gpu.grids import cdiv
 from ..backends.packing import tile_channels
-from ..backends.triton.boxes import cdiv
 
 SHAPES = {"tpn": (1024, (8, 16, 16)), "swin": (1024, (16, 7, 7))}
 SPATIAL, TEMPORAL = 9, 3  # taps
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
     def slot_lists(self) -> list[tuple[int, int, int]]:
         """Channels that any of a slot's samples lists, noise being independent, and how many samples it has."""
-        found = []
+        slots = []
         for slot in range(self.slots):
             hard = [self.is_hard(b) for b in range(slot, self.batch, self.neurons)]
             lists = [
@@ -71,8 +71,8 @@ class Case(NamedTuple):
                 else self.channels
                 for count in self.split
             ]
-            found.append((lists[0], lists[1], len(hard)))
-        return found
+            slots.append((lists[0], lists[1], len(hard)))
+        return slots
 
 
 def literal_flop(case: Case) -> int:
@@ -95,9 +95,9 @@ class Reduction(NamedTuple):
     columns: int
 
 
-def reduction(case: Case, first: int, second: int) -> Reduction:
+def reduction(case: Case, spatial: int, temporal: int) -> Reduction:
     """Of a sample whose operators read so many channels."""
     block = tile_channels(case.dtype)
-    blocks = cdiv(first, block), cdiv(second, block)
-    rows = SPATIAL * first + TEMPORAL * second
+    blocks = cdiv(spatial, block), cdiv(temporal, block)
+    rows = SPATIAL * spatial + TEMPORAL * temporal
     return Reduction(SPATIAL * blocks[0] + TEMPORAL * blocks[1], rows, block * sum(blocks))

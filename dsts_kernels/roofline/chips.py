@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..backends.gpu.grids import SMEM_KIB
 from ..backends.triton.tuning import Tile
 
 
@@ -23,7 +24,6 @@ class Chip(NamedTuple):
     ieee: float  # TFLOP/s of float32 multiply-adds
     bandwidth: float  # GB/s of device memory
     processors: int
-    shared: int  # KiB of shared memory a multiprocessor
     l2: float  # MB
     l2_bandwidth: float  # GB/s
     matrix: int  # half multiply-adds a cycle of a multiprocessor
@@ -35,6 +35,11 @@ class Chip(NamedTuple):
         return f"sm_{self.capability}"
 
     @property
+    def smem(self) -> int:
+        """KiB of shared memory of a multiprocessor."""
+        return SMEM_KIB[self.capability]
+
+    @property
     def clock(self) -> float:
         """Cycles a microsecond, at which the peak holds."""
         return self.half * 1e6 / (2 * self.matrix * self.processors)
@@ -43,16 +48,16 @@ class Chip(NamedTuple):
 CHIPS = {
     # V100 data sheet (SXM2) and whitepaper; L2: 2048 bytes a clock (as the A100 whitepaper compares), boost 1.53 GHz.
     # 8 tensor cores of 64 multiply-adds. It has no tf32.
-    "v100": Chip("V100 SXM2", 70, 125.0, 15.7, 15.7, 900.0, 80, 96, 6.0, 2048 * 1.53, 512),
+    "v100": Chip("V100 SXM2", 70, 125.0, 15.7, 15.7, 900.0, 80, 6.0, 2048 * 1.53, 512),
     # T4 data sheet and Turing whitepaper: as many multiply-adds, half the threads. Estimate: L2 of 1024 bytes a clock
     # at 1.59 GHz. 70 W may not hold that clock.
-    "t4": Chip("T4", 75, 65.0, 8.1, 8.1, 320.0, 40, 64, 4.0, 1024 * 1.59, 512, 1024),
+    "t4": Chip("T4", 75, 65.0, 8.1, 8.1, 320.0, 40, 4.0, 1024 * 1.59, 512, 1024),
     # A100 data sheet (SXM4, 80 GB) and whitepaper; L2: 5120 bytes a clock, boost 1.41 GHz
-    "a100": Chip("A100 SXM4", 80, 312.0, 156.0, 19.5, 2039.0, 108, 164, 40.0, 5120 * 1.41, 1024),
+    "a100": Chip("A100 SXM4", 80, 312.0, 156.0, 19.5, 2039.0, 108, 40.0, 5120 * 1.41, 1024),
     # H100 data sheet (SXM5; half of its sparse figures) and whitepaper; L2: estimate, A100's width at 1.755 GHz
-    "h100": Chip("H100 SXM5", 90, 989.4, 494.7, 66.9, 3350.0, 132, 228, 50.0, 5120 * 1.755, 2048),
+    "h100": Chip("H100 SXM5", 90, 989.4, 494.7, 66.9, 3350.0, 132, 50.0, 5120 * 1.755, 2048),
     # H200 data sheet (SXM): the same processor with other memory, so the rest is the H100's
-    "h200": Chip("H200 SXM", 90, 989.4, 494.7, 66.9, 4800.0, 132, 228, 50.0, 5120 * 1.755, 2048),
+    "h200": Chip("H200 SXM", 90, 989.4, 494.7, 66.9, 4800.0, 132, 50.0, 5120 * 1.755, 2048),
 }
 BACKENDS = ("triton", "cuda")
 
@@ -76,7 +81,7 @@ class Launch(NamedTuple):
     """What one launch does; bytes are those of its tensors that it touches."""
 
     kernel: str
-    programs: int
+    num_ctas: int  # 0 of torch's kernels
     dram: float
     l2: float
     flop: float = 0.0  # useful, in matrix products

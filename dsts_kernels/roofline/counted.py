@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.cuda_loops --write` found in the compiled kernels on 2026-11-26; not to be edited.
+"""What `python -m benchmarks.compiled.cuda_loops --write` found in the kernels on 2026-11-26; not to be edited.
 
 A step of each product kernel's main loop, by compute capability, dtype of products and kernel.
 Compiled by ptxas 12.9.86 (sm_70); nvcc 13.0.88 (sm_75, sm_80, sm_90).

@@ -1,24 +1,22 @@
 """What each kernel of the Triton backend does in one launch: FLOP, bytes, tiles, waves and dependent trips to memory.
 
-Boxes and tiles are those the backend chooses. What its launchers and the device-side schedule decide besides is worked
-out again here, since they need triton; a test holds them together. Assumed throughout: a kernel finds nothing of its
-own in L2 when it starts; programs of one sample advance together, so device memory delivers an operand once a sample,
-and L2 once a tile; features and gradients lie channels-last.
+Boxes, tiles and grids are those of the backend: :mod:`..backends.gpu.grids` and :mod:`..backends.triton.tuning`, which
+its launchers ask too. Assumed throughout: a kernel finds nothing of its own in L2 when it starts; programs of one
+sample advance together, so device memory delivers an operand once a sample, and L2 once a tile; features and gradients
+lie channels-last.
 """
 
 from __future__ import annotations
 
+from ..backends.gpu import grids
+from ..backends.gpu.grids import best_box, cdiv, next_power
+from ..backends.gpu.lists import PLAN
 from ..backends.packing import tile_channels
 from ..backends.triton import tuning
-from ..backends.triton.boxes import best_box, cdiv, next_power
-from ..backends.triton.tuning import Tile
+from ..backends.triton.tuning import ConvGrid, Tile
 from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
 from .chips import DRAM_US, L2_US, START_US, Chip, Launch
-from .common import LEAST, busiest, deal, stream
-
-# As in the launchers: positions and channels of a program that gathers or sums; outputs of one that lays filters out,
-# and elements of channels and taps; channels of one that works gates out, forward.
-POSITIONS, CHANNELS, FILTERS, SEMHASH = tuning.GATHER_POSITIONS, 64, tuning.FILTER_TILE, 1024
+from .common import busiest, stream
 
 
 def tile_for(kernel: str, case: Case, chip: Chip) -> Tile:
@@ -31,42 +29,42 @@ def box_rows(case: Case, rows: int) -> tuple[int, float]:
     return boxes, case.positions / boxes
 
 
-def conv_grid(case: Case, chip: Chip, width: int, taps: int) -> tuple[Tile, int, int]:
-    """Tile, tiles a sample and programs of a convolution over at most ``width`` columns by ``taps``."""
-    tile = tile_for("conv", case, chip)
-    per_sample = box_rows(case, tile.m)[0] * cdiv(case.channels, tile.n)
-    most = case.batch * per_sample * cdiv(width, tile.k) * taps
-    return tile, per_sample, max(1, min(chip.processors * tile.per_sm, cdiv(most, LEAST)))
+def conv_grid(case: Case, chip: Chip, width: int, taps: int) -> ConvGrid:
+    """Of a convolution over at most ``width`` columns by ``taps``."""
+    return tuning.conv_grid(
+        chip.architecture, chip.processors, case.kind, case.batch, case.size, case.channels, width, taps, 0
+    )
 
 
 def conv(
-    case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, more: float = 0.0
+    case: Case, chip: Chip, form: str, samples: list[Reduction], width: int, taps: int, extra: float = 0.0
 ) -> Launch:
-    """``more`` bytes are read or written by the epilogue besides the output."""
-    tile, per_sample, programs = conv_grid(case, chip, width, taps)
+    """``extra`` bytes are read or written by the epilogue besides the output."""
+    tile, box, (ctas, _, _) = conv_grid(case, chip, width, taps)
+    per_sample = grids.box_tiles(box, case.size, case.channels, tile.n).per_sample
     steps = [sample.steps for sample in samples]
-    share = deal(steps, per_sample, programs)
+    deal = grids.deal(steps, per_sample, ctas)
     rows = sum(steps) * tile.k if form == "packed" else sum(sample.rows for sample in samples)
     panel = sum(sample.columns for sample in samples) * case.positions * case.element
-    scratch = share.parts * tile.m * tile.n * FLOAT
+    workspace = deal.parts * tile.m * tile.n * FLOAT
     loads = sum(steps) * per_sample * (box_rows(case, tile.m)[1] + tile.n) * tile.k * case.element
     # A tile fills its pipeline, reads what its epilogue needs and stores; a shared one is added up 16 rows at a time.
-    adding = tile.m / 16 * (share.pieces + 1) * L2_US if share.parts else 0.0
+    fixup = tile.m / 16 * (deal.parts_of_a_tile + 1) * L2_US if deal.parts else 0.0
     return Launch(
         f"conv {form}",
-        programs,
-        panel + rows * case.channels * case.element + case.features + more + scratch,
-        loads + case.features + more + 2 * scratch,
+        ctas,
+        panel + rows * case.channels * case.element + case.features + extra + workspace,
+        loads + case.features + extra + 2 * workspace,
         flop=2.0 * sum(sample.rows for sample in samples) * case.positions * case.channels,
-        busiest=2.0 * share.longest * tile.m * tile.n * tile.k * min(tile.per_sm, cdiv(programs, chip.processors)),
-        waves=case.batch * per_sample / programs,
+        busiest=2.0 * deal.longest * tile.m * tile.n * tile.k * min(tile.per_sm, cdiv(ctas, chip.processors)),
+        waves=case.batch * per_sample / ctas,
         tile=tile,
-        tail=START_US + (2 + 3 * share.items) * DRAM_US + adding,
+        tail=START_US + (2 + 3 * deal.work_tiles) * DRAM_US + fixup,
     )
 
 
 def plain_conv(case: Case, chip: Chip, form: str) -> Launch:
-    """Mixing (``rows``) or its data gradient (``columns``)."""
+    """Mixing (``stored``) or its data gradient (``transposed``)."""
     one = Reduction(cdiv(case.channels, tile_channels(case.dtype)), case.channels, case.channels)
     return conv(case, chip, form, [one] * case.batch, case.channels, 1)
 
@@ -75,7 +73,7 @@ def resident_programs(tile: Tile, case: Case, chip: Chip, accumulators: int) -> 
     """Programs that fit on a multiprocessor by shared memory and, roughly, by registers."""
     operands = tile.stages * (tile.m + tile.n) * tile.k * case.element
     registers = accumulators * tile.m * tile.n + 100 * 32 * tile.warps
-    return max(1, min(chip.shared * 1024 // operands, 65536 // registers))
+    return max(1, min(chip.smem * 1024 // operands, 65536 // registers))
 
 
 def one_tile_each(launch: Launch, case: Case, chip: Chip, steps: list[int], block: float, accumulators: int) -> Launch:
@@ -86,12 +84,12 @@ def one_tile_each(launch: Launch, case: Case, chip: Chip, steps: list[int], bloc
     tile, active = launch.tile, [n for n in steps if n]
     fits = resident_programs(tile, case, chip, accumulators)
     resident = min(fits, max(1, cdiv(len(active), chip.processors)))
-    slots = chip.processors * resident
+    places = chip.processors * resident
     return launch._replace(
         l2=launch.l2 + sum(active) * block * case.element,
-        busiest=2.0 * busiest(active, slots) * resident * tile.m * tile.n * tile.k,
-        waves=len(active) / slots,
-        tail=START_US + 3 * DRAM_US * cdiv(len(active), slots) / resident,
+        busiest=2.0 * busiest(active, places) * resident * tile.m * tile.n * tile.k,
+        waves=len(active) / places,
+        tail=START_US + 3 * DRAM_US * cdiv(len(active), places) / resident,
     )
 
 
@@ -112,56 +110,60 @@ def weight_gradient(case: Case, chip: Chip, gated: bool) -> Launch:
     tile, c = tile_for("weight_gradient", case, chip), case.channels
     boxes, inside = box_rows(case, tile.k)
     steps, flop, read, written = [], 0.0, 0.0, 0.0
-    for first, second, samples in case.slot_lists():
-        taps = [first] * SPATIAL + [second] * TEMPORAL if gated else [c]
-        own = [
+    for spatial, temporal, samples in case.slot_lists():
+        taps = [spatial] * SPATIAL + [temporal] * TEMPORAL if gated else [c]
+        of_slot = [
             samples * boxes * (row < count)
             for count in taps
             for row in range(0, c, tile.m)
             for _ in range(0, c, tile.n)
         ]
-        columns = reduction(case, first, second).columns if gated else c
+        columns = reduction(case, spatial, temporal).columns if gated else c
         operands = samples * case.positions * (columns + c) * case.element
         # Every wave of a slot goes over all its positions: from memory where L2 does not keep them.
-        read += operands * (1 if operands < chip.l2 * 1e6 else cdiv(sum(map(bool, own)), chip.processors))
+        read += operands * (1 if operands < chip.l2 * 1e6 else cdiv(sum(map(bool, of_slot)), chip.processors))
         written += sum(taps) * c * case.element
         flop += 2.0 * samples * case.positions * sum(taps) * c
-        steps += own
+        steps += of_slot
     name = "weight_gradient" if gated else "weight_gradient mixing"
     launch = Launch(name, len(steps), read + written, written, flop=flop, tile=tile)
     return one_tile_each(launch, case, chip, steps, (tile.m + tile.n) * inside, 1)
 
 
+def semhash_ctas(channels: int, backward: bool = False) -> int:
+    """Programs a sample, or a neuron."""
+    return cdiv(channels, tuning.semhash_channels(channels, backward))
+
+
 def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
     """The launch, and how many partial sums of a channel it writes."""
-    steps, blocks = cdiv(case.positions, POSITIONS), cdiv(case.channels, CHANNELS)
-    parts = max(1, min(steps, cdiv(4 * chip.processors, case.batch * blocks)))
+    channels = tuning.SUMS[1].channels
+    parts = grids.tap_sum_parts(case.batch, case.positions, case.channels, channels, chip.processors)
     dram = case.features + case.batch * parts * case.channels * FLOAT
-    return stream("tap_sums", chip, blocks * parts * case.batch, dram, cdiv(steps, parts) * DRAM_US), parts
+    trips = cdiv(cdiv(case.positions, grids.SUM_POSITIONS), parts) * DRAM_US
+    return stream("tap_sums", chip, cdiv(case.channels, channels) * parts * case.batch, dram, trips), parts
 
 
 def gather(
-    kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, more: float, *, l2=0.0, tail=0.0
+    kernel: str, case: Case, chip: Chip, lists: list[tuple[int, int]], most: int, extra: float, *, l2=0.0, tail=0.0
 ) -> Launch:
     """Gathers listed channels into a panel, ``most`` K blocks of either list at most.
 
-    ``more`` bytes are touched besides features and panel, ``l2`` of them by every program.
+    ``extra`` bytes are touched besides features and panel, ``l2`` of them by every program.
     """
-    along = cdiv(case.positions, POSITIONS)
-    shares = max(1, min(most, cdiv(4 * chip.processors, along * case.batch)))
+    grid = grids.gather_grid(case.batch, case.positions, most, chip.processors)
     columns = [reduction(case, *pair).columns for pair in lists]
     panel = sum(columns) * case.positions * case.element
-    programs = along * shares * case.batch
     # Channels-last, both lists touch every 32 bytes of a row: L2 delivers features twice, but a program takes the lists
     # block by block in turn, so memory delivers them once.
-    trips = cdiv(max(columns) // tile_channels(case.dtype), shares) * (L2_US + DRAM_US)
+    trips = cdiv(max(columns) // tile_channels(case.dtype), grid.splits) * (L2_US + DRAM_US)
     return stream(
         kernel,
         chip,
-        programs,
-        case.features + panel + more,
+        grid.num_ctas,
+        case.features + panel + extra,
         trips,
-        l2=2 * case.features + panel + more + programs * l2,
+        l2=2 * case.features + panel + extra + grid.num_ctas * l2,
         tail=tail,
     )
 
@@ -169,31 +171,28 @@ def gather(
 def route_and_gather(case: Case, chip: Chip, parts: int) -> Launch:
     """Every program adds up its sample's ``parts`` and works its scores out before it gathers."""
     c, n, block = case.channels, case.neurons, tile_channels(case.dtype)
-    tile, _, programs = conv_grid(case, chip, c + block, SPATIAL)
-    flags = programs + case.batch * cdiv(c, tile.n)
+    counters = conv_grid(case, chip, c + block, SPATIAL).arrival_counters
     read = (case.batch * parts + n) * c * FLOAT + case.slots * c * 4 + (n + 1) * 8
-    written = case.batch * (6 * 4 + 8 + n * FLOAT) + flags * 4
-    chunk = max(16, min(256, 4096 // next_power(n)))
-    tail = (cdiv(c, chunk) * (cdiv(parts, 4) + 1) + 3) * L2_US  # the compiler reads four parts of a chunk at a time
+    written = case.batch * (PLAN * 4 + 8 + n * FLOAT) + counters * 4
+    # The compiler reads four parts of so many channels at a time.
+    tail = (cdiv(c, tuning.score_channels(next_power(n))) * (cdiv(parts, 4) + 1) + 3) * L2_US
     lists, most = [case.split] * case.batch, cdiv(c, block)
     return gather("route_and_gather", case, chip, lists, most, read + written, l2=(parts + n) * c * FLOAT, tail=tail)
-
-
-def filter_tiles(case: Case, taps: int) -> int:
-    return cdiv(case.channels, FILTERS) * cdiv(case.channels * taps, FILTERS)
 
 
 def pack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """Parameters of the chosen neurons, laid out for the kernels."""
     dram = 2.0 * case.slots * case.channels**2 * taps * case.element
-    return stream("pack_filters", chip, filter_tiles(case, taps) * case.slots, dram, L2_US + DRAM_US)
+    programs = tuning.filter_tiles(case.channels, case.channels, taps) * case.slots
+    return stream("pack_filters", chip, programs, dram, L2_US + DRAM_US)
 
 
 def unpack_filters(case: Case, chip: Chip, taps: int) -> Launch:
     """The way back for gradients: listed channels are read, and all neurons written."""
     listed = sum(lists[0 if taps == SPATIAL else 1] for lists in case.slot_lists())
     dram = (listed + case.neurons * case.channels) * case.channels * taps * case.element
-    return stream("unpack_filters", chip, filter_tiles(case, taps) * case.neurons, dram, L2_US + DRAM_US)
+    programs = tuning.filter_tiles(case.channels, case.channels, taps) * case.neurons
+    return stream("unpack_filters", chip, programs, dram, L2_US + DRAM_US)
 
 
 def padding(case: Case, chip: Chip, *matrices: float) -> list[Launch]:

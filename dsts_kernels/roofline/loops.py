@@ -1,8 +1,8 @@
 """What a step of a CUDA product kernel's main loop costs: cycles by :mod:`.multiprocessor`, passes of shared memory.
 
-A *step* brings 64 bytes of K of both operands of a tile of 128 by 128. Its cycles are those of the compiled loop in the
-cycle model, for one block on a multiprocessor and for two, which share it; :mod:`.counted` states them. Passes through
-shared memory follow from the addresses that lanes use there.
+A *step* brings 64 bytes of K of both operands of a tile of :data:`TILE` by as many. Its cycles are those of the
+compiled loop in the cycle model, for one block on a multiprocessor and for two, which share it; :mod:`.counted` states
+them. Passes through shared memory follow from the addresses that lanes use there.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..backends.gpu.grids import TILE
 from .counted import COUNTED
 
-# Filters by K (packed, rows) or by output (listed, columns), data and filter gradient.
+# Filters by K (packed, stored) or by output (listed, transposed), data and filter gradient.
 KERNELS = ("by_k", "by_output", "data_gradient", "weight_gradient")
 
 LANES, BANKS, WORD, ROW = range(32), 32, 4, 128  # ROW: bytes that all banks deliver at once
-STEP, TILE = 64, 128  # bytes of K, rows or columns
+STEP = 64  # bytes of K
 
 
 class Step(NamedTuple):

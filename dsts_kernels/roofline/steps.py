@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
+from ..backends.gpu.grids import cdiv
 from ..backends.packing import tile_channels
-from ..backends.triton.boxes import cdiv
 from . import cuda, launches
 from .cases import FLOAT, SPATIAL, TEMPORAL, Case, reduction
 from .chips import Chip, Launch, backend_on
@@ -29,10 +29,10 @@ def frozen_step(case: Case, chip: Chip, backend: str | None = None) -> list[Laun
     samples = [reduction(case, *case.split)] * case.batch
     width = case.channels + tile_channels(case.dtype)
     # All layers but the last write the next one's sums, box by box and then whole; the last reads the skip connection.
-    more = [2.0 * case.batch * case.channels * FLOAT] * (case.layers - 1) + [case.features]
-    convs = {extra: run.conv(case, chip, "packed", samples, width, SPATIAL, extra) for extra in set(more)}
-    packs = [run.route_and_gather(case, chip, parts), *[run.route_and_gather(case, chip, 1)] * (case.layers - 1)]
-    return [sums, *(launch for pack, extra in zip(packs, more, strict=True) for launch in (pack, convs[extra]))]
+    extras = [2.0 * case.batch * case.channels * FLOAT] * (case.layers - 1) + [case.features]
+    convs = {extra: run.conv(case, chip, "packed", samples, width, SPATIAL, extra) for extra in set(extras)}
+    gathers = [run.route_and_gather(case, chip, parts), *[run.route_and_gather(case, chip, 1)] * (case.layers - 1)]
+    return [sums, *(launch for gather, extra in zip(gathers, extras, strict=True) for launch in (gather, convs[extra]))]
 
 
 def training_forward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
@@ -44,16 +44,16 @@ def training_forward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         library("scoring kernels summed", case.neurons * c * c * case.element),
         run.tap_sums(case, chip)[0],
         library("scores, choice", 0, 4),
-        little("semhash", case, chip, cdiv(c, run.SEMHASH) * case.batch, 3 * case.batch, 2),
-        little("group", case, chip, case.batch, 0, 2),
-        little("list", case, chip, case.batch, 2 * case.batch, 4),
-        run.gather("pack", case, chip, lists, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
+        little("semhash", case, chip, run.semhash_ctas(c) * case.batch, 3 * case.batch, 2),
+        little("group_samples", case, chip, case.batch, 0, 2),
+        little("list_channels", case, chip, case.batch, 2 * case.batch, 4),
+        run.gather("gather_panel", case, chip, lists, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
         run.pack_filters(case, chip, SPATIAL),
         run.pack_filters(case, chip, TEMPORAL),
-        library("flags", 0),
+        library("arrival counters", 0),
         run.conv(case, chip, "listed", samples, c + block, SPATIAL + TEMPORAL),
         *run.padding(case, chip, *mixing),
-        library("flags", 0),
+        library("arrival counters", 0),
         run.plain_conv(case, chip, "stored"),
         library("softmax", 0, 2),
         library("BatchNorm, ReLU", 5.0 * case.features, 3),  # statistics 1, normalise 2, ReLU 2
@@ -74,26 +74,28 @@ def training_backward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         library("ReLU, BatchNorm backward", 8.0 * f, 3),  # 3 passes, then 2 and 3
         library("<dz', z'>", inner, passes),
         *run.padding(case, chip, *mixing),
-        library("flags", 0),
+        library("arrival counters", 0),
         run.plain_conv(case, chip, "transposed"),
-        little("group", case, chip, case.batch, 0, 2),
+        little("group_samples", case, chip, case.batch, 0, 2),
         library("mixing gradient zeroed", matrices),
         *run.padding(case, chip, x, x),
         run.weight_gradient(case, chip, False),
-        little("group", case, chip, case.batch, 0, 2),
-        little("list", case, chip, case.batch, 2 * case.batch, 4),
+        little("group_samples", case, chip, case.batch, 0, 2),
+        little("list_channels", case, chip, case.batch, 2 * case.batch, 4),
         run.pack_filters(case, chip, SPATIAL),
         run.pack_filters(case, chip, TEMPORAL),
         *run.padding(case, chip, x),
         run.data_gradient(case, chip),
         library("gate gradient summed", 0, 2),
-        little("list union", case, chip, case.slots, case.batch + 2 * case.slots, 4),
-        run.gather("pack", case, chip, union, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
+        little("list_channels union", case, chip, case.slots, case.batch + 2 * case.slots, 4),
+        run.gather("gather_panel", case, chip, union, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
         *run.padding(case, chip, x),
         run.weight_gradient(case, chip, True),
         run.unpack_filters(case, chip, SPATIAL),
         run.unpack_filters(case, chip, TEMPORAL),
-        little("semhash_backward", case, chip, cdiv(c, 256) * case.neurons, 3 * case.batch + case.neurons, 2),
+        little(
+            "semhash_backward", case, chip, run.semhash_ctas(c, True) * case.neurons, 3 * case.batch + case.neurons, 2
+        ),
         library("softmax, scores backward", 2.0 * matrices, 6),  # the scoring gradient is zeroed, then written
         library("sum of input gradients", 2.0 * f),
     ]

@@ -15,7 +15,7 @@ from .steps import STEPS
 
 HEAD = "PREDICTIONS, NOT MEASUREMENTS: roofline of every launch (FLOP, bytes, tiles, waves)"
 NOTES = f"""\
-programs  of a launch; waves: tiles over those that run at once; fill: useful FLOP over what fits in the time of the
+CTAs      of a launch; waves: tiles over CTAs that run at once; fill: useful FLOP over what fits in the time of the
           busiest multiprocessor (padding of tiles and K blocks, whole waves or uneven shares); us: of one launch
 bound     the slowest of products (Triton: {SUSTAINED:.0%} of peak; CUDA: a cycle model of the compiled loop, its SASS),
           DRAM, L2, and waiting for memory (latency)
@@ -57,7 +57,7 @@ def total(launches: Sequence[Launch], kind: str, chip: Chip) -> Total:
         shares[bound] += us
         graph += us + GAP_US * launch.count
         most += worst + GAP_US * launch.count
-        host += (HOST_US if launch.programs else HOST_TORCH_US) * launch.count
+        host += (HOST_US if launch.num_ctas else HOST_TORCH_US) * launch.count
         end = max(end + GAP_US * launch.count, host) + us
     floor = sum(alone(launch, kind, chip) for launch in launches)
     by_bound = {bound: us / kernels for bound, us in shares.most_common()}
@@ -81,7 +81,7 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
     return [
         launch.kernel,
         str(times * launch.count),
-        str(launch.programs or "-"),
+        str(launch.num_ctas or "-"),
         tile,
         f"{launch.waves:.2f}" if launch.tile else "-",
         fill,
@@ -97,7 +97,7 @@ def launch_row(launch: Launch, times: int, kind: str, chip: Chip) -> list[str]:
 
 
 LAUNCH_HEAD = (
-    *("kernel", "n", "programs", "tile", "waves", "fill", "GFLOP", "DRAM MB", "L2 MB"),
+    *("kernel", "n", "CTAs", "tile", "waves", "fill", "GFLOP", "DRAM MB", "L2 MB"),
     *("compute us", "DRAM us", "L2 us", "wait us", "us", "to", "ms all", "bound"),
 )
 SUM_HEAD = (
@@ -125,9 +125,9 @@ def label(case: Case) -> str:
     return f"{named} {sizes}" if named else sizes
 
 
-def span(found: Total) -> str:
+def span(sums: Total) -> str:
     """Milliseconds in a graph, with their upper end where there is one."""
-    return f"{found.graph:.3f}" + (f" (to {found.worst:.3f})" if found.worst > found.graph else "")
+    return f"{sums.graph:.3f}" + (f" (to {sums.worst:.3f})" if sums.worst > sums.graph else "")
 
 
 def sum_row(step: str, case: Case, chip: Chip, backend: str, found: Total) -> list[str]:

@@ -1,4 +1,4 @@
-"""The program that needs nothing but a CUDA driver, benchmarks/bare, with the emulator as the driver."""
+"""The program that needs nothing but a CUDA driver, benchmarks/compiled/bare, with the emulator as the driver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ahead_cuda, cubin, cuda_compilers
+from benchmarks.compiled import ahead_cuda, cubin, cuda_compilers
+from dsts_kernels.backends.gpu.grids import MAX_CTAS, flat_tiles, persistent_grid, resident_ctas
 from tests.emulator import build as emulator
 
 KERNEL = "_ZN4dsts4cuda11conv_kernelI6__halfLb1EEEvNS0_10ConvParamsE"
@@ -45,7 +46,7 @@ def made(folder: Path, arch: int) -> Path:
         emulator.run([*emulator.compiler(), *flags, "-c", str(source), "-o", target])
     driver = folder / "libcuda.so.1"
     emulator.run([*emulator.compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", str(driver), "-pthread"])
-    program = emulator.ROOT / "benchmarks/bare/bare.cpp"
+    program = emulator.ROOT / "benchmarks/compiled/bare/bare.cpp"
     warnings = ["-Wall", "-Wextra", "-Werror"]
     options = ["-std=c++17", "-O1", *warnings, f"-I{emulator.ROOT / 'csrc'}", str(program), "-ldl"]
     emulator.run([*emulator.compiler(), *options, "-o", str(folder / "bare")])
@@ -81,16 +82,20 @@ def test_right_outputs(folder, channels):
 
 def test_launch_is_that_of_the_launchers(folder):
     said = bare(folder, str(folder / "conv.ptx"), *SIZES)[1]
-    name, programs, threads, shared = re.search(
-        r"kernel: (\S+) for sm_70, (\d+) \w+ of (\d+) .*, (\d+) byt", said
+    name, *numbers = re.search(
+        r"kernel: (\S+) for sm_70, (\d+) CTAs of (\d+) threads, (\d+) waves, (\d+) bytes", said
     ).groups()
+    num_ctas, threads, waves, smem_bytes = map(int, numbers)
     assert name == KERNEL
-    assert int(shared) == ahead_cuda.dynamic_shared(cubin.readable(name), 70, int(threads), int(programs))
+    assert smem_bytes == ahead_cuda.dynamic_smem(cubin.readable(name), 70, threads, num_ctas)
+    # SIZES: one tile a sample, two K blocks and one more of all taps; the fake driver has three multiprocessors.
+    grid = persistent_grid(2, flat_tiles(60, 96), 3 * 12, 3, resident_ctas(70, exact=False), MAX_CTAS)
+    assert (num_ctas, waves) == (grid.num_ctas, grid.waves)
 
 
 @pytest.mark.parametrize("sizes", [["--size", "4", "13", "11"], ["--batch", "9", "--channels", "8"]])
 def test_several_tiles(folder, sizes):
-    """Positions that fill more than one tile; more tiles than programs."""
+    """Positions that fill more than one tile; more tiles than CTAs."""
     status, said = bare(folder, str(folder / "conv.ptx"), *SIZES, *sizes)
     assert status == 0, said
 

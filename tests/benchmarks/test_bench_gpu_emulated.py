@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_gpu import CPU, made_up
+from made_up import made_up
 
-from benchmarks import faster, gpu_bench, gpu_ops, gpu_sanitize, report, v100
-from benchmarks.gpu_timing import Timing
-from benchmarks.gpu_workload import Workload
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import faster, ops, sanitize, v100
+from benchmarks.gpu.timing import Timing
+from benchmarks.gpu.workload import Workload
+from benchmarks.report import tables
 from benchmarks.shapes import Problem
 from dsts_kernels.backends import BACKENDS, OPS
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.emulated
 
@@ -40,10 +44,10 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         ("matrix_rate", lambda device, dtype: {"mm": 1000.0, "best": "mm"}),
         ("peak_extra_mib", lambda each: each() is None or 1.0),
         ("captured", lambda module, x, pool=None: (Replayed(module, x), module(x))),
-        ("kernel_times", lambda step: [{"name": "route_and_pack_kernel", "calls": step() is not None, "us": 3.0}]),
+        ("kernel_times", lambda step: [{"name": "route_and_gather_kernel", "calls": step() is not None, "us": 3.0}]),
     ):
         monkeypatch.setattr(gpu_bench, name, found)
-    monkeypatch.setattr(gpu_ops, "device_events", device_events)
+    monkeypatch.setattr(ops, "device_events", device_events)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
@@ -87,15 +91,15 @@ def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, request: A
     variants = {row["variant"] for row in bench.results["rows"]}
     assert variants == {"frozen cuda", "graph cuda", "fused cuda", "literal", "handwritten"}
     assert all(row["ms"] == 1.0 for row in bench.results["rows"] if row["variant"] != "literal")
-    assert {op["op"] for op in bench.results["ops"]} == {"route and pack", *gpu_ops.OPS}
+    assert {op["op"] for op in bench.results["ops"]} == {"route and gather", *ops.OPS}
     assert all(op["us"] and op["bytes"] > 0 for op in bench.results["ops"])
     saved = json.loads((tmp_path / "made-up.json").read_text())
-    assert any("FrozenDSTS, CUDA C++" in line for line in report.plain(saved))
+    assert any("FrozenDSTS, CUDA C++" in line for line in tables.plain(saved))
 
 
 @pytest.fixture
 def no_cuda_device(emulated_cuda: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What benchmarks.v100 asks of torch about the device is answered for the emulated one."""
+    """What benchmarks.gpu.v100 asks of torch about the device is answered for the emulated one."""
     dtype = torch.float16 if "sm_70" in request.node.name else torch.bfloat16
     for name, found in (
         ("is_available", True),
@@ -156,7 +160,7 @@ def test_comparison_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sanitized_cases_run(emulated_cuda: str, capsys: pytest.CaptureFixture) -> None:
     """Each case in a dtype that the chip has; a backend that cannot run is said to."""
-    ran = gpu_sanitize.run(CPU, [emulated_cuda, "triton"])
+    ran = sanitize.run(CPU, [emulated_cuda, "triton"])
     lines = capsys.readouterr().out.splitlines()
     assert ran == len(lines[0].split(",")) and "float16, float32" in lines[0]
     assert lines[1].startswith("triton: not run: ")

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import ROOT
+from benchmarks.report import tables
 from benchmarks.shapes import Problem, parse_shape
 
 
@@ -57,9 +58,9 @@ def results() -> dict[str, Any]:
 
 
 def test_table(results: dict[str, Any]) -> None:
-    lines = report.table(results)
+    lines = tables.table(results)
     assert [line[2] for line in lines[:4]] == [
-        report.TITLES[v] for v in ("literal", "compiled", "handwritten", "fused")
+        tables.TITLES[v] for v in ("literal", "compiled", "handwritten", "fused")
     ]
     assert lines[3] == ["evaluation", "tpn", "FusedDSTS", "100.0", "8.00x", "2.00x", "1000", "250%", "12"]
     assert lines[1][3] == "not timed: took more than 60 s"
@@ -67,7 +68,7 @@ def test_table(results: dict[str, Any]) -> None:
 
 
 def test_plain_and_markdown_say_what_they_measured(results: dict[str, Any]) -> None:
-    for text in ("\n".join(report.plain(results)), report.markdown(results)):
+    for text in ("\n".join(tables.plain(results)), tables.markdown(results)):
         for part in (
             "A CPU (AVX9), 2 threads, torch 9.9",
             "400 GFLOP/s (1x1 convolution",
@@ -78,7 +79,7 @@ def test_plain_and_markdown_say_what_they_measured(results: dict[str, Any]) -> N
 
 
 def test_markdown_is_one_table(results: dict[str, Any]) -> None:
-    lines = [line for line in report.markdown(results).splitlines() if line.startswith("|")]
+    lines = [line for line in tables.markdown(results).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(results["rows"])
     assert len({line.count("|") for line in lines}) == 1
 
@@ -87,9 +88,9 @@ def test_markdown_is_one_table(results: dict[str, Any]) -> None:
 def test_command_line_draws_a_figure(results: dict[str, Any], tmp_path: Path) -> None:
     source, image = tmp_path / "results.json", tmp_path / "figure.png"
     source.write_text(json.dumps(results))
-    command = [sys.executable, report.__file__, str(source), "--figure", str(image)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == report.markdown(results)
+    command = [sys.executable, "-m", "benchmarks.report", str(source), "--figure", str(image)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == tables.markdown(results)
     assert image.read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import sweep
+from benchmarks.cpu import sweep
 
 
 @pytest.mark.needs("matplotlib")

@@ -1,4 +1,4 @@
-// Stands in for libcuda.so.1: the functions that benchmarks/bare uses, on the CPU, with the convolution that
+// Stands in for libcuda.so.1: the functions that benchmarks/compiled/bare uses, on the CPU, with the convolution that
 // the emulator runs behind cuLaunchKernel. With FAKE_DRIVER_IDLE set a launch does nothing.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -23,7 +23,7 @@ struct BlockSum {
   int beyond, beyond_input;
 };
 __global__ void __launch_bounds__(1024) block_sum_kernel(const __grid_constant__ BlockSum p) {
-  DSTS_DYNAMIC_SHARED(memory);
+  DSTS_DYNAMIC_SMEM(memory);
   float* sums = reinterpret_cast<float*>(memory);
   const unsigned t = threadIdx.x;
   sums[t] = p.x[blockIdx.x * blockDim.x + t + p.beyond_input];  // here: beyond_input
@@ -57,7 +57,7 @@ struct LastBlock {
   float* out;
 };
 __global__ void last_block_kernel(const __grid_constant__ LastBlock p) {
-  DSTS_DYNAMIC_SHARED(memory);
+  DSTS_DYNAMIC_SMEM(memory);
   int* last = reinterpret_cast<int*>(memory);
   const int t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
   p.partial[i] = p.x[i];
@@ -83,7 +83,7 @@ struct DoubleBuffer {
 };
 constexpr int kChunk = 64 * 4;
 __global__ void double_buffer_kernel(const __grid_constant__ DoubleBuffer p) {
-  DSTS_DYNAMIC_SHARED(memory);
+  DSTS_DYNAMIC_SMEM(memory);
   float* buffer = reinterpret_cast<float*>(memory);
   const int t = threadIdx.x;
   const float* x = p.x + size_t(blockIdx.x) * p.chunks * kChunk;
@@ -172,7 +172,7 @@ struct Matrices {
   int turned, offset, lanes;
 };
 __global__ void matrices_kernel(const __grid_constant__ Matrices p) {
-  DSTS_DYNAMIC_SHARED(memory);
+  DSTS_DYNAMIC_SMEM(memory);
   const int t = threadIdx.x, other = 31 - t;
   memcpy(memory + other * 16, p.rows + other * 16, 16);
   __syncthreads();  // here: rows

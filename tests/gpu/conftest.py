@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_workload import exact_float32
+from benchmarks.gpu.workload import exact_float32
 
 from .support import GPU_BACKENDS, HALF, why_not
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.gpu_timing import captured, device_events
+from benchmarks.gpu.timing import captured, device_events
 from dsts_kernels import FusedDSTS
 from dsts_kernels.testing import assert_close
 

@@ -10,11 +10,10 @@ import functools
 import torch
 
 from ..build import _C, build_record, why_no_module
-from ..gpu import GpuBackend, Kernels
+from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
 from . import kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (7, 0)
 
 
@@ -60,13 +59,6 @@ def unsupported_by_torch(major: int, minor: int) -> str | None:
     return f"torch {torch.__version__} was built for {names}, this GPU has {major}.{minor}; install {advice}"
 
 
-def unsupported_dtype(dtype: torch.dtype, major: int) -> str | None:
-    """Why a GPU of compute capability ``major`` does not multiply ``dtype``; ``None`` when it does."""
-    if dtype == torch.bfloat16 and major < 8:
-        return "bfloat16 needs compute capability 8.0; float16 runs"
-    return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
-
-
 @functools.cache
 def refusal(device: torch.device) -> str | None:
     """Why this build and this torch do not serve ``device``: asked at every op, so kept."""
@@ -103,4 +95,5 @@ class CudaBackend(GpuBackend):
             return f"it runs on CUDA tensors, not on {device.type}"
         if torch.version.hip is not None:
             return "it was made for NVIDIA GPUs; this is a ROCm build of torch"
-        return refusal(device) or unsupported_dtype(dtype, capability(device)[0])
+        major, minor = capability(device)
+        return refusal(device) or dtypes.why_not(dtype, 10 * major + minor)

@@ -7,13 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-INT32 = 2**31 - 1
-SPATIAL = (1, 3, 3)
+from .grids import INT32
 
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up."""
-    return -(-a // b)
+SPATIAL = (1, 3, 3)  # the kernel of a spatial operator
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

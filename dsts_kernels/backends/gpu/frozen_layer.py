@@ -10,50 +10,61 @@ from torch import Tensor
 from ..base import FrozenOptions, FrozenWeights
 from ..packing import tile_channels
 from . import features
+from .gated_conv import SPATIAL_TAPS
 from .kernels import Epilogue, Kernels
 
 
-def frozen_layer(
-    kernels: Kernels,
-    x: Tensor,
-    sums: Tensor | None,
-    skip: Tensor | None,
-    w: FrozenWeights,
-    options: FrozenOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b = x.shape[0]
-    neurons, outputs = w.bias.shape
-    y = features.empty_features(x, outputs) if skip is None else torch.empty_like(skip)
-    next_sums = x.new_empty((b, outputs, options.next_taps), dtype=torch.float32)
-    neuron = torch.empty(b, dtype=torch.int64, device=x.device)
-    scores = x.new_empty((b, neurons), dtype=torch.float32)
-    if not b:
+class FrozenLayer:
+    """The op, for a backend with launchers."""
+
+    name: str
+    kernels: Kernels
+
+    def frozen_layer(
+        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_packing(options.packing, self.name)
+        kernels, b, (neurons, outputs) = self.kernels, x.shape[0], w.bias.shape
+        y = features.empty_features(x, outputs) if skip is None else torch.empty_like(skip)
+        next_sums = x.new_empty((b, outputs, options.next_taps), dtype=torch.float32)
+        neuron = torch.empty(b, dtype=torch.int64, device=x.device)
+        scores = x.new_empty((b, neurons), dtype=torch.float32)
+        if not b:
+            return y, next_sums, neuron, scores
+        if skip is not None and skip.stride() != y.stride():
+            skip = torch.empty_like(y).copy_(skip)
+        block_k, folds = tile_channels(x.dtype), w.mixing is None
+        last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
+        with features.on_device(x):
+            parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
+            grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, SPATIAL_TAPS, options.next_taps if folds else 0)
+            counters = torch.empty(grid.arrival_counters, dtype=torch.int32, device=x.device)
+            panel, plan = kernels.route_and_gather(x, parts, w, options.score_divisor(x), neuron, scores, counters)
+            filters = w.filters.view(-1, block_k)
+            if folds:
+                kernels.conv(panel, filters, "packed", plan, y, grid, epilogue=last._replace(arrival_counters=counters))
+            else:
+                z = features.empty_features(x, outputs)
+                kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=Epilogue(arrival_counters=counters))
+                mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
         return y, next_sums, neuron, scores
-    if skip is not None and skip.stride() != y.stride():
-        skip = torch.empty_like(y).copy_(skip)
-    block_k, folds = tile_channels(x.dtype), w.mixing is None
-    last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
-    with features.on_device(x):
-        parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
-        grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, 9, options.next_taps if folds else 0)
-        counters = torch.empty(grid.arrival_counters, dtype=torch.int32, device=x.device)
-        panel, plan = kernels.route_and_gather(x, parts, w, options.score_divisor(x), neuron, scores, counters)
-        filters = w.filters.view(-1, block_k)
-        if folds:
-            kernels.conv(panel, filters, "packed", plan, y, grid, epilogue=last._replace(arrival_counters=counters))
-        else:
-            z = features.empty_features(x, outputs)
-            kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=Epilogue(arrival_counters=counters))
-            mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
-    return y, next_sums, neuron, scores
+
+
+def check_packing(packing: str, backend: str) -> None:
+    """Refuse weights that were packed for a CPU."""
+    if packing != "tiled":
+        raise RuntimeError(
+            f"backend: got a module packed {packing!r} for another backend, wanted one frozen for {backend!r}: "
+            f"freeze(backend={backend!r}), or move it to the GPU"
+        )
 
 
 def mix_frozen(
     kernels: Kernels,
-    z: Tensor,
-    neuron: Tensor,
-    y: Tensor,
-    mixing: Tensor,
+    z: Tensor,  # (B, O, T, H, W)
+    neuron: Tensor,  # (B,)
+    y: Tensor,  # (B, O, T, H, W)
+    mixing: Tensor,  # (N, taps, O, O)
     kernel: tuple[int, int, int],
     last: Epilogue,
 ) -> None:

@@ -8,64 +8,66 @@ from torch import Tensor
 from ..packing import tile_channels
 from . import features
 from .kernels import Kernels
-from .lists import Groups, panel_width
+from .lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, panel_width
+
+SPATIAL_TAPS, TAPS = 9, 12  # of the spatial operator, whose taps come first, and of both
 
 
-def gated_conv3d(
-    kernels: Kernels, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor
-) -> Tensor:
-    neurons, outputs, channels = spatial.shape[:3]
-    out = features.empty_features(x, outputs)
-    if not out.numel():
+class GatedConv:
+    """The op and its gradient, for a backend with launchers."""
+
+    kernels: Kernels
+
+    def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        kernels, (neurons, outputs, channels) = self.kernels, spatial.shape[:3]
+        out = features.empty_features(x, outputs)
+        if not out.numel():
+            return out
+        gate, neuron, block_k = gate.contiguous(), neuron.contiguous(), tile_channels(x.dtype)
+        width = panel_width(channels, x.dtype, True)
+        with features.on_device(x):
+            groups = kernels.group_samples(neuron, neurons)
+            lists = kernels.list_channels(gate, groups, False, block_k)
+            panel = kernels.gather_panel(x, gate, neuron, neurons, None, lists, width)
+            filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+            grid = kernels.conv_grid(x, outputs, channels + block_k, TAPS, 0)
+            kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)
         return out
-    gate, neuron, block_k = gate.contiguous(), neuron.contiguous(), tile_channels(x.dtype)
-    width = panel_width(channels, x.dtype, True)
-    with features.on_device(x):
-        groups = kernels.group_samples(neuron, neurons)
-        lists = kernels.list_channels(gate, groups, False, block_k)
-        panel = kernels.gather_panel(x, gate, neuron, neurons, None, lists, width)
-        filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-        grid = kernels.conv_grid(x, outputs, channels + block_k, 12, 0)
-        kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)
-    return out
 
-
-def gated_conv3d_backward(
-    kernels: Kernels,
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    neuron: Tensor,
-    spatial: Tensor,
-    temporal: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    need_x, need_gate, need_spatial, need_temporal = needs
-    if not grad.numel():
-        zeros = [
-            torch.zeros_like(t) if need else None for t, need in zip((x, gate, spatial, temporal), needs, strict=True)
-        ]
-        return tuple(zeros)
-    gate_rows, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
-    with features.on_device(x):
-        groups, grad_ndhwc = kernels.group_samples(neuron, neurons), features.as_ndhwc(grad)
-        dx = dgate = dspatial = dtemporal = None
-        if need_x or need_gate:
-            dx, dgate = kernels.data_gradient(grad_ndhwc, x, gate_rows, groups, spatial, temporal, need_x, need_gate)
-        if need_spatial or need_temporal:
-            wanted = spatial if need_spatial else None, temporal if need_temporal else None
-            dspatial, dtemporal = operator_gradients(
-                kernels, grad_ndhwc, x, gate_rows, neuron, groups, spatial.shape, wanted
-            )
-    return dx, dgate, dspatial, dtemporal
+    def gated_conv3d_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor,
+        neuron: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        kernels, (need_x, need_gate, need_spatial, need_temporal) = self.kernels, needs
+        if not grad.numel():
+            inputs = zip((x, gate, spatial, temporal), needs, strict=True)
+            return tuple(torch.zeros_like(t) if need else None for t, need in inputs)
+        gate, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
+        with features.on_device(x):
+            groups, grad_ndhwc = kernels.group_samples(neuron, neurons), features.as_ndhwc(grad)
+            dx = dgate = dspatial = dtemporal = None
+            if need_x or need_gate:
+                dx, dgate = kernels.data_gradient(grad_ndhwc, x, gate, groups, spatial, temporal, need_x, need_gate)
+            if need_spatial or need_temporal:
+                wanted = spatial if need_spatial else None, temporal if need_temporal else None
+                dspatial, dtemporal = operator_gradients(
+                    kernels, grad_ndhwc, x, gate, neuron, groups, spatial.shape, wanted
+                )
+        return dx, dgate, dspatial, dtemporal
 
 
 def operator_gradients(
     kernels: Kernels,
-    grad_ndhwc: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    neuron: Tensor,
+    grad_ndhwc: Tensor,  # (B, T, H, W, O)
+    x: Tensor,  # (B, C, T, H, W)
+    gate: Tensor,  # (B, C)
+    neuron: Tensor,  # (B,)
     groups: Groups,
     shape: torch.Size,
     wanted: tuple[Tensor | None, Tensor | None],
@@ -73,12 +75,16 @@ def operator_gradients(
     """Gradients like the filters that are ``wanted``, of operators of ``shape (N, O, C, ...)``."""
     neurons, outputs, channels = shape[:3]
     dtype = next(weight.dtype for weight in wanted if weight is not None)
-    block_k = tile_channels(x.dtype)
-    lists = kernels.list_channels(gate, groups, True, block_k)
+    lists = kernels.list_channels(gate, groups, True, tile_channels(x.dtype))
     panel = kernels.gather_panel(x, gate, neuron, neurons, groups.slots, lists, panel_width(channels, x.dtype, True))
-    room = (groups.neuron_of.shape[0] * 12, channels, outputs)
-    found = kernels.weight_gradient(panel, grad_ndhwc, lists, groups, channels, features.SPATIAL, True, 1, room, dtype)
+    by_slot = (groups.neuron_of.shape[0] * TAPS, channels, outputs)
+    gradients = kernels.weight_gradient(
+        panel, grad_ndhwc, lists, groups, channels, features.SPATIAL, True, 1, by_slot, dtype
+    )
+    readers, firsts = (READ_BY_SPATIAL, READ_BY_TEMPORAL), (0, SPATIAL_TAPS)
     return tuple(
-        None if weight is None else kernels.unpack_filters(found, weight, groups, lists.listed, bit, first, 12, True)
-        for weight, bit, first in zip(wanted, (1, 2), (0, 9), strict=True)
+        None
+        if weight is None
+        else kernels.unpack_filters(gradients, weight, groups, lists.listed, reader, first, TAPS, True)
+        for weight, reader, first in zip(wanted, readers, firsts, strict=True)
     )

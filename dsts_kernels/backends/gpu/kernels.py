@@ -3,7 +3,7 @@
 A launcher takes tensors and returns tensors, on the current stream of their device, without a host synchronisation.
 The first three guard the device and take empty tensors, as they are ops by themselves; around the others that is done
 by who calls them. A *panel* is ``(B, T, H, W, width)``, columns of gathered channels in K blocks; filters come by slot
-and tap. :mod:`.lists` says what a list, a plan and a slot are.
+and tap. :mod:`.lists` says what a list, a plan and a slot are; ``S`` slots, ``N`` neurons.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .lists import Groups, Lists
 
 
 class Epilogue(NamedTuple):
-    """What a convolution does besides. ``arrival_counters`` are zeros from an earlier launch, else made here."""
+    """What a convolution does besides."""
 
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # (rows of plans, O) float32
     relu: bool = False
-    skip: Tensor | None = None
-    sums: Tensor | None = None
-    arrival_counters: Tensor | None = None
+    skip: Tensor | None = None  # (B, O, T, H, W) with the strides of the output
+    sums: Tensor | None = None  # (B, O, taps) float32, filled with the output's tap sums
+    arrival_counters: Tensor | None = None  # int32, zeros from an earlier launch; else made here
 
 
 PLAIN = Epilogue()
@@ -42,98 +42,133 @@ class ConvGrid(Protocol):
 class Kernels(Protocol):
     """The launchers of a backend: a module will do."""
 
-    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
+    def semhash_gate(
+        self,
+        logits: Tensor,  # (N, C)
+        neuron: Tensor | None,  # (B,) int64
+        noise: Tensor | None,  # (B, C)
+        hard: Tensor | None,  # (B,) bool
+    ) -> Tensor:
         """Gates ``(B, C)``."""
 
     def semhash_gate_backward(
-        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
+        self,
+        grad: Tensor,  # (B, C)
+        logits: Tensor,  # (N, C)
+        neuron: Tensor | None,  # (B,) int64
+        noise: Tensor | None,  # (B, C)
     ) -> Tensor:
         """Gradient of the logits ``(N, C)``."""
 
     def partial_tap_sums(self, x: Tensor, taps: int) -> Tensor:
-        """``(B, parts, C, taps)`` float32: enough parts that a small batch fills the chip."""
+        """``(B, parts, C, taps)`` float32 of ``x (B, C, T, H, W)``: enough parts that a small batch fills the chip."""
 
     def group_samples(self, neuron: Tensor, neurons: int) -> Groups:
-        """Samples by neuron."""
+        """Samples by ``neuron (B,)``."""
 
     def list_channels(self, gate: Tensor, groups: Groups, union: bool, block_k: int) -> Lists:
-        """Lists of every sample, or with ``union`` of every slot: what any of its samples reads."""
+        """Lists of every sample of ``gate (B, C)``, or with ``union`` of every slot: what any of its samples reads."""
 
     def gather_panel(
-        self, x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
+        self,
+        x: Tensor,  # (B, C, T, H, W)
+        gate: Tensor,  # (B, C)
+        neuron: Tensor,  # (B,) int64
+        neurons: int,
+        slots: Tensor | None,  # (B,) int32
+        lists: Lists,
+        width: int,
     ) -> Tensor:
         """A panel: gated features gathered by each sample's own list row, or by that of its slot."""
 
     def route_and_gather(
         self,
-        x: Tensor,
-        sums: Tensor,
+        x: Tensor,  # (B, C, T, H, W)
+        sums: Tensor,  # (B, parts, C * taps) float32, tap sums of x
         w: FrozenWeights,
         divisor: int,
-        neuron: Tensor,
-        scores: Tensor,
-        arrival_counters: Tensor,
+        neuron: Tensor,  # (B,) int64
+        scores: Tensor,  # (B, N) float32
+        arrival_counters: Tensor,  # int32
     ) -> tuple[Tensor, Tensor]:
         """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``arrival_counters``."""
 
-    def pack_filters(self, weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, by_channel: bool) -> Tensor:
-        """Filters of the chosen neurons, ``(slots * taps, C, O)`` or ``(slots * taps, O, C)``, every kernel's taps."""
+    def pack_filters(
+        self,
+        weights: list[Tensor],  # (N, O, C, *kernel) each
+        neuron_of: Tensor,  # (S,) int32
+        dtype: torch.dtype,
+        by_channel: bool,
+    ) -> Tensor:
+        """Filters of the chosen neurons, ``(S * taps, C, O)`` or ``(S * taps, O, C)``, every kernel's taps."""
 
     def unpack_filters(
         self,
-        filters: Tensor,
-        like: Tensor,
+        filters: Tensor,  # (S * taps, C, O) or (S * taps, O, C)
+        like: Tensor,  # (N, O, C, *kernel)
         groups: Groups,
-        listed: Tensor | None,
-        bit: int,
+        listed: Tensor | None,  # (S, C) int8
+        reader: int,
         first: int,
         taps: int,
         by_channel: bool,
     ) -> Tensor:
-        """Gradients ``filters`` of the chosen neurons, as a gradient of ``like (N, O, C, *kernel)``."""
+        """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``, from tap ``first`` of ``taps`` on.
+
+        Zero where ``listed`` does not name ``reader`` (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
+        """
 
     def conv_grid(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
         """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``."""
 
     def conv(
         self,
-        panel: Tensor,
-        filters: Tensor,
+        panel: Tensor,  # (B, T, H, W, width)
+        filters: Tensor,  # as form says
         form: str,
-        plan: Tensor,
-        out: Tensor,
+        plan: Tensor,  # (B, PLAN) int32; of stored and transposed filters (B,): whose each sample has
+        out: Tensor,  # (B, O, T, H, W)
         grid: ConvGrid,
         *,
         kernel: tuple[int, int, int] = SPATIAL,
         with_temporal: bool = True,
         sign: int = 1,
-        order: Tensor | None = None,
+        order: Tensor | None = None,  # (rows of plans, k_channels) int32
         k_channels: int = 0,
         slots: int = 0,
         epilogue: Epilogue = PLAIN,
     ) -> None:
-        """A panel's convolution into ``out (B, O, T, H, W)``; ``form`` is packed, listed, stored or transposed."""
+        """A panel's convolution into ``out``.
+
+        Args:
+            form: of filters: ``packed`` K blocks of a frozen layer, ``listed`` ``(S * taps, C, O)`` whose rows
+                ``order`` picks, ``stored`` ``(S * taps, O, C)``, or ``transposed`` ``(S * taps, C, O)`` in order.
+            kernel: of the spatial operator; the temporal one is 3x1x1, where there is one.
+            sign: -1 turns the kernel round.
+            k_channels: length of the reduction's channels.
+            slots: sets of taps in filters that are stored or transposed.
+        """
 
     def data_gradient(
         self,
-        grad_ndhwc: Tensor,
-        x: Tensor,
-        gate: Tensor,
+        grad_ndhwc: Tensor,  # (B, T, H, W, O)
+        x: Tensor,  # (B, C, T, H, W)
+        gate: Tensor,  # (B, C)
         groups: Groups,
-        spatial: Tensor,
-        temporal: Tensor,
+        spatial: Tensor,  # (N, O, C, 1, 3, 3)
+        temporal: Tensor,  # (N, O, C, 3, 1, 1)
         need_x: bool,
         need_gate: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of ``x`` and ``gate`` from that of the output, ``grad_ndhwc (B, T, H, W, O)``."""
+        """Gradients of ``x`` and ``gate`` from that of the output."""
 
     def weight_gradient(
         self,
-        left: Tensor,
-        right: Tensor,
+        left: Tensor,  # (B, T, H, W, left_width): rows of the result, shifted by a tap
+        right: Tensor,  # (B, T, H, W, right_width): its columns
         lists: Lists | None,
         groups: Groups,
-        rows: int,
+        k_channels: int,
         kernel: tuple[int, int, int],
         with_temporal: bool,
         sign: int,
@@ -141,4 +176,4 @@ class Kernels(Protocol):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Gradients of filters, ``shape`` by slot and tap, or into ``out`` by neuron."""
+        """Gradients of filters: ``shape (S * taps, k_channels, columns)`` by slot, or into ``out`` by neuron."""

@@ -1,8 +1,8 @@
 """What says who chose which neuron and which channels each gate lists: integers, worked out and kept on the device.
 
-A *list row* is one order of the channels, ``order[row]``: those that only the first operator reads, those that both
-read, those that only the second reads. The first operator's list is a prefix of it, the second one's a suffix. A
-*plan* (:data:`PLAN`) says how long they are. A *slot* numbers the neurons that a batch chose, in order.
+A *list row* is one order of the channels, ``order[row]``: those that only the spatial operator reads, those that both
+read, those that only the temporal one reads. The spatial operator's list is a prefix of it, the temporal one's a
+suffix. A :class:`Plan` says how long they are. A *slot* numbers the neurons that a batch chose, in order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ from torch import Tensor
 
 from ..packing import tile_channels
 
-# Ints a sample in a plan: first K block or slot of its filters, K blocks of either operator, listed channels of the
-# first, where the second one's list starts, row of its list and bias.
-PLAN = 6
+
+class Plan(NamedTuple):
+    """What a product needs to know of one list row, six int32 in the order in which kernels read them."""
+
+    filters: int  # first K block of its packed filters, or their slot; -1 for a neuron out of range
+    spatial_blocks: int  # K blocks of the spatial operator's list
+    temporal_blocks: int
+    spatial_channels: int  # listed for the spatial operator
+    temporal_start: int  # where in the list row the temporal operator's list starts
+    row: int  # of its list, and of its bias
+
+
+PLAN = len(Plan._fields)  # int32 of a plan in memory
+READ_BY_SPATIAL, READ_BY_TEMPORAL = 1, 2  # in Lists.listed
 
 
 class Groups(NamedTuple):
@@ -34,7 +45,7 @@ class Lists(NamedTuple):
 
     order: Tensor  # (rows, C) int32
     plans: Tensor  # (rows, PLAN) int32
-    listed: Tensor  # (rows, C) int8, where the rows are slots: 1 where the first operator reads it, plus 2 the second
+    listed: Tensor  # (rows, C) int8, where rows are slots: READ_BY_SPATIAL, READ_BY_TEMPORAL or their sum
 
 
 def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:

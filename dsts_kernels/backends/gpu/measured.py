@@ -1,4 +1,4 @@
-"""Which of the GPU backends was measured faster, by op: what ``python -m benchmarks.tune`` wrote on such a chip.
+"""Which of the GPU backends was measured faster, by op: what ``python -m benchmarks.gpu.tune`` wrote on such a chip.
 
 ``backends/measured/sm_90.json`` holds ``{"faster": {"tap_sums half": "cuda", ...}}``, by op and kind (half or float).
 Where nothing was measured the order of :data:`dsts_kernels.backends.BACKENDS` decides.
@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 import torch
+
+from .dtypes import DTYPES
 
 FOLDER = Path(__file__).parents[1] / "measured"
 
@@ -33,4 +35,4 @@ def winner(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return None
     major, minor = capability(device)
-    return faster(f"sm_{major}{minor}").get(f"{op} {'float' if dtype == torch.float32 else 'half'}")
+    return faster(f"sm_{major}{minor}").get(f"{op} {DTYPES[dtype].kind}")

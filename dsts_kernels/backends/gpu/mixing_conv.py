@@ -11,6 +11,26 @@ from . import features
 from .kernels import Kernels
 
 
+class MixingConv:
+    """The op and its gradient, for a backend with launchers."""
+
+    kernels: Kernels
+
+    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
+        return mix(self.kernels, z, neuron, mixing, "stored")
+
+    def mixing_conv3d_backward(
+        self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dz = mix(self.kernels, grad, neuron, mixing, "transposed") if needs[0] else None
+        if not needs[1]:
+            return dz, None
+        if not grad.numel():
+            return dz, torch.zeros_like(mixing)
+        with features.on_device(z):
+            return dz, mixing_gradient(self.kernels, features.as_ndhwc(grad), features.as_ndhwc(z), neuron, mixing)
+
+
 def mixing_filters(kernels: Kernels, mixing: Tensor, neuron: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """A mixing kernel ``(matrices, O, O)``, what indexes it by sample, and how many sets of taps it has.
 
@@ -24,13 +44,13 @@ def mixing_filters(kernels: Kernels, mixing: Tensor, neuron: Tensor, dtype: torc
 
 
 def mix(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
+    """``z (B, O, T, H, W)`` mixed by filters read as ``stored``; ``transposed`` turns them round, for the gradient."""
     outputs, kernel = mixing.shape[1], tuple(mixing.shape[3:])
     out, neuron = features.empty_features(z, outputs), neuron.contiguous()
     if out.numel():
         with features.on_device(z):
             filters, index, slots = mixing_filters(kernels, mixing, neuron, z.dtype)
-            taps = math.prod(kernel)
-            grid = kernels.conv_grid(z, outputs, outputs, taps, 0)
+            grid = kernels.conv_grid(z, outputs, outputs, math.prod(kernel), 0)
             kernels.conv(
                 features.as_ndhwc(z), filters, form, index, out, grid,
                 kernel=kernel, with_temporal=False, sign=1 if form == "stored" else -1, k_channels=outputs, slots=slots,
@@ -38,25 +58,21 @@ def mix(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor, form: str) 
     return out
 
 
-def mixing_conv3d(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-    return mix(kernels, z, neuron, mixing, "stored")
-
-
-def mixing_conv3d_backward(
-    kernels: Kernels, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    dz = mix(kernels, grad, neuron, mixing, "transposed") if needs[0] else None
-    if not needs[1]:
-        return dz, None
-    if not grad.numel():
-        return dz, torch.zeros_like(mixing)
+def mixing_gradient(
+    kernels: Kernels,
+    grad_ndhwc: Tensor,  # (B, T, H, W, O)
+    z_ndhwc: Tensor,  # (B, T, H, W, O)
+    neuron: Tensor,  # (B,)
+    mixing: Tensor,  # (N, O, O, *kernel)
+) -> Tensor:
+    """Gradient of ``mixing``. That of a 1x1x1 kernel is written where it belongs; another is laid out afterwards."""
     neurons, outputs, kernel = mixing.shape[0], mixing.shape[1], tuple(mixing.shape[3:])
-    taps = math.prod(kernel)
-    with features.on_device(z):
-        groups = kernels.group_samples(neuron.contiguous(), neurons)
-        # A 1x1x1 kernel's gradient is written where it belongs; of another it is laid out afterwards.
-        whole = torch.zeros(mixing.shape, dtype=mixing.dtype, device=z.device) if taps == 1 else None
-        shape = (groups.neuron_of.shape[0] * taps, outputs, outputs)
-        panels = features.as_ndhwc(grad), features.as_ndhwc(z)
-        found = kernels.weight_gradient(*panels, None, groups, outputs, kernel, False, -1, shape, mixing.dtype, whole)
-        return dz, found if taps == 1 else kernels.unpack_filters(found, mixing, groups, None, 3, 0, taps, False)
+    taps, groups = math.prod(kernel), kernels.group_samples(neuron.contiguous(), neurons)
+    whole = torch.zeros(mixing.shape, dtype=mixing.dtype, device=mixing.device) if taps == 1 else None
+    by_slot = (groups.neuron_of.shape[0] * taps, outputs, outputs)
+    gradients = kernels.weight_gradient(
+        grad_ndhwc, z_ndhwc, None, groups, outputs, kernel, False, -1, by_slot, mixing.dtype, whole
+    )
+    if whole is not None:
+        return gradients
+    return kernels.unpack_filters(gradients, mixing, groups, None, 0, 0, taps, False)

@@ -15,13 +15,14 @@ from types import ModuleType
 
 import torch
 
-from ..gpu import GpuBackend, Kernels
+from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
 
 # Modules of kernels with their launchers, all of which .kernels gathers.
-LAUNCHERS = ("conv", "data_gradient", "filters", "lists", "route", "semhash", "tap_sums", "weight_gradient")
+LAUNCHERS = (
+    "conv", "data_gradient", "filters", "gather_panel", "lists", "route", "semhash", "tap_sums", "weight_gradient",
+)  # fmt: skip
 OLDEST = (3, 6)  # of the versions the kernels were tried with
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -70,7 +71,7 @@ class TritonBackend(GpuBackend):
         elif capability(device) < (8, 0):
             major, minor = capability(device)
             return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
-        return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
+        return dtypes.why_not(dtype)
 
     @property
     def kernels(self) -> Kernels:

@@ -1,45 +1,106 @@
-"""What kernels share: where a tile's positions lie, and loading them shifted by a tap of a kernel."""
+"""What kernels share: sizes and strides as arguments, fields of a plan, boxes of positions, shifted by a tap."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..gpu import features
+from ..gpu.lists import Plan
+
+# Where the fields of a plan lie among its int32: dsts_kernels.backends.gpu.lists.Plan says what they mean.
+PLAN = tl.constexpr(len(Plan._fields))
+FILTERS = tl.constexpr(Plan._fields.index("filters"))
+SPATIAL_BLOCKS = tl.constexpr(Plan._fields.index("spatial_blocks"))
+TEMPORAL_BLOCKS = tl.constexpr(Plan._fields.index("temporal_blocks"))
+SPATIAL_CHANNELS = tl.constexpr(Plan._fields.index("spatial_channels"))
+TEMPORAL_START = tl.constexpr(Plan._fields.index("temporal_start"))
+ROW = tl.constexpr(Plan._fields.index("row"))
+
+
+class Size(NamedTuple):
+    """Frames, rows and columns of features: one argument of a kernel."""
+
+    t: int
+    h: int
+    w: int
+
+
+class Strides(NamedTuple):
+    """Strides of features ``(B, C, T, H, W)``: one argument of a kernel."""
+
+    b: int
+    c: int
+    t: int
+    h: int
+    w: int
+
+
+def size_of(x: Tensor) -> Size:
+    """Of ``x (B, C, T, H, W)``."""
+    return Size(*x.shape[2:])
+
+
+def kernel_strides(x: Tensor) -> tuple[Strides, bool]:
+    """Strides of ``x (B, C, T, H, W)``, and whether its positions are ``w`` apart: FLAT_POSITIONS."""
+    strides, is_flat = features.kernel_strides(x)
+    return Strides(*strides), is_flat
 
 
 @triton.jit
-def box_start(tile, t_size, h_size, w_size, BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    """First frame, row and column of a box."""
-    boxes_h = tl.cdiv(h_size, BH)
-    boxes_w = tl.cdiv(w_size, BW)
-    return tile // (boxes_h * boxes_w) * BT, tile // boxes_w % boxes_h * BH, tile % boxes_w * BW
+def plan_field(plans, row, FIELD: tl.constexpr):
+    """A field of plan ``row`` of ``plans [rows, PLAN]``."""
+    return tl.load(plans + row * PLAN + FIELD)
 
 
 @triton.jit
-def box_positions(m, t0, h0, w0, BH: tl.constexpr, BW: tl.constexpr):
-    """Frame, row and column of positions ``m`` of a box."""
-    return t0 + m // (BH * BW), h0 + m // BW % BH, w0 + m % BW
+def box_start(box, size, BOX: tl.constexpr):
+    """First frame, row and column of box number ``box`` of features."""
+    boxes_h = tl.cdiv(size.h, BOX.h)
+    boxes_w = tl.cdiv(size.w, BOX.w)
+    return box // (boxes_h * boxes_w) * BOX.t, box // boxes_w % boxes_h * BOX.h, box % boxes_w * BOX.w
 
 
 @triton.jit
-def position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of positions ``p`` of a sample. ``FLAT`` positions are ``stride_w`` apart, which lets loads be wide."""
-    if WIDE:
+def boxes_of(size, BOX: tl.constexpr):
+    """Boxes of a sample."""
+    return tl.cdiv(size.t, BOX.t) * tl.cdiv(size.h, BOX.h) * tl.cdiv(size.w, BOX.w)
+
+
+@triton.jit
+def box_positions(m, start, BOX: tl.constexpr):
+    """Frame, row and column of positions ``m`` of a box that starts at ``start``."""
+    t0, h0, w0 = start
+    return t0 + m // (BOX.h * BOX.w), h0 + m // BOX.w % BOX.h, w0 + m % BOX.w
+
+
+@triton.jit
+def position_offsets(p, size, stride, FLAT_POSITIONS: tl.constexpr, INDEX_64: tl.constexpr):
+    """Offsets of positions ``p`` of a sample. ``FLAT_POSITIONS`` are ``stride.w`` apart, which lets loads be wide."""
+    if INDEX_64:
         p = p.to(tl.int64)
-    if FLAT:
-        place = p * stride_w
+    if FLAT_POSITIONS:
+        offsets = p * stride.w
     else:
-        place = p // (h_size * w_size) * stride_t + p // w_size % h_size * stride_h + p % w_size * stride_w
-    return place
+        offsets = p // (size.h * size.w) * stride.t + p // size.w % size.h * stride.h + p % size.w * stride.w
+    return offsets
 
 
 @triton.jit
-def inside(t, h, w, t_size, h_size, w_size):
-    return (t >= 0) & (t < t_size) & (h >= 0) & (h < h_size) & (w >= 0) & (w < w_size)
+def inside(t, h, w, size):
+    """Whether positions lie in the features."""
+    return (t >= 0) & (t < size.t) & (h >= 0) & (h < size.h) & (w >= 0) & (w < size.w)
 
 
 @triton.jit
-def tap_shift(tap, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: tl.constexpr):
+def tap_shift(tap, KERNEL: tl.constexpr, SIGN: tl.constexpr):
     """How far tap ``tap`` of a zero-padded kernel reaches, in frames, rows and columns; ``SIGN`` -1 turns it round."""
+    KT: tl.constexpr = KERNEL[0]
+    KH: tl.constexpr = KERNEL[1]
+    KW: tl.constexpr = KERNEL[2]
     dt = tap // (KH * KW) - KT // 2
     dh = tap // KW % KH - KH // 2
     dw = tap % KW - KW // 2
@@ -48,37 +109,31 @@ def tap_shift(tap, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SIGN: t
 
 @triton.jit
 def load_box(
-    panel,
+    panel,  # [B, T, H, W, width], or with TMA a descriptor of that box of it
     b,
-    t0,
-    h0,
-    w0,
+    start,
     column,
-    t_size,
-    h_size,
-    w_size,
+    size,
     width,
     TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BOX: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``[BT*BH*BW, COLUMNS]`` of a panel ``(B, T, H, W, width)``: zero wherever the box leaves the sample.
+    """``[positions of BOX, COLUMNS]`` of a panel, from position ``start`` on: zero wherever the box leaves the sample.
 
-    ``panel`` is a tensor descriptor of that box with ``TMA``, else a pointer to a dense panel. ``WIDE`` counts in
-    64 bits within a sample.
+    ``INDEX_64`` counts in 64 bits within a sample.
     """
+    t0, h0, w0 = start
     if TMA:
-        box = panel.load([b, t0, h0, w0, column]).reshape(BT * BH * BW, COLUMNS)
+        box = panel.load([b, t0, h0, w0, column]).reshape(BOX.t * BOX.h * BOX.w, COLUMNS)
     else:
-        t, h, w = box_positions(tl.arange(0, BT * BH * BW), t0, h0, w0, BH, BW)
+        t, h, w = box_positions(tl.arange(0, BOX.t * BOX.h * BOX.w), start, BOX)
         k = column + tl.arange(0, COLUMNS)
-        start = b.to(tl.int64) * t_size * h_size * w_size * width
-        row = (t * h_size + h) * w_size + w
-        if WIDE:
+        sample = b.to(tl.int64) * size.t * size.h * size.w * width
+        row = (t * size.h + h) * size.w + w
+        if INDEX_64:
             row = row.to(tl.int64)
-        mask = inside(t, h, w, t_size, h_size, w_size)[:, None] & (k < width)[None, :]
-        box = tl.load(panel + start + ((row * width)[:, None] + k[None, :]), mask=mask, other=0.0)
+        mask = inside(t, h, w, size)[:, None] & (k < width)[None, :]
+        box = tl.load(panel + sample + ((row * width)[:, None] + k[None, :]), mask=mask, other=0.0)
     return box

@@ -1,8 +1,8 @@
 """Data gradient of the gated convolution, both operators in one kernel, with the gates' gradient as its epilogue.
 
-``dx = gate*dxs + (1 - gate)*dxt`` and ``dgate = <x, dxs - dxt>``, where ``dxs`` and ``dxt`` are the operators' own
-data gradients. Where gates train, both are needed of every channel. Where they are frozen (``LISTED``) a tile's
-columns come in the order of the sample's lists, and most tiles need one operator only.
+``dx = gate*dxs + (1 - gate)*dxt`` and ``dgate = <x, dxs - dxt>``, where ``dxs`` and ``dxt`` are the data gradients of
+the spatial and of the temporal operator. Where gates train, both are needed of every channel. Where they are frozen
+(no ``dgate``) a tile's columns come in the order of the sample's lists, and most tiles need one operator only.
 """
 
 from __future__ import annotations
@@ -12,161 +12,194 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import features
+from ..gpu import features, grids
+from ..gpu.grids import cdiv
 from ..gpu.lists import Groups
 from ..packing import tile_channels
 from . import launch, tuning
-from .boxes import best_box, cdiv
-from .common import box_positions, box_start, inside, load_box, tap_shift
+from .common import (
+    FILTERS,
+    SPATIAL_CHANNELS,
+    TEMPORAL_START,
+    Strides,
+    box_positions,
+    box_start,
+    boxes_of,
+    inside,
+    load_box,
+    plan_field,
+    size_of,
+    tap_shift,
+)
 from .epilogue import part_of
 from .filters import pack_filters
 from .lists import list_channels
 
 
 @triton.jit
-def load_rows(
-    filters, matrix, c, c0, known, o0, channels, outputs,
-    LISTED: tl.constexpr, TMA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+def load_taps(
+    filters,  # [slots * 12, C, O], or with TMA a descriptor of [1, BN, BK] of it
+    matrix,
+    c,
+    c0,
+    known,
+    o0,
+    channels,
+    outputs,
+    LISTED: tl.constexpr,
+    TMA: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """``[BK, BN]``: one tap's filters of a block of outputs, for channels ``c``."""
     if TMA and not LISTED:
-        found = filters.load([matrix, c0, o0]).reshape(BN, BK).T
+        f = filters.load([matrix, c0, o0]).reshape(BN, BK).T
     else:
         o = o0 + tl.arange(0, BK)
         start = filters + matrix.to(tl.int64) * channels * outputs
         cells = c.to(tl.int64)[None, :] * outputs + o[:, None]
-        found = tl.load(start + cells, mask=(o < outputs)[:, None] & known[None, :], other=0.0)
-    return found
+        f = tl.load(start + cells, mask=(o < outputs)[:, None] & known[None, :], other=0.0)
+    return f
+
+
+@triton.jit
+def write_gradients(
+    spatial,  # [BM, columns] of dxs, like the next of dxt
+    temporal,
+    position,
+    valid,
+    own,
+    listed,
+    b,
+    box,
+    boxes,
+    has_slot,
+    gate,  # [B, C]
+    x,  # [B, C, T, H, W]
+    dx,  # [B, C, T, H, W], or None
+    dgate,  # [B, boxes, C] float32, or None
+    channels,
+    stride,
+    INDEX_64: tl.constexpr,
+):
+    """The epilogue of channels ``own`` of a tile. A neuron out of range (not ``has_slot``) shows as NaN."""
+    mask = valid[:, None] & listed[None, :]
+    if INDEX_64:
+        offsets = position[:, None] + (own.to(tl.int64) * stride.c)[None, :]
+    else:
+        offsets = position[:, None] + (own * stride.c)[None, :]
+    if dgate is not None:
+        v = tl.load(x + b.to(tl.int64) * stride.b + offsets, mask=mask, other=0.0).to(tl.float32)
+        products = tl.where(has_slot, tl.sum(v * (spatial - temporal), 0), float("nan"))
+        tl.store(dgate + (b * boxes + box).to(tl.int64) * channels + own, products, mask=listed)
+    if dx is not None:
+        g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)
+        g = tl.where(has_slot, g, float("nan"))[None, :]
+        v = tl.where(g == 0.0, 0.0, g * spatial) + tl.where(g == 1.0, 0.0, (1.0 - g) * temporal)
+        tl.store(dx + b.to(tl.int64) * stride.b + offsets, v.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def data_gradient_kernel(
-    grad,
-    filters,
-    order,
-    plan,
-    gate,
-    x,
-    dx,
-    dgate,
-    t_size,
-    h_size,
-    w_size,
+    grad,  # [B, T, H, W, O], or its descriptor
+    filters,  # [slots * 12, C, O], or its descriptor
+    order,  # [B, C] int32
+    plans,  # [B, PLAN] int32
+    gate,  # [B, C]
+    x,  # [B, C, T, H, W] with the strides of dx
+    dx,  # [B, C, T, H, W], or None where only gates train
+    dgate,  # [B, boxes, C] float32, added up over boxes afterwards, or None where gates are frozen
+    size,
+    stride,
     channels,
     outputs,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    LISTED: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_GATE: tl.constexpr,
     TMA_GRAD: tl.constexpr,
     TMA_FILTERS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX_64: tl.constexpr,
     PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
+    BOX: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``grad (B, T, H, W, O)``, ``filters (slots, 12, C, O)``; ``x`` and ``dx`` have the same strides.
-
-    ``dgate (B, boxes, C)`` float32 is added up over boxes afterwards. A tile a program.
-    """
-    BM: tl.constexpr = BT * BH * BW
+    """A tile of positions by ``BN`` channels a program."""
+    LISTED: tl.constexpr = dgate is None
+    BM: tl.constexpr = BOX.t * BOX.h * BOX.w
     PARTS: tl.constexpr = 2 if BN >= 128 else 1
-    boxes = tl.cdiv(t_size, BT) * tl.cdiv(h_size, BH) * tl.cdiv(w_size, BW)
-    columns = tl.cdiv(channels, BN)
-    b = tl.program_id(0) // (boxes * columns)
-    box = tl.program_id(0) // columns % boxes
-    c0 = tl.program_id(0) % columns * BN
-    t0, h0, w0 = box_start(box, t_size, h_size, w_size, BT, BH, BW)
-    own_slot = tl.load(plan + b * 6)
+    boxes = boxes_of(size, BOX)
+    across = tl.cdiv(channels, BN)
+    b = tl.program_id(0) // (boxes * across)
+    box = tl.program_id(0) // across % boxes
+    c0 = tl.program_id(0) % across * BN
+    start = box_start(box, size, BOX)
+    t0, h0, w0 = start
+    own_slot = plan_field(plans, b, FILTERS)
     slot = tl.maximum(own_slot, 0)
     blocks = tl.cdiv(outputs, BK)
-    steps_1 = 9 * blocks
-    steps_2 = 3 * blocks
+    spatial_steps = 9 * blocks
+    temporal_steps = 3 * blocks
     place = c0 + tl.arange(0, BN)
     known = place < channels
     c = place
     row = order + b.to(tl.int64) * channels
     if LISTED:
-        steps_1 = tl.where(c0 < tl.load(plan + b * 6 + 3), steps_1, 0)
-        steps_2 = tl.where(c0 + BN > tl.load(plan + b * 6 + 4), steps_2, 0)
+        spatial_steps = tl.where(c0 < plan_field(plans, b, SPATIAL_CHANNELS), spatial_steps, 0)
+        temporal_steps = tl.where(c0 + BN > plan_field(plans, b, TEMPORAL_START), temporal_steps, 0)
         c = tl.load(row + place, mask=known, other=0)
 
-    by_1 = tl.zeros((BM, BN), tl.float32)
-    for i in range(0, steps_1):
-        dt, dh, dw = tap_shift(i % 9, 1, 3, 3, -1)
+    spatial = tl.zeros((BM, BN), tl.float32)
+    for i in range(0, spatial_steps):
+        dt, dh, dw = tap_shift(i % 9, (1, 3, 3), -1)
         o0 = i // 9 * BK
-        a = load_box(
-            grad, b, t0 + dt, h0 + dh, w0 + dw, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK
-        )
-        f = load_rows(filters, slot * 12 + i % 9, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
-        by_1 = tl.dot(a, f, by_1, input_precision=PRECISION)
-    by_2 = tl.zeros((BM, BN), tl.float32)
-    for i in range(0, steps_2):
+        a = load_box(grad, b, (t0 + dt, h0 + dh, w0 + dw), o0, size, outputs, TMA_GRAD, INDEX_64, BOX, BK)
+        f = load_taps(filters, slot * 12 + i % 9, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
+        spatial = tl.dot(a, f, spatial, input_precision=PRECISION)
+    temporal = tl.zeros((BM, BN), tl.float32)
+    for i in range(0, temporal_steps):
         o0 = i // 3 * BK
-        a = load_box(
-            grad, b, t0 + 1 - i % 3, h0, w0, o0, t_size, h_size, w_size, outputs, TMA_GRAD, WIDE, BT, BH, BW, BK
-        )
-        f = load_rows(filters, slot * 12 + 9 + i % 3, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
-        by_2 = tl.dot(a, f, by_2, input_precision=PRECISION)
+        a = load_box(grad, b, (t0 + 1 - i % 3, h0, w0), o0, size, outputs, TMA_GRAD, INDEX_64, BOX, BK)
+        f = load_taps(filters, slot * 12 + 9 + i % 3, c, c0, known, o0, channels, outputs, LISTED, TMA_FILTERS, BN, BK)
+        temporal = tl.dot(a, f, temporal, input_precision=PRECISION)
 
-    t, h, w = box_positions(tl.arange(0, BM), t0, h0, w0, BH, BW)
-    valid = inside(t, h, w, t_size, h_size, w_size)
-    if WIDE:
-        position = t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+    t, h, w = box_positions(tl.arange(0, BM), start, BOX)
+    valid = inside(t, h, w, size)
+    if INDEX_64:
+        position = t.to(tl.int64) * stride.t + h.to(tl.int64) * stride.h + w.to(tl.int64) * stride.w
     else:
-        position = t * stride_t + h * stride_h + w * stride_w
+        position = t * stride.t + h * stride.h + w * stride.w
     for part in tl.static_range(PARTS):
         own = c0 + part * (BN // PARTS) + tl.arange(0, BN // PARTS)
         listed = own < channels
         if LISTED:
             own = tl.load(row + own, mask=listed, other=0)
-        part_1 = part_of(by_1, part, PARTS, BM, BN)
-        part_2 = part_of(by_2, part, PARTS, BM, BN)
-        mask = valid[:, None] & listed[None, :]
-        if WIDE:
-            offsets = position[:, None] + (own.to(tl.int64) * stride_c)[None, :]
-        else:
-            offsets = position[:, None] + (own * stride_c)[None, :]
-        if NEED_GATE:
-            v = tl.load(x + b.to(tl.int64) * stride_b + offsets, mask=mask, other=0.0).to(tl.float32)
-            found = tl.where(own_slot < 0, float("nan"), tl.sum(v * (part_1 - part_2), 0))
-            tl.store(dgate + (b * boxes + box).to(tl.int64) * channels + own, found, mask=listed)
-        if NEED_X:
-            g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)
-            g = tl.where(own_slot < 0, float("nan"), g)[None, :]  # a neuron out of range shows as NaN
-            v = tl.where(g == 0.0, 0.0, g * part_1) + tl.where(g == 1.0, 0.0, (1.0 - g) * part_2)
-            tl.store(dx + b.to(tl.int64) * stride_b + offsets, v.to(dx.dtype.element_ty), mask=mask)
+        write_gradients(
+            part_of(spatial, part, PARTS, BM, BN), part_of(temporal, part, PARTS, BM, BN), position, valid, own, listed,
+            b, box, boxes, own_slot >= 0, gate, x, dx, dgate, channels, stride, INDEX_64,
+        )  # fmt: skip
 
 
 def data_gradient(
-    grad_ndhwc: Tensor,
-    x: Tensor,
-    gate: Tensor,
+    grad_ndhwc: Tensor,  # (B, T, H, W, O)
+    x: Tensor,  # (B, C, T, H, W)
+    gate: Tensor,  # (B, C)
     groups: Groups,
-    spatial: Tensor,
-    temporal: Tensor,
+    spatial: Tensor,  # (N, O, C, 1, 3, 3)
+    temporal: Tensor,  # (N, O, C, 3, 1, 1)
     need_x: bool,
     need_gate: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``x`` and ``gate``, each ``None`` where it is not needed."""
     b, c, *size = x.shape
     outputs = spatial.shape[1]
     lists = list_channels(gate, groups, False, tile_channels(x.dtype))
     filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
     tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c, b)
-    box = best_box(tile.m, *size)
+    box = grids.best_box(tile.m, *size)
     dx = torch.empty_like(x) if need_x else None
     if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both
         x = torch.empty_like(dx).copy_(x)
     like = x if dx is None else dx
     boxes = box.tiles(*size)
-    parts = x.new_empty((b, boxes, c) if need_gate else (1,), dtype=torch.float32)
+    dgate = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
     g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
     f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
     data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
@@ -176,25 +209,20 @@ def data_gradient(
         lists.plans,
         gate,
         x,
-        like,
-        parts,
-        *size,
+        dx,
+        dgate,
+        size_of(x),
+        Strides(*like.stride()),
         c,
         outputs,
-        *like.stride(),
-        LISTED=not need_gate,
-        NEED_X=need_x,
-        NEED_GATE=need_gate,
         TMA_GRAD=tma_grad,
         TMA_FILTERS=tma_filters,
-        WIDE=features.needs_int64(like) or grad_ndhwc[0].numel() > features.INT32,
+        INDEX_64=features.needs_int64(like) or grad_ndhwc[0].numel() > grids.INT32,
         PRECISION=launch.precision(x.dtype),
-        BT=box.t,
-        BH=box.h,
-        BW=box.w,
+        BOX=box,
         BN=tile.n,
         BK=tile.k,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return dx, parts.sum(1).to(gate.dtype) if need_gate else None
+    return dx, None if dgate is None else dgate.sum(1).to(gate.dtype)

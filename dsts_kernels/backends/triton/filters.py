@@ -13,14 +13,25 @@ from torch import Tensor
 
 from ..gpu.lists import Groups
 from . import tuning
-from .boxes import cdiv
+
+
+@triton.jit
+def tap_offsets(slot, o, f, outputs, channels, first_tap, all_taps, TAPS: tl.constexpr, BY_CHANNEL: tl.constexpr):
+    """``[BO, BF]``: where outputs ``o`` of elements ``f`` (channels times taps) lie by slot and tap."""
+    c = f // TAPS
+    matrix = (slot * all_taps + first_tap + f % TAPS).to(tl.int64) * outputs * channels
+    if BY_CHANNEL:
+        offsets = (matrix + c.to(tl.int64) * outputs)[None, :] + o[:, None]
+    else:
+        offsets = (matrix + c)[None, :] + (o.to(tl.int64) * channels)[:, None]
+    return offsets
 
 
 @triton.jit
 def pack_filters_kernel(
-    weight,
-    filters,
-    neuron_of,
+    weight,  # [N, O, C, TAPS]
+    filters,  # [S, all_taps, C, O], or without BY_CHANNEL [S, all_taps, O, C]; written from tap first_tap on
+    neuron_of,  # [S] int32
     outputs,
     channels,
     first_tap,
@@ -30,12 +41,8 @@ def pack_filters_kernel(
     BO: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """``filters (slots, all_taps, C, O)``, or without ``BY_CHANNEL`` ``(slots, all_taps, O, C)``, from tap
-    ``first_tap``.
-
-    A tile is ``BO`` outputs by ``BF`` elements of channels and taps as they lie: read along the one, written along the
-    other, so both ways are whole lines.
-    """
+    """A tile is ``BO`` outputs by ``BF`` elements of channels and taps as they lie: read along the one, written along
+    the other, so both ways are whole lines."""
     slot = tl.program_id(1)
     n = tl.load(neuron_of + slot)
     if n >= 0:
@@ -45,65 +52,64 @@ def pack_filters_kernel(
         mask = (o < outputs)[:, None] & (f < channels * TAPS)[None, :]
         source = weight + n.to(tl.int64) * outputs * channels * TAPS
         v = tl.load(source + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], mask=mask, other=0.0)
-        c = f // TAPS
-        matrix = (slot * all_taps + first_tap + f % TAPS).to(tl.int64) * outputs * channels
-        if BY_CHANNEL:
-            place = (matrix + c.to(tl.int64) * outputs)[None, :] + o[:, None]
-        else:
-            place = (matrix + c)[None, :] + (o.to(tl.int64) * channels)[:, None]
-        tl.store(filters + place, v.to(filters.dtype.element_ty), mask=mask)
+        offsets = tap_offsets(slot, o, f, outputs, channels, first_tap, all_taps, TAPS, BY_CHANNEL)
+        tl.store(filters + offsets, v.to(filters.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def unpack_filters_kernel(
-    filters,
-    weight,
-    slot_of,
-    listed,
+    filters,  # [S, all_taps, C, O], or without BY_CHANNEL [S, all_taps, O, C]; read from tap first_tap on
+    weight,  # [N, O, C, TAPS]
+    slot_of,  # [N] int32
+    listed,  # [S, C] int8, or None: every channel is
     outputs,
     channels,
     first_tap,
     all_taps,
-    bit,
+    reader,
     TAPS: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
-    HAS_LISTS: tl.constexpr,
     BO: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """The way back for gradients, into ``weight (N, O, C, TAPS)``, all of which is written."""
+    """The way back for gradients. ``reader`` is the bit of the operator in ``listed``; all of ``weight`` is written."""
     n = tl.program_id(1)
     slot = tl.load(slot_of + n)
     tiles = tl.cdiv(channels * TAPS, BF)
     o = tl.program_id(0) // tiles * BO + tl.arange(0, BO)
     f = tl.program_id(0) % tiles * BF + tl.arange(0, BF)
     mask = (o < outputs)[:, None] & (f < channels * TAPS)[None, :]
-    c = f // TAPS
     read = mask & (slot >= 0)
-    if HAS_LISTS:
+    if listed is not None:
+        c = f // TAPS
         known = (c < channels) & (slot >= 0)
-        bits = tl.load(listed + slot.to(tl.int64) * channels + c, mask=known, other=0).to(tl.int32)
-        read &= ((bits & bit) != 0)[None, :]
-    matrix = (slot * all_taps + first_tap + f % TAPS).to(tl.int64) * outputs * channels
-    if BY_CHANNEL:
-        place = (matrix + c.to(tl.int64) * outputs)[None, :] + o[:, None]
-    else:
-        place = (matrix + c)[None, :] + (o.to(tl.int64) * channels)[:, None]
-    v = tl.load(filters + place, mask=read, other=0.0)
+        readers = tl.load(listed + slot.to(tl.int64) * channels + c, mask=known, other=0).to(tl.int32)
+        read &= ((readers & reader) != 0)[None, :]
+    offsets = tap_offsets(slot, o, f, outputs, channels, first_tap, all_taps, TAPS, BY_CHANNEL)
+    v = tl.load(filters + offsets, mask=read, other=0.0)
     target = weight + n.to(tl.int64) * outputs * channels * TAPS
     tl.store(target + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], v, mask=mask)
 
 
-def pack_filters(weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, by_channel: bool) -> Tensor:
-    """Filters of the chosen neurons, ``(slots * taps, C, O)`` or ``(slots * taps, O, C)``, every kernel's taps."""
+def filter_grid(outputs: int, channels: int, taps: int, matrices: int) -> tuple[int, int]:
+    """Tiles of ``matrices`` neurons' filters of one kernel."""
+    return tuning.filter_tiles(outputs, channels, taps), matrices
+
+
+def pack_filters(
+    weights: list[Tensor],  # (N, O, C, *kernel) each
+    neuron_of: Tensor,  # (S,) int32
+    dtype: torch.dtype,
+    by_channel: bool,
+) -> Tensor:
+    """Filters of the chosen neurons, ``(S * taps, C, O)`` or ``(S * taps, O, C)``, every kernel's taps."""
     outputs, channels = weights[0].shape[1:3]
     taps = [weight[0, 0, 0].numel() for weight in weights]
-    shape = (channels, outputs) if by_channel else (outputs, channels)
-    filters = torch.empty((neuron_of.shape[0] * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
+    slots, shape = neuron_of.shape[0], (channels, outputs) if by_channel else (outputs, channels)
+    filters = torch.empty((slots * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
     first = 0
     for weight, count in zip(weights, taps, strict=True):
-        grid = (cdiv(outputs, tuning.FILTER_TILE) * cdiv(channels * count, tuning.FILTER_TILE), neuron_of.shape[0])
-        pack_filters_kernel[grid](
+        pack_filters_kernel[filter_grid(outputs, channels, count, slots)](
             weight.contiguous(), filters, neuron_of, outputs, channels, first, sum(taps),
             TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
         )  # fmt: skip
@@ -112,22 +118,21 @@ def pack_filters(weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, b
 
 
 def unpack_filters(
-    filters: Tensor,
-    like: Tensor,
+    filters: Tensor,  # (S * taps, C, O) or (S * taps, O, C)
+    like: Tensor,  # (N, O, C, *kernel)
     groups: Groups,
-    listed: Tensor | None,
-    bit: int,
+    listed: Tensor | None,  # (S, C) int8
+    reader: int,
     first: int,
     taps: int,
     by_channel: bool,
 ) -> Tensor:
-    """Gradients ``filters`` of the chosen neurons, as a gradient of ``like (N, O, C, *kernel)``."""
+    """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``."""
     neurons, outputs, channels = like.shape[:3]
     weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    own = like[0, 0, 0].numel()
-    grid = (cdiv(outputs, tuning.FILTER_TILE) * cdiv(channels * own, tuning.FILTER_TILE), neurons)
-    unpack_filters_kernel[grid](
-        filters, weight, groups.slot_of, filters if listed is None else listed, outputs, channels, first, taps, bit,
-        TAPS=own, BY_CHANNEL=by_channel, HAS_LISTS=listed is not None, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
+    count = like[0, 0, 0].numel()
+    unpack_filters_kernel[filter_grid(outputs, channels, count, neurons)](
+        filters, weight, groups.slot_of, listed, outputs, channels, first, taps, reader,
+        TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
     )  # fmt: skip
     return weight

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..gpu.grids import Box
 from . import tuning
-from .boxes import Box
 
 
 @functools.cache

@@ -12,48 +12,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu.lists import PLAN, Groups, Lists
-from .boxes import next_power
+from ..gpu.grids import next_power
+from ..gpu.lists import PLAN as PLAN_INTS
+from ..gpu.lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, Lists
+from . import tuning
+from .common import FILTERS, PLAN, ROW, SPATIAL_BLOCKS, SPATIAL_CHANNELS, TEMPORAL_BLOCKS, TEMPORAL_START
+
+BY_SPATIAL, BY_TEMPORAL = tl.constexpr(READ_BY_SPATIAL), tl.constexpr(READ_BY_TEMPORAL)
 
 
 @triton.jit(do_not_specialize=["batch", "slot_count"])
-def group_kernel(
-    neuron,
-    slots,
-    neuron_of,
-    slot_of,
-    groups,
-    members,
+def group_samples_kernel(
+    neuron,  # [B] int64
+    slots,  # [B] int32: the slot of each sample's neuron, -1 where that is out of range
+    neuron_of,  # [S] int32, -1 where no neuron has the slot
+    slot_of,  # [N] int32, -1 where nobody chose the neuron
+    groups,  # [S, 2] int32: first member of a slot, how many
+    members,  # [B] int32: samples sorted by neuron
     batch,
     neurons,
     slot_count,
     NEURONS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
-    """Samples by neuron: a program a sample.
-
-    ``slots (B,)`` the slot of each sample's neuron, -1 where that is out of range; ``neuron_of (S,)`` and ``slot_of
-    (N,)`` either way, -1 where there is none; ``members (B,)`` the samples sorted by neuron, a slot's being
-    ``groups[s]``: first, how many.
-    """
+    """Samples by neuron: a program a sample, which looks at ``SAMPLES`` others at a time."""
     b = tl.program_id(0)
-    mine = tl.load(neuron + b)
+    chosen = tl.load(neuron + b)
     n = tl.arange(0, NEURONS)
     used = tl.zeros((NEURONS,), tl.int32)
     before = 0
     same = 0
     rank = 0
-    for b0 in range(0, batch, CHUNK):
-        other = b0 + tl.arange(0, CHUNK)
+    for b0 in range(0, batch, SAMPLES):
+        other = b0 + tl.arange(0, SAMPLES)
         theirs = tl.load(neuron + other, mask=other < batch, other=-1)
         used = tl.maximum(used, tl.max((theirs[:, None] == n[None, :]).to(tl.int32), 0))
-        before += tl.sum(((theirs < mine) & (other < batch)).to(tl.int32), 0)
-        same += tl.sum(((theirs == mine) & (other < batch)).to(tl.int32), 0)
-        rank += tl.sum(((theirs == mine) & (other < b)).to(tl.int32), 0)
+        before += tl.sum(((theirs < chosen) & (other < batch)).to(tl.int32), 0)
+        same += tl.sum(((theirs == chosen) & (other < batch)).to(tl.int32), 0)
+        rank += tl.sum(((theirs == chosen) & (other < b)).to(tl.int32), 0)
     used = tl.where(n < neurons, used, 0)
     slot_all = tl.cumsum(used, 0) - used
-    slot = tl.sum(tl.where(n == mine, slot_all, 0), 0)
-    known = (mine >= 0) & (mine < neurons)
+    slot = tl.sum(tl.where(n == chosen, slot_all, 0), 0)
+    known = (chosen >= 0) & (chosen < neurons)
     tl.store(slots + b, tl.where(known, slot, -1))
     tl.store(members + before + rank, b)
     if known:
@@ -67,109 +67,121 @@ def group_kernel(
 
 
 @triton.jit
-def read_by(gate, groups, members, row, c, size, UNION: tl.constexpr):
-    """Which of channels ``c`` only the first operator reads, only the second, or both: for a sample or a whole slot."""
-    inside = c < size
+def readers_of(
+    gate,  # [B, C]
+    groups,  # [S, 2]
+    members,  # [B]
+    row,
+    c,
+    channels,
+    UNION: tl.constexpr,
+):
+    """Which of channels ``c`` only the spatial operator reads, only the temporal one, both: of a sample or a slot."""
+    inside = c < channels
     if UNION:
-        only_1 = inside
-        only_2 = inside
+        only_spatial = inside
+        only_temporal = inside
         start = tl.load(groups + row * 2)
         for i in range(0, tl.load(groups + row * 2 + 1)):
             b = tl.load(members + start + i).to(tl.int64)
-            g = tl.load(gate + b * size + c, mask=inside, other=0.0).to(tl.float32)
-            only_1 &= g == 1.0
-            only_2 &= g == 0.0
+            g = tl.load(gate + b * channels + c, mask=inside, other=0.0).to(tl.float32)
+            only_spatial &= g == 1.0
+            only_temporal &= g == 0.0
     else:
-        g = tl.load(gate + row.to(tl.int64) * size + c, mask=inside, other=0.0).to(tl.float32)
-        only_1 = inside & (g == 1.0)
-        only_2 = inside & (g == 0.0)
-    return only_1, only_2, inside & ~only_1 & ~only_2
+        g = tl.load(gate + row.to(tl.int64) * channels + c, mask=inside, other=0.0).to(tl.float32)
+        only_spatial = inside & (g == 1.0)
+        only_temporal = inside & (g == 0.0)
+    return only_spatial, only_temporal, inside & ~only_spatial & ~only_temporal
 
 
 @triton.jit
-def list_kernel(
-    gate,
-    slots,
-    neuron_of,
-    groups,
-    members,
-    order,
-    plans,
-    listed,
-    size,
-    UNION: tl.constexpr,
+def list_channels_kernel(
+    gate,  # [B, C]
+    slots,  # [B] int32
+    neuron_of,  # [S] int32
+    groups,  # [S, 2] int32
+    members,  # [B] int32
+    order,  # [rows, C] int32
+    plans,  # [rows, PLAN] int32
+    listed,  # [S, C] int8, or None: a row is a sample; else it is a slot and all its samples
+    channels,
     BK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """Gates to list rows: a program a row, which is a sample, or with ``UNION`` a slot and all its samples.
+    """Gates to list rows: a program a row, ``CHANNELS`` at a time.
 
-    With ``UNION`` also ``listed (S, C)`` int8: 1 where the first operator reads a channel, plus 2 where the second
-    does. The plan of a slot without a neuron is empty: a sample whose neuron is out of range may still read it.
+    ``listed`` says who reads a channel. The plan of a slot without a neuron is empty: a sample whose neuron is out of
+    range may still read it.
     """
+    UNION: tl.constexpr = listed is not None
     row = tl.program_id(0)
-    base = row
+    filters = row
     exists = True
     if UNION:
         exists = tl.load(neuron_of + row) >= 0
     else:
-        base = tl.load(slots + row)
+        filters = tl.load(slots + row)
+    fields = plans + row * PLAN
     if exists:
-        count_1 = 0
-        count_both = 0
-        for c0 in range(0, size, CHUNK):
-            only_1, only_2, both = read_by(gate, groups, members, row, c0 + tl.arange(0, CHUNK), size, UNION)
-            count_1 += tl.sum(only_1.to(tl.int32), 0)
-            count_both += tl.sum(both.to(tl.int32), 0)
-        at_1 = 0
-        at_both = count_1
-        at_2 = count_1 + count_both
-        plan = plans + row * 6
-        tl.store(plan, base)
-        tl.store(plan + 1, tl.cdiv(at_2, BK))
-        tl.store(plan + 2, tl.cdiv(size - count_1, BK))
-        tl.store(plan + 3, at_2)
-        tl.store(plan + 4, count_1)
-        tl.store(plan + 5, row)
-        mine = order + row.to(tl.int64) * size
-        for c0 in range(0, size, CHUNK):
-            c = c0 + tl.arange(0, CHUNK)
-            only_1, only_2, both = read_by(gate, groups, members, row, c, size, UNION)
-            rank_1 = tl.cumsum(only_1.to(tl.int32), 0)
-            rank_both = tl.cumsum(both.to(tl.int32), 0)
-            rank_2 = tl.cumsum(only_2.to(tl.int32), 0)
-            place = tl.where(only_1, at_1 + rank_1, tl.where(both, at_both + rank_both, at_2 + rank_2)) - 1
-            tl.store(mine + place, c, mask=c < size)
+        spatial_count = 0
+        both_count = 0
+        for c0 in range(0, channels, CHANNELS):
+            c = c0 + tl.arange(0, CHANNELS)
+            only_spatial, only_temporal, both = readers_of(gate, groups, members, row, c, channels, UNION)
+            spatial_count += tl.sum(only_spatial.to(tl.int32), 0)
+            both_count += tl.sum(both.to(tl.int32), 0)
+        spatial_at = 0
+        both_at = spatial_count
+        temporal_at = spatial_count + both_count
+        tl.store(fields + FILTERS, filters)
+        tl.store(fields + SPATIAL_BLOCKS, tl.cdiv(temporal_at, BK))
+        tl.store(fields + TEMPORAL_BLOCKS, tl.cdiv(channels - spatial_count, BK))
+        tl.store(fields + SPATIAL_CHANNELS, temporal_at)
+        tl.store(fields + TEMPORAL_START, spatial_count)
+        tl.store(fields + ROW, row)
+        list_row = order + row.to(tl.int64) * channels
+        for c0 in range(0, channels, CHANNELS):
+            c = c0 + tl.arange(0, CHANNELS)
+            only_spatial, only_temporal, both = readers_of(gate, groups, members, row, c, channels, UNION)
+            spatial_rank = tl.cumsum(only_spatial.to(tl.int32), 0)
+            both_rank = tl.cumsum(both.to(tl.int32), 0)
+            temporal_rank = tl.cumsum(only_temporal.to(tl.int32), 0)
+            place = tl.where(both, both_at + both_rank, temporal_at + temporal_rank)
+            place = tl.where(only_spatial, spatial_at + spatial_rank, place) - 1
+            tl.store(list_row + place, c, mask=c < channels)
             if UNION:
-                bits = tl.where(only_2, 2, tl.where(only_1, 1, 3))
-                tl.store(listed + row.to(tl.int64) * size + c, bits.to(tl.int8), mask=c < size)
-            at_1 += tl.sum(only_1.to(tl.int32), 0)
-            at_both += tl.sum(both.to(tl.int32), 0)
-            at_2 += tl.sum(only_2.to(tl.int32), 0)
+                readers = tl.where(only_spatial, BY_SPATIAL, BY_SPATIAL + BY_TEMPORAL)
+                readers = tl.where(only_temporal, BY_TEMPORAL, readers)
+                tl.store(listed + row.to(tl.int64) * channels + c, readers.to(tl.int8), mask=c < channels)
+            spatial_at += tl.sum(only_spatial.to(tl.int32), 0)
+            both_at += tl.sum(both.to(tl.int32), 0)
+            temporal_at += tl.sum(only_temporal.to(tl.int32), 0)
     else:
-        for i in tl.static_range(6):
-            tl.store(plans + row * 6 + i, 0)
+        for i in tl.static_range(PLAN):
+            tl.store(fields + i, 0)
 
 
 def group_samples(neuron: Tensor, neurons: int) -> Groups:
+    """Samples by ``neuron (B,)``."""
     batch = neuron.shape[0]
     count = min(batch, neurons)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=neuron.device)
     groups = Groups(empty(batch), empty(count), empty(neurons), empty(count, 2), empty(batch))
     lanes = next_power(neurons)
-    group_kernel[(batch,)](
-        neuron, *groups, batch, neurons, count, NEURONS=lanes, CHUNK=max(1, min(next_power(batch), 4096 // lanes))
+    group_samples_kernel[(batch,)](
+        neuron, *groups, batch, neurons, count, NEURONS=lanes, SAMPLES=tuning.samples_at_once(batch, lanes)
     )
     return groups
 
 
 def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Lists:
-    """Lists of every sample, or with ``union`` of every slot: what any of its samples reads."""
-    size = gate.shape[1]
+    """Lists of every sample of ``gate (B, C)``, or with ``union`` of every slot: what any of its samples reads."""
+    channels = gate.shape[1]
     count = groups.neuron_of.shape[0] if union else gate.shape[0]
-    order = torch.empty((count, size), dtype=torch.int32, device=gate.device)
-    plans = torch.empty((count, PLAN), dtype=torch.int32, device=gate.device)
-    listed = torch.empty((count, size) if union else (1,), dtype=torch.int8, device=gate.device)
-    list_kernel[(count,)](
+    order = torch.empty((count, channels), dtype=torch.int32, device=gate.device)
+    plans = torch.empty((count, PLAN_INTS), dtype=torch.int32, device=gate.device)
+    listed = torch.empty((count, channels), dtype=torch.int8, device=gate.device) if union else None
+    list_channels_kernel[(count,)](
         gate,
         groups.slots,
         groups.neuron_of,
@@ -178,9 +190,8 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
         order,
         plans,
         listed,
-        size,
-        UNION=union,
+        channels,
         BK=block_k,
-        CHUNK=min(1024, next_power(size)),
+        CHANNELS=min(tuning.LIST_CHANNELS, next_power(channels)),
     )
     return Lists(order, plans, listed)

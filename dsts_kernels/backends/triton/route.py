@@ -1,9 +1,11 @@
-"""Features gathered by channel lists into panels, and for a frozen layer the choice of the neuron whose lists they are.
+"""A frozen layer's first launch: the choice of each sample's neuron, and the gather of that neuron's channels.
 
-:mod:`dsts_kernels.backends.gpu.lists` says what a list row, a plan and a slot are.
+:mod:`dsts_kernels.backends.gpu.lists` says what a list row and a plan are.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -11,29 +13,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import FrozenWeights
-from ..gpu import features
-from ..gpu.lists import PLAN, Lists, panel_width
+from ..gpu import features, grids
+from ..gpu.lists import PLAN as PLAN_INTS
+from ..gpu.lists import panel_width
 from ..packing import tile_channels
-from . import launch, tuning
-from .boxes import cdiv, next_power
-from .common import position_offsets
+from . import tuning
+from .common import (
+    FILTERS,
+    PLAN,
+    ROW,
+    SPATIAL_BLOCKS,
+    SPATIAL_CHANNELS,
+    TEMPORAL_BLOCKS,
+    TEMPORAL_START,
+    kernel_strides,
+    size_of,
+)
+from .gather_panel import gather_columns, gather_grid
 
 
 @triton.jit
 def choose_neuron(
-    sums,
-    scoring,
+    sums,  # [B, parts, size] float32
+    scoring,  # [N, size] float32
     b,
     parts,
     size,
     neurons,
     divisor,
-    scores,
+    scores,  # [B, N] float32
     NEURONS: tl.constexpr,
     BC: tl.constexpr,
-    STORE: tl.constexpr,
 ):
-    """``argmax`` of the relevance scores of sample ``b``, as torch breaks ties and orders NaN; never out of range."""
+    """``argmax`` of the relevance scores of sample ``b``, as torch breaks ties and orders NaN; never out of range.
+
+    ``size`` is channels times taps.
+    """
     n = tl.arange(0, NEURONS)
     total = tl.zeros((NEURONS,), tl.float32)
     for c0 in range(0, size, BC):
@@ -44,239 +59,93 @@ def choose_neuron(
         mask = (n < neurons)[:, None] & (c < size)[None, :]
         total += tl.sum(tl.load(scoring + n[:, None] * size + c[None, :], mask=mask, other=0.0) * v[None, :], 1)
     score = total / divisor
-    if STORE:
-        tl.store(scores + b * neurons + n, score, mask=n < neurons)
+    tl.store(scores + b * neurons + n, score, mask=n < neurons)
     unknown = (score != score) & (n < neurons)
     best = tl.max(tl.where((n < neurons) & (score == score), score, float("-inf")), 0)
     hit = tl.where(tl.sum(unknown.to(tl.int32), 0) > 0, unknown, score == best)
     return tl.minimum(tl.min(tl.where(hit & (n < neurons), n, NEURONS), 0), neurons - 1)
 
 
-@triton.jit
-def gather_columns(
-    x,
-    order,
-    gate,
-    panel,
-    b,
-    row,
-    blocks_1,
-    blocks_2,
-    count,
-    second,
-    known,
-    size,
-    positions,
-    h_size,
-    w_size,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    pitch,
-    SCALED: tl.constexpr,
-    FLAT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BP: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One block of positions of sample ``b``, gathered by its lists into K blocks of a panel, zeros behind each list.
-
-    Axis 0 of the grid is the samples' blocks of positions, axis 1 shares the K blocks out. ``SCALED`` multiplies by
-    the gate, or by 1 minus it for the second operator. A sample whose neuron is not ``known`` becomes NaN.
-    """
-    p = tl.program_id(0) % tl.cdiv(positions, BP) * BP + tl.arange(0, BP)
-    place = position_offsets(p, h_size, w_size, stride_t, stride_h, stride_w, FLAT, WIDE)
-    start = x + b.to(tl.int64) * stride_b
-    out = panel + (b.to(tl.int64) * positions + p)[:, None] * pitch
-    # The same block of either list in turn: both are sorted, so they read the same lines.
-    for block in range(tl.program_id(1), tl.maximum(blocks_1, blocks_2), tl.num_programs(1)):
-        for side in tl.static_range(2):
-            blocks = blocks_1 if side == 0 else blocks_2
-            if block < blocks:
-                k = block * BK + tl.arange(0, BK)
-                place_in_row = row.to(tl.int64) * size + k
-                column = block * BK + tl.arange(0, BK)
-                if side == 0:
-                    listed = k < count
-                else:
-                    listed = k < size - second
-                    place_in_row += second
-                    column += blocks_1 * BK
-                c = tl.load(order + place_in_row, mask=listed, other=0)
-                if WIDE:
-                    c = c.to(tl.int64)
-                mask = (p < positions)[:, None] & listed[None, :]
-                v = tl.load(start + (place[:, None] + (c * stride_c)[None, :]), mask=mask, other=0.0)
-                if SCALED:
-                    g = tl.load(gate + b.to(tl.int64) * size + c, mask=listed, other=0.0).to(tl.float32)
-                    g = g if side == 0 else 1.0 - g
-                    v = v.to(tl.float32) * g[None, :]
-                v = tl.where(known, v, float("nan")).to(panel.dtype.element_ty)
-                tl.store(out + column[None, :], v, mask=(p < positions)[:, None])
-
-
-@triton.jit(do_not_specialize=["parts", "flag_count"])
+@triton.jit(do_not_specialize=["parts", "num_counters"])
 def route_and_gather_kernel(
-    x,
-    sums,
-    scoring,
-    channels,
-    starts,
-    panel,
-    plan,
-    neuron,
-    scores,
-    flags,
+    x,  # [B, C, T, H, W]
+    sums,  # [B, parts, C * taps] float32
+    scoring,  # [N, C * taps] float32
+    channel_lists,  # [N, C] int32
+    starts,  # [N + 1] int64
+    panel,  # [B, T, H, W, width]
+    plan,  # [B, PLAN] int32
+    neuron,  # [B] int64
+    scores,  # [B, N] float32
+    arrival_counters,  # [num_counters] int32
     parts,
     taps,
     neurons,
     divisor,
-    size,
+    channels,
     positions,
-    h_size,
-    w_size,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    pitch,
-    flag_count,
-    FLAT: tl.constexpr,
-    WIDE: tl.constexpr,
+    size,
+    stride,
+    width,
+    num_counters,
+    FLAT_POSITIONS: tl.constexpr,
+    INDEX_64: tl.constexpr,
     NEURONS: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A frozen layer's first launch: choose each sample's neuron, gather its channels, and plan the convolution.
+    """Choose each sample's neuron, gather its channels, and plan the convolution.
 
-    Every program works its sample's choice out for itself, alike; one writes it down. ``flags`` are zeroed for the
-    convolution that follows.
+    Every program works its sample's choice out for itself, alike; one writes it down. ``arrival_counters`` are zeroed
+    for the convolution that follows.
     """
     along = tl.cdiv(positions, BP)
     b = tl.program_id(0) // along
     batch = tl.num_programs(0) // along
-    one = (tl.program_id(0) % along == 0) & (tl.program_id(1) == 0)
-    chosen = choose_neuron(sums, scoring, b, parts, size * taps, neurons, divisor, scores, NEURONS, BC, True)
+    is_writer = (tl.program_id(0) % along == 0) & (tl.program_id(1) == 0)
+    chosen = choose_neuron(sums, scoring, b, parts, channels * taps, neurons, divisor, scores, NEURONS, BC)
     n = tl.arange(0, NEURONS)
     split_all = tl.load(starts + n + 1, mask=n < neurons, other=0) - tl.load(starts + n, mask=n < neurons, other=0)
     split_all = split_all.to(tl.int32)
-    blocks_all = 9 * tl.cdiv(split_all, BK) + 3 * tl.cdiv(size - split_all, BK)
+    blocks_all = 9 * tl.cdiv(split_all, BK) + 3 * tl.cdiv(channels - split_all, BK)
     split = tl.sum(tl.where(n == chosen, split_all, 0), 0)
-    blocks_1 = tl.cdiv(split, BK)
-    blocks_2 = tl.cdiv(size - split, BK)
-    if one:
+    spatial_blocks = tl.cdiv(split, BK)
+    temporal_blocks = tl.cdiv(channels - split, BK)
+    if is_writer:
         tl.store(neuron + b, chosen.to(tl.int64))
-        tl.store(plan + b * 6, tl.sum(tl.where(n < chosen, blocks_all, 0), 0))
-        tl.store(plan + b * 6 + 1, blocks_1)
-        tl.store(plan + b * 6 + 2, blocks_2)
-        tl.store(plan + b * 6 + 3, split)
-        tl.store(plan + b * 6 + 4, split)
-        tl.store(plan + b * 6 + 5, chosen)
-        for i in range(b * 256, flag_count, batch * 256):
+        fields = plan + b * PLAN
+        tl.store(fields + FILTERS, tl.sum(tl.where(n < chosen, blocks_all, 0), 0))
+        tl.store(fields + SPATIAL_BLOCKS, spatial_blocks)
+        tl.store(fields + TEMPORAL_BLOCKS, temporal_blocks)
+        tl.store(fields + SPATIAL_CHANNELS, split)
+        tl.store(fields + TEMPORAL_START, split)
+        tl.store(fields + ROW, chosen)
+        for i in range(b * 256, num_counters, batch * 256):
             place = i + tl.arange(0, 256)
-            tl.store(flags + place, tl.zeros((256,), tl.int32), mask=place < flag_count)
+            tl.store(arrival_counters + place, tl.zeros((256,), tl.int32), mask=place < num_counters)
     gather_columns(
-        x, channels, x, panel, b, chosen, blocks_1, blocks_2, split, split, True, size, positions, h_size, w_size,
-        stride_b, stride_c, stride_t, stride_h, stride_w, pitch, False, FLAT, WIDE, BP, BK,
+        x, channel_lists, None, panel, b, chosen, spatial_blocks, temporal_blocks, split, split, True, channels,
+        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, BP, BK,
     )  # fmt: skip
-
-
-@triton.jit
-def pack_kernel(
-    x,
-    order,
-    gate,
-    neuron,
-    slots,
-    plans,
-    panel,
-    neurons,
-    size,
-    positions,
-    h_size,
-    w_size,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    pitch,
-    BY_SLOT: tl.constexpr,
-    FLAT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BP: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Training's gather: gated features by the list row of the sample, or with ``BY_SLOT`` of its slot."""
-    b = tl.program_id(0) // tl.cdiv(positions, BP)
-    row = b
-    if BY_SLOT:
-        row = tl.maximum(tl.load(slots + b), 0)
-    plan = plans + row * 6
-    chosen = tl.load(neuron + b)
-    known = (chosen >= 0) & (chosen < neurons)
-    gather_columns(
-        x, order, gate, panel, b, row, tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4),
-        known, size, positions, h_size, w_size, stride_b, stride_c, stride_t, stride_h, stride_w, pitch,
-        True, FLAT, WIDE, BP, BK,
-    )  # fmt: skip
-
-
-def gather_grid(batch: int, positions: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """Every sample's blocks of positions, and shares of a list's K blocks: about four programs a multiprocessor."""
-    along = batch * cdiv(positions, tuning.GATHER_POSITIONS)
-    return along, max(1, min(blocks, cdiv(4 * launch.chip(device)[1], along)))
-
-
-def gather_panel(
-    x: Tensor, gate: Tensor, neuron: Tensor, neurons: int, slots: Tensor | None, lists: Lists, width: int
-) -> Tensor:
-    """``(B, T, H, W, width)``: gated features gathered by each sample's own list row, or by that of its slot."""
-    b, c, t, h, w = x.shape
-    panel = x.new_empty(b, t, h, w, width)
-    block_k = tile_channels(x.dtype)
-    strides, is_flat = features.kernel_strides(x)
-    pack_kernel[gather_grid(b, t * h * w, cdiv(c, block_k), x.device)](
-        x,
-        lists.order,
-        gate,
-        neuron,
-        neuron if slots is None else slots,
-        lists.plans,
-        panel,
-        neurons,
-        c,
-        t * h * w,
-        h,
-        w,
-        *strides,
-        width,
-        BY_SLOT=slots is not None,
-        FLAT=is_flat,
-        WIDE=features.needs_int64(x),
-        BP=tuning.GATHER_POSITIONS,
-        BK=block_k,
-    )
-    return panel
 
 
 def route_and_gather(
-    x: Tensor, sums: Tensor, w: FrozenWeights, divisor: int, neuron: Tensor, scores: Tensor, arrival_counters: Tensor
+    x: Tensor,  # (B, C, T, H, W)
+    sums: Tensor,  # (B, parts, C * taps) float32, tap sums of x in parts that are added up here
+    w: FrozenWeights,
+    divisor: int,
+    neuron: Tensor,  # (B,) int64, filled
+    scores: Tensor,  # (B, N) float32, filled
+    arrival_counters: Tensor,  # int32, zeroed
 ) -> tuple[Tensor, Tensor]:
-    """A frozen layer's panel and plan; fills ``neuron`` and ``scores``, zeroes ``arrival_counters``.
-
-    ``sums (B, parts, C * taps)`` are the tap sums of ``x`` in parts that are added up here.
-    """
-    b, c, t, h, width = x.shape
-    block_k, lanes = tile_channels(x.dtype), next_power(scores.shape[1])
-    panel = x.new_empty(b, t, h, width, panel_width(c, x.dtype, False))
-    plan = torch.empty((b, PLAN), dtype=torch.int32, device=x.device)
-    strides, is_flat = features.kernel_strides(x)
-    route_and_gather_kernel[gather_grid(b, t * h * width, cdiv(c, block_k), x.device)](
+    """A frozen layer's panel ``(B, T, H, W, width)`` and plan ``(B, PLAN)``."""
+    b, c, *size = x.shape
+    block_k, lanes = tile_channels(x.dtype), grids.next_power(scores.shape[1])
+    panel = x.new_empty(b, *size, panel_width(c, x.dtype, False))
+    plan = torch.empty((b, PLAN_INTS), dtype=torch.int32, device=x.device)
+    stride, is_flat = kernel_strides(x)
+    route_and_gather_kernel[gather_grid(x, block_k)](
         x,
         sums,
         w.scoring,
@@ -292,17 +161,16 @@ def route_and_gather(
         scores.shape[1],
         float(divisor),
         c,
-        t * h * width,
-        h,
-        width,
-        *strides,
+        math.prod(size),
+        size_of(x),
+        stride,
         panel.shape[-1],
         arrival_counters.numel(),
-        FLAT=is_flat,
-        WIDE=features.needs_int64(x),
+        FLAT_POSITIONS=is_flat,
+        INDEX_64=features.needs_int64(x),
         NEURONS=lanes,
-        BC=max(16, min(256, 4096 // lanes)),
-        BP=tuning.GATHER_POSITIONS,
+        BC=tuning.score_channels(lanes),
+        BP=grids.GATHER_POSITIONS,
         BK=block_k,
         num_warps=8,
     )

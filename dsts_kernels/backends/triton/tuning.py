@@ -1,14 +1,15 @@
 """Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
 
-``tuned/<architecture>.json`` maps a grid (:func:`grid`) to the index of a candidate; ``python -m
-benchmarks.tune`` measures and writes it on a GPU. Where a grid was not measured, the first candidate that fits it
-runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
+``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m
+benchmarks.gpu.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits
+it runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,29 @@ from typing import NamedTuple
 
 import torch
 
-from .boxes import next_power
+from ..gpu import grids
+from ..gpu.dtypes import DTYPES
+from ..gpu.grids import Box, PersistentGrid, cdiv, next_power
+from ..packing import TILE_BYTES
 
 KERNELS = ("conv", "data_gradient", "weight_gradient")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 INTERPRETER = "interpreter"
-GATHER_POSITIONS = 64  # of a program that gathers
+KINDS = {"half": 2, "tf32": 4, "ieee": 4}  # of products, with the bytes of an element
 FILTER_TILE = 64  # outputs, and elements of channels and taps, of a program that lays filters out
-LEAST_BLOCKS = 8  # K blocks: what a program of a shared tile takes at least
+LIST_CHANNELS = 1024  # of a program that lists channels, at a time
+SEMHASH_CHANNELS, SEMHASH_BACKWARD_CHANNELS = 1024, 256  # of a program that works gates out, and their gradient
 TUNED = Path(__file__).parent / "tuned"
+
+
+class SumTile(NamedTuple):
+    """Channels of a program that sums features, and its warps."""
+
+    channels: int
+    warps: int
+
+
+SUMS = {1: SumTile(64, 4), 9: SumTile(32, 8)}  # by taps
 
 
 class Tile(NamedTuple):
@@ -41,9 +56,14 @@ class Tile(NamedTuple):
 
 def kind_of(dtype: torch.dtype) -> str:
     """``half``, or for float32 ``tf32`` or ``ieee``, as torch's float32 matmul precision says."""
-    if dtype != torch.float32:
+    if DTYPES[dtype].kind == "half":
         return "half"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def block_k(kind: str) -> int:
+    """Channels of a K block."""
+    return TILE_BYTES // KINDS[kind]
 
 
 def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
@@ -116,6 +136,39 @@ INTERPRETED = {
     "weight_gradient": (Tile(32, 32, 32, 4, 1, True), Tile(32, 16, 16, 4, 1, False)),
 }
 
+
+SIDES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
+ACCUMULATORS = {"conv": 1, "data_gradient": 2, "weight_gradient": 1}
+ACCUMULATOR_REGISTERS = 128  # of a thread, at most
+
+
+def check_tile(kernel: str, architecture: str, kind: str, tile: Tile) -> None:
+    """Refuse a tile that ``kernel`` cannot run.
+
+    Raises:
+        ValueError: a side that is no power of two or too large for a tensor descriptor, warps or stages that nobody
+            tried, another K block than filters are packed in, more accumulators than registers, descriptors before
+            compute capability 9.0.
+    """
+    for name, got, wanted in (
+        *(("side", side, SIDES) for side in tile[:3]),
+        ("warps", tile.warps, WARPS),
+        ("stages", tile.stages, STAGES),
+        ("k", tile.k, SIDES if kernel == "weight_gradient" else (block_k(kind),)),
+        ("tma", tile.tma, (False,) if architecture == "sm_80" else (False, True)),
+    ):
+        if got not in wanted:
+            raise ValueError(f"{kernel} {kind} {architecture}: got {tile} with {name} {got}, wanted one of {wanted}")
+    if tile.per_sm < 1:
+        raise ValueError(f"{kernel} {kind} {architecture}: got {tile} with per_sm {tile.per_sm}, wanted at least 1")
+    registers = ACCUMULATORS[kernel] * tile.m * tile.n // (32 * tile.warps)
+    if registers > ACCUMULATOR_REGISTERS:
+        raise ValueError(
+            f"{kernel} {kind} {architecture}: got {tile} with {registers} accumulators a thread, wanted at most "
+            f"{ACCUMULATOR_REGISTERS}"
+        )
+
+
 _forced: dict[str, Tile] = {}
 
 
@@ -137,20 +190,31 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def candidates(kernel: str, architecture: str, kind: str) -> tuple[Tile, ...]:
+    """The tiles that ``kernel`` may run with, best guess first."""
     if architecture == INTERPRETER:
-        k = 64 if kind == "half" else 32
-        return tuple(t if kernel == "weight_gradient" else t._replace(k=k) for t in INTERPRETED[kernel])
+        tiles = INTERPRETED[kernel]
+        return tiles if kernel == "weight_gradient" else tuple(tile._replace(k=block_k(kind)) for tile in tiles)
     return CANDIDATES[kind][architecture][kernel]
 
 
-def grid(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
-    """A grid's name in a tuned file: positions, columns of the result and batch."""
+def check_candidates() -> None:
+    """:func:`check_tile` of every tile that ships."""
+    for cell in itertools.product(KERNELS, (*ARCHITECTURES, INTERPRETER), KINDS):
+        for tile in candidates(*cell):
+            check_tile(*cell, tile)
+
+
+check_candidates()
+
+
+def problem(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
+    """A problem's name in a tuned file: positions, columns of the result and batch."""
     return f"{kernel} {kind} {'x'.join(map(str, size))} {columns} b{batch}"
 
 
 @functools.cache
 def measured(architecture: str) -> dict[str, int]:
-    """What ``benchmarks.tune`` found best on this architecture; empty where it never ran."""
+    """What ``benchmarks.gpu.tune`` found best on this architecture; empty where it never ran."""
     path = TUNED / f"{architecture}.json"
     return json.loads(path.read_text())["tiles"] if path.exists() else {}
 
@@ -158,12 +222,12 @@ def measured(architecture: str) -> dict[str, int]:
 def choose_tile(
     kernel: str, architecture: str, kind: str, size: tuple[int, int, int], columns: int, batch: int, small: bool = False
 ) -> Tile:
-    """The tile of a grid. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
+    """The tile of a problem. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
     if kernel in _forced:
         return _forced[kernel]
     every = candidates(kernel, architecture, kind)
     fitting = [tile for tile in every if not (small and tile.n > 128)]
-    index = measured(architecture).get(grid(kernel, kind, size, columns, batch), -1)
+    index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
     if 0 <= index < len(every) and every[index] in fitting:
         return every[index]
     positions = size[0] * size[1] * size[2]
@@ -172,3 +236,53 @@ def choose_tile(
         if tile.n <= next_power(max(columns, 16)) and rows <= next_power(max(positions, 64)):
             return tile
     return fitting[-1]
+
+
+class ConvGrid(NamedTuple):
+    """A convolution's tile and grid, known before its operands are."""
+
+    tile: Tile
+    box: Box
+    persistent: PersistentGrid
+
+    @property
+    def arrival_counters(self) -> int:
+        return self.persistent.arrival_counters
+
+
+def conv_grid(
+    architecture: str,
+    processors: int,
+    kind: str,
+    batch: int,
+    size: tuple[int, int, int],
+    outputs: int,
+    width: int,
+    taps: int,
+    sum_taps: int,
+) -> ConvGrid:
+    """Of a convolution over at most ``width`` columns of a panel, by ``taps``, and ``sum_taps`` sums of its result."""
+    tile = choose_tile("conv", architecture, kind, size, outputs, batch, small=sum_taps == 9)
+    box = grids.best_box(tile.m, *size)
+    tiles = grids.box_tiles(box, size, outputs, tile.n)
+    return ConvGrid(tile, box, grids.persistent_grid(batch, tiles, cdiv(width, tile.k) * taps, processors, tile.per_sm))
+
+
+def filter_tiles(outputs: int, channels: int, taps: int) -> int:
+    """Programs that lay out one neuron's filters of one kernel."""
+    return cdiv(outputs, FILTER_TILE) * cdiv(channels * taps, FILTER_TILE)
+
+
+def semhash_channels(channels: int, backward: bool = False) -> int:
+    """Channels of a program."""
+    return min(SEMHASH_BACKWARD_CHANNELS if backward else SEMHASH_CHANNELS, next_power(channels))
+
+
+def score_channels(neurons: int) -> int:
+    """Channels (times taps) of which a program adds up scores at a time; ``neurons`` is a power of two."""
+    return max(16, min(256, 4096 // neurons))
+
+
+def samples_at_once(batch: int, neurons: int) -> int:
+    """Samples that a program which groups them looks at, at a time; ``neurons`` is a power of two."""
+    return max(1, min(next_power(batch), 4096 // neurons))

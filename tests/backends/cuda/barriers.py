@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from dsts_kernels import FusedDSTS
-from dsts_kernels.backends.gpu.lists import panel_width
+from dsts_kernels.backends.gpu.lists import Plan, panel_width
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close, poisoned_memory
 
@@ -53,11 +53,11 @@ def gated(dtype: torch.dtype, processors: int, needs: tuple[bool, ...] = (False,
 def mixing() -> None:
     BACKEND.processors = 2
     z, neuron, weight = torch.randn(2, 72, 1, 3, 5), torch.tensor([1, 0]), torch.randn(2, 72, 72, 3, 1, 1) / 15
-    found = [BACKEND.mixing_conv3d(z, neuron, weight)]
-    found += BACKEND.mixing_conv3d_backward(z, z, neuron, weight, [True, True])
+    results = [BACKEND.mixing_conv3d(z, neuron, weight)]
+    results += BACKEND.mixing_conv3d_backward(z, z, neuron, weight, [True, True])
     wanted = [literal_mixing(*wide([z, neuron, weight])), *literal_gradients(literal_mixing, [z, neuron, weight], z)]
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert_close(mine, theirs, factor=2)
+    for result, expected in zip(results, wanted, strict=True):
+        assert_close(result, expected, factor=2)
 
 
 def frozen(dtype: torch.dtype, taps: int, processors: int, channels: int, size: tuple[int, int, int]) -> None:
@@ -89,20 +89,20 @@ def lists() -> None:
 def sums() -> None:
     for x in (torch.randn(2, 70, 2, 5, 7), torch.randn(2, 2, 5, 7, 72).permute(0, 4, 1, 2, 3)):
         for taps in (1, 9):
-            found = BACKEND.tap_sums(x, taps)
-            assert_close(found.sum(-1) if taps == 1 else found[..., 4], x.double().sum((2, 3, 4)))
+            result = BACKEND.tap_sums(x, taps)
+            assert_close(result.sum(-1) if taps == 1 else result[..., 4], x.double().sum((2, 3, 4)))
 
 
-def rows() -> None:
-    """Whole rows of features, in several rounds of a block."""
+def whole_positions() -> None:
+    """Positions with all their channels, in several rounds of a CTA."""
     BACKEND.processors = 1
     x = torch.randn(4, 1040, 1, 3, 5).half().contiguous(memory_format=torch.channels_last_3d)
     gate, neuron = (torch.rand(4, 1040) < 0.5).half(), torch.tensor([1, 0, 1, 0])
     lists = KERNELS.list_channels(gate, KERNELS.group_samples(neuron, 2), False, 64)
     panel = KERNELS.gather_panel(x, gate, neuron, 2, None, lists, panel_width(1040, HALF, True))
     for b, plan in enumerate(lists.plans.tolist()):
-        own = lists.order[b, : plan[3]].long()
-        assert torch.equal(panel[b, ..., : plan[3]], x[b, own].movedim(0, -1))
+        count = Plan(*plan).spatial_channels
+        assert torch.equal(panel[b, ..., :count], x[b, lists.order[b, :count].long()].movedim(0, -1))
 
 
 TWO = dict(batch=1, channels=40, outputs=72, size=(1, 9, 15))  # tiles of positions; outputs in both halves of a tile
@@ -112,11 +112,11 @@ ALL = (True,) * 4
 CASES: dict[str, Callable[[], None]] = {
     "lists": lists,
     "sums": sums,
-    "rows": rows,
+    "whole positions": whole_positions,
     "waves float": lambda: gated(FLOAT, 1, **SHORT),
     "waves half": lambda: gated(HALF, 1, **SHORT),
-    "shares float": lambda: gated(FLOAT, 9, **TWO),
-    "shares half": lambda: gated(HALF, 9, **TWO),
+    "split float": lambda: gated(FLOAT, 9, **TWO),
+    "split half": lambda: gated(HALF, 9, **TWO),
     "training float": lambda: gated(FLOAT, 3, ALL, **WIDE),
     "training half": lambda: gated(HALF, 3, ALL, **TWO),
     "listed half": lambda: gated(HALF, 3, (True, False, False, False), **WIDE),
@@ -158,27 +158,27 @@ class Child(NamedTuple):
 
     @classmethod
     def start(cls, name: str, work: Callable[[Callable[[str], object]], object]) -> Child:
-        mine, theirs = os.pipe()
+        pipe, other_end = os.pipe()
         if (process := os.fork()) == 0:
             code = 1
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                work(lambda line: os.write(theirs, line.encode() + b"\n"))
+                work(lambda line: os.write(other_end, line.encode() + b"\n"))
                 code = 0
             except Exception as error:
-                os.write(theirs, repr(error).encode() + b"\n")
+                os.write(other_end, repr(error).encode() + b"\n")
             finally:
                 os._exit(code)
-        os.close(theirs)
-        return cls(name, work, process, mine, time.monotonic() + SECONDS)
+        os.close(other_end)
+        return cls(name, work, process, pipe, time.monotonic() + SECONDS)
 
     def result(self) -> tuple[str, list[str]]:
         """Outcome and what it said. ``hung``, and it is killed, where it takes longer than it may."""
         said = b""
         while select.select([self.pipe], [], [], max(0.0, self.deadline - time.monotonic()))[0]:
-            more = os.read(self.pipe, 1 << 16)
-            said += more
-            if not more:
+            line = os.read(self.pipe, 1 << 16)
+            said += line
+            if not line:
                 break
         else:
             os.kill(self.process, signal.SIGKILL)
@@ -186,7 +186,7 @@ class Child(NamedTuple):
         code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         return OUTCOMES.get(code, str(code)), said.decode().splitlines()
 
-    def finish(self) -> tuple[str, str, list[str]]:
+    def outcome(self) -> tuple[str, str, list[str]]:
         """Its name, outcome and what it said.
 
         Once in some twenty sweeps a child never ended; repeated, that sweep passed. A lock that ThreadSanitizer's own
@@ -204,8 +204,8 @@ def two_at_a_time(jobs: dict[str, Callable]) -> Iterator[tuple[str, str, list[st
     for name, work in jobs.items():
         running.append(Child.start(name, work))
         if len(running) == 2:
-            yield running.pop(0).finish()
-    yield from (child.finish() for child in running)
+            yield running.pop(0).outcome()
+    yield from (child.outcome() for child in running)
 
 
 def sites_met(emulator: ModuleType, case: str, say: Callable[[str], object]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from dsts_kernels.backends.cuda import kernels
+from dsts_kernels.backends.gpu.grids import PersistentGrid
 
 
 @pytest.fixture
@@ -18,13 +19,13 @@ def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, kernels.Problem]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, PersistentGrid]]:
     """Form and grid of every convolution from now on."""
     record, run = [], kernels.conv
 
-    def conv(panel, filters, form, plan, out, p, **options) -> None:
-        record.append((form, p))
-        run(panel, filters, form, plan, out, p, **options)
+    def conv(panel, filters, form, plan, out, grid, **options) -> None:
+        record.append((form, grid))
+        run(panel, filters, form, plan, out, grid, **options)
 
     monkeypatch.setattr(kernels, "conv", conv)
     return record

@@ -1,6 +1,6 @@
 """The CUDA kernels compiled for chips that are not here: registers, shared memory, instructions.
 
-sm_70 needs the packages that benchmarks/cuda_compilers.py names, the others an nvcc.
+sm_70 needs the packages that benchmarks/compiled/cuda_compilers.py names, the others an nvcc.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ahead_cuda, cubin, cuda_compilers
-from benchmarks.ahead_cuda import Resources
-from dsts_kernels.backends.cuda import kernels
+from benchmarks.compiled import ahead_cuda, cubin, cuda_compilers
+from benchmarks.compiled.ahead_cuda import Resources
+from dsts_kernels.backends.cuda import launch
 from tests.emulator import build as emulator
 
 pytestmark = pytest.mark.slow
 ARCHS = (70, 75, 80, 90, 100, 110, 120)  # the first of every generation
-BLOCK_BYTES = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # KiB that a block may have
+CTA_SMEM_KIB = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # that a CTA may have
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float": torch.float32}
 
 
@@ -57,26 +57,26 @@ def test_registers_hold_everything(compiled):
 
 
 def test_shared_memory_fits(compiled, arch):
-    limit = BLOCK_BYTES[arch] * 1024
-    assert not told([one for one in compiled if one.static_shared + one.dynamic_shared > limit or not one.resident])
+    limit = CTA_SMEM_KIB[arch] * 1024
+    assert not told([one for one in compiled if one.static_smem + one.dynamic_smem > limit or not one.resident])
 
 
-def test_as_many_blocks_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
-    chip = kernels.Chip(arch, ahead_cuda.CHIPS[arch].processors)
-    monkeypatch.setattr(kernels, "chip", lambda device: chip)
+def test_as_many_ctas_are_resident_as_launchers_count_on(compiled, arch, monkeypatch):
+    chip = launch.Chip(arch, ahead_cuda.CHIPS[arch].processors)
+    monkeypatch.setattr(launch, "chip", lambda device: chip)
     before = torch.get_float32_matmul_precision()
     try:
         for one in (one for one in compiled if one.name.base == "conv"):
             torch.set_float32_matmul_precision("high" if one.element == "tf32" else "highest")
-            assert one.resident >= kernels.resident(torch.empty(0, dtype=DTYPES[one.element])), told([one])
+            assert one.resident >= launch.resident(torch.empty(0, dtype=DTYPES[one.element])), told([one])
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_two_blocks_share_a_multiprocessor(compiled, arch):
+def test_two_ctas_share_a_multiprocessor(compiled, arch):
     """Of products in tensor cores, but where four stages of each do not fit."""
     found = products(compiled, "half", *(("bfloat16", "tf32") if arch >= 80 else ()))
-    assert {one.resident for one in found} == {1 if arch >= 80 and ahead_cuda.CHIPS[arch].shared_kib < 128 else 2}
+    assert {one.resident for one in found} == {1 if arch >= 80 and ahead_cuda.CHIPS[arch].smem_kib < 128 else 2}
 
 
 def test_products_run_in_tensor_cores(compiled, arch):
@@ -147,7 +147,7 @@ def disassembled(path: Path) -> dict[str, Counter[str]]:
 
 
 def test_opcodes_are_those_of_nvdisasm(arch):
-    for source in ("conv", "lists", "route"):
+    for source in ("conv", "lists", "gather_panel", "route"):
         path = next(path for path in cuda_compilers.SOURCES if path.stem == source)
         built = cuda_compilers.compile_source(path, arch)
         by_nvdisasm, own = disassembled(built.cubin), cubin.kernels(built.cubin, arch)
@@ -165,14 +165,14 @@ def test_shared_memory_is_what_the_launchers_ask_for(tmp_path):
         pytest.skip("no C++ compiler")
     types = {"half": "__half", "bfloat16": "__nv_bfloat16", "tf32": "Tf32", "float": "float"}
     lines = [f'#include "cuda/{name}.cu"' for name in ahead_cuda.PRODUCTS] + ["namespace dsts::cuda {"]
-    for name, bytes_ in (("ConvShared", ahead_cuda.CONV_SHARED), ("GradientShared", ahead_cuda.GRADIENT_SHARED)):
+    for name, bytes_ in (("ConvSmem", ahead_cuda.CONV_SMEM), ("GradientSmem", ahead_cuda.GRADIENT_SMEM)):
         lines.append(f"static_assert(sizeof({name}) == {bytes_});")
     for element, type_ in types.items():
         for a_by_k, b_by_k in ((True, True), (True, False), (False, False)):
             for arch in (70, 75, 80, 90):
                 operands = f"{type_}, {str(a_by_k).lower()}, {str(b_by_k).lower()}"
-                bytes_ = ahead_cuda.product_bytes(element, a_by_k, b_by_k, arch)
-                lines.append(f"static_assert(product_bytes<{operands}>({arch}) == {bytes_});")
+                bytes_ = ahead_cuda.product_smem(element, a_by_k, b_by_k, arch)
+                lines.append(f"static_assert(product_smem_of<{operands}>({arch}) == {bytes_});")
     source = tmp_path / "sizes.cu"
     source.write_text("\n".join([*lines, "}", ""]))
     emulator.run([*emulator.compiler(), *emulator.flags(source, "plain", 800, "sizes"), "-fsyntax-only", str(source)])

@@ -56,7 +56,7 @@ void reads(const char* name) {
 }
 template <class T, bool BY_K>
 void writes(const char* name) {
-  using Copy = Copies<SwizzledTile<T, BY_K>, T, 128>;
+  using Copy = GlobalToShared<SwizzledTile<T, BY_K>, T, 128>;
   for (int i = 0; i < Copy::kCount; ++i)
     for (int thread = 0; thread < 128; ++thread) {
       emulator::thread.thread_index.x = unsigned(thread);

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from dsts_kernels.backends.cuda import kernels
+from dsts_kernels.backends.cpu import DTYPE_CODES
+from dsts_kernels.backends.cuda import kernels, launch
+from dsts_kernels.backends.gpu import dtypes, grids
+from dsts_kernels.backends.gpu.lists import Plan
+from dsts_kernels.backends.packing import TILE_BYTES
 
 from ..conftest import TRITON
 from ..gpu.support import BACKEND, emulated
@@ -18,14 +22,17 @@ if TRITON:
     pytest.skip("these kernels are emulated, not interpreted: unset TRITON_INTERPRET", allow_module_level=True)
 pytestmark = emulated
 
-SIZE, STRIDES, HERE = (
-    (1, 2, 3),
-    (6, 6, 6, 3, 1),
-    4096,
-)  # HERE is no address: to read it ends the process
-GATHER = dict(x=HERE, size=SIZE, x_strides=STRIDES, panel=HERE, batch=1, channels=1, pitch=64, shares=1, rows=0)
-FILTER = dict(outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8)
-# Arguments that every function takes, in order; the target follows.
+SIZE, STRIDES = (1, 2, 3), (6, 6, 6, 3, 1)
+HERE = 4096  # no address: to read it ends the process
+GATHER = dict(
+    x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1, whole_positions=0,
+    dtype=0,
+)  # fmt: skip
+FILTER = dict(
+    weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
+    dtype=0,
+)  # fmt: skip
+# Arguments that every function takes, besides the target.
 GOOD: dict[str, dict[str, Any]] = {
     "semhash": dict(
         grad=HERE, logits=HERE, noise=0, neuron=0, hard=0, out=HERE, batch=1, neurons=1, channels=1, backward=True,
@@ -36,24 +43,24 @@ GOOD: dict[str, dict[str, Any]] = {
     ),
     "group_samples": dict(
         neuron=HERE, slots=HERE, neuron_of=HERE, slot_of=HERE, groups=HERE, members=HERE, batch=1, neurons=1,
-        slot_count=1,
+        num_slots=1,
     ),
     "list_channels": dict(
-        gate=HERE, slots=HERE, neuron_of=HERE, groups=HERE, members=HERE, order=HERE, plans=HERE, listed=HERE, rows=1,
-        channels=1, block=32, by_slot=True,
+        gate=HERE, slots=HERE, neuron_of=HERE, groups=HERE, members=HERE, order=HERE, plans=HERE, listed=HERE,
+        num_lists=1, channels=1, k_block=32, by_slot=True,
     ),
-    "gather_panel": dict(**GATHER, order=HERE, slots=0, plans=HERE, gate=HERE, neuron=HERE, neurons=1, dtype=0),
+    "gather_panel": dict(**GATHER, order=HERE, slots=0, plans=HERE, gate=HERE, neuron=HERE, neurons=1),
     "route_and_gather": dict(
-        **GATHER, sums=HERE, scoring=HERE, channels_of=HERE, starts=HERE, plan=HERE, chosen=HERE, scores=HERE,
-        flags=HERE, divisor=1.0, neurons=1, parts=1, taps=1, flag_count=1, dtype=0,
+        **GATHER, sums=HERE, scoring=HERE, channels_of=HERE, starts=HERE, plan=HERE, neuron=HERE, scores=HERE,
+        arrival_counters=HERE, divisor=1.0, neurons=1, parts=1, taps=1, num_arrival_counters=1,
     ),
-    "pack_filters": {"from": HERE, "into": HERE, "neuron_of": HERE} | FILTER | dict(slots=1, from_dtype=0, dtype=0),
-    "unpack_filters": {"from": HERE, "into": HERE, "slot_of": HERE, "listed": 0, "bit": 1} | FILTER
-    | dict(neurons=1, dtype=0),
+    "pack_filters": dict(**FILTER, neuron_of=HERE, slots=1, weight_dtype=0),
+    "unpack_filters": dict(**FILTER, slot_of=HERE, listed=0, reader=1, neurons=1),
     "conv": dict(
-        addresses=(HERE,) * 12, size=SIZE, out_strides=STRIDES, batch=1, width=1, pitch=4, rows=1, slots=1, outputs=1,
-        filter_pitch=4, kernel=(1, 3, 3), second=True, sign=1, form="listed", index_wide=False, relu=False,
-        sum_taps=0, programs=1, waves=0, vector_out=False, dtype=0, tf32=False,
+        panel=HERE, filters=HERE, order=0, plan=HERE, index=0, bias=0, skip=0, out=HERE, tile_sums=0, sums=0,
+        workspace=HERE, arrival_counters=HERE, size=SIZE, out_strides=STRIDES, batch=1, width=1, pitch=4, k_channels=1,
+        slots=1, outputs=1, filter_pitch=4, kernel=(1, 3, 3), with_temporal=True, sign=1, form="listed",
+        index_64=False, relu=False, sum_taps=0, num_ctas=1, waves=0, vector_out=False, dtype=0, tf32=False,
     ),
     "data_gradient": dict(
         grad=HERE, filters=HERE, order=HERE, plans=HERE, gate=HERE, x=HERE, dx=HERE, dgate=0, size=SIZE,
@@ -61,74 +68,75 @@ GOOD: dict[str, dict[str, Any]] = {
     ),
     "weight_gradient": dict(
         left=HERE, right=HERE, order=0, plans=0, neuron_of=HERE, groups=HERE, members=HERE, out=HERE, size=SIZE,
-        left_pitch=4, right_pitch=4, rows=1, columns=1, slots=1, kernel=(1, 3, 3), second=True, sign=1, by_neuron=False,
-        out_float=True, dtype=0, tf32=False,
+        left_pitch=4, right_pitch=4, rows=1, columns=1, slots=1, kernel=(1, 3, 3), with_temporal=True, sign=1,
+        by_neuron=False, out_float=True, dtype=0, tf32=False,
     ),
 }  # fmt: skip
 SIZES = (
-    "batch", "neurons", "channels", "parts", "slot_count", "rows", "block", "pitch", "shares", "outputs", "taps",
-    "all_taps", "flag_count", "width", "filter_pitch", "programs", "left_pitch", "right_pitch", "columns",
+    "batch", "neurons", "channels", "parts", "num_slots", "num_lists", "rows", "k_block", "pitch", "splits", "outputs",
+    "taps", "all_taps", "num_arrival_counters", "width", "filter_pitch", "num_ctas", "left_pitch", "right_pitch",
+    "columns",
 )  # fmt: skip
-
-
-MAY_BE_NONE = ("conv", "gather_panel", "route_and_gather")  # rows
 
 
 def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
     """One bad argument at a time, and what is said of it."""
     for key, value in GOOD[name].items():
         if value == HERE:
-            yield {key: 0}, "null"
-        elif key in SIZES and not (name in MAY_BE_NONE and key == "rows"):
-            yield from (({key: bad}, f"is {bad}; wanted 1 or ") for bad in (0, -1))
-        elif key in ("dtype", "from_dtype"):
+            yield (
+                {key: 0},
+                "is null; wanted an address" if key in ("plan", "dx") else f"{key} is null; wanted an address",
+            )
+        elif key in SIZES:
+            yield from (({key: bad}, f"{key} is {bad}; wanted 1 or ") for bad in (0, -1))
+        elif key in ("dtype", "weight_dtype"):
             said = r"wanted 0 \(float32\), 2 \(bfloat16\) or 3 \(float16\)"
             yield from (({key: bad}, f"dtype is {bad}; {said}") for bad in (1, 4, -1))
         elif key == "size":
-            yield {key: (1, 0, 3)}, "a size is 0"
-            yield {key: (1 << 11, 1 << 10, 1 << 10)}, "too many positions"
+            yield {key: (1, 0, 3)}, r"size\[1\] is 0; wanted 1 or more"
+            yield {key: (1 << 11, 1 << 10, 1 << 10)}, "size is 2048x1024x1024, too many positions"
     if name in ("gather_panel", "route_and_gather"):
-        lying = {"channels": 8, "x_strides": (48, 1, 48, 24, 8)}
-        yield {"rows": 1}, "rows is 1; wanted 0 where channels are no whole 16 bytes side by side"
-        yield lying | {"rows": 1, "channels": 9}, "rows is 1; wanted 0 where"
-        yield from ((lying | {"rows": bad}, f"rows is {bad}; wanted at most 16384 bytes of them") for bad in (-1, 513))
+        dense = {"channels": 8, "x_strides": (48, 1, 48, 24, 8)}
+        said = "wanted 0 where channels are no whole 16 bytes side by side"
+        yield {"whole_positions": 1}, f"whole_positions is 1; {said}"
+        yield dense | {"whole_positions": 1, "channels": 9}, f"whole_positions is 1; {said}"
+        for bad in (-1, 513):
+            said = f"whole_positions is {bad}; wanted at most 16384 bytes of them"
+            yield dense | {"whole_positions": bad}, said
     if name in ("tap_sums", "route_and_gather"):
         yield {"taps": 3}, "taps is 3; wanted 1 or 9"
     if name in ("pack_filters", "unpack_filters"):
-        yield {"first_tap": 4}, "the taps do not lie within all_taps"
-        yield {"outputs": 9}, "pitch is less than a row"
+        yield {"first_tap": 4}, r"first_tap is 4; wanted 9 taps from it on to lie within all_taps \(12\)"
+        yield {"outputs": 9}, r"pitch is 8; wanted at least a row \(9\)"
     if name == "unpack_filters":
-        yield from (({"bit": bad}, f"bit is {bad}; wanted 1, 2 or 3") for bad in (0, 4))
+        yield from (({"reader": bad}, f"reader is {bad}; wanted 1, 2 or 3") for bad in (0, 4))
     if name == "data_gradient":
-        yield {"dgate": HERE}, "dgate needs every channel"
+        yield {"dgate": HERE}, "dgate is given with listed; dgate needs every channel"
     if name in ("conv", "weight_gradient"):
         for bad in ((3, 3, 3), (0, 3, 3), (-1, -3, 3), (1, 5, 1)):
             yield {"kernel": bad}, f"the kernel is {'x'.join(map(str, bad))}; wanted sides of 1 or 3"
     if name == "pack_filters":
-        yield {"from_dtype": 3, "dtype": 2}, "from_dtype is neither dtype nor float32"
+        yield {"weight_dtype": 3, "dtype": 2}, r"weight_dtype is 3; wanted dtype \(2\) or 0 \(float32\)"
     if name == "conv":
-        yield from bad_convolutions(GOOD[name]["addresses"])
+        yield from BAD_CONVOLUTIONS
 
 
-def bad_convolutions(given: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], str]]:
-    def without(*null: int) -> dict[str, Any]:
-        return {"addresses": tuple(0 if i in null else own for i, own in enumerate(given))}
-
-    yield from ((without(*null), "an address that must be given is null") for null in ((0,), (1,), (3, 4), (7,), (10,)))
-    yield {"form": "spread"}, "form is 'spread'; wanted 'packed', 'rows', 'listed' or 'columns'"
-    said = "wanted 0, or 1 or 9 with part_sums and sums"
-    yield {"sum_taps": 3}, f"sum_taps is 3; {said}"
-    yield {"sum_taps": 9} | without(9), f"sum_taps is 9; {said}"
-    yield {"sum_taps": 1} | without(8), f"sum_taps is 1; {said}"
-    yield {"waves": 1}, "1 waves of 1 programs leave 0 tiles over; wanted 1 to 2 a program"
-    yield {"batch": 3}, "0 waves of 1 programs leave 3 tiles over; wanted 1 to 2 a program"
-    yield {"programs": 1025}, "programs is 1025; wanted at most 1024"
-    yield {"waves": -1}, "a size is 0"
+BAD_CONVOLUTIONS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"plan": 0, "index": 0}, "index is null; wanted an address"),
+    ({"form": "rows"}, "form is 'rows'; wanted 'packed', 'stored', 'listed' or 'transposed'"),
+    ({"sum_taps": 3, "tile_sums": HERE, "sums": HERE}, "sum_taps is 3; wanted 0, 1 or 9"),
+    ({"sum_taps": 9, "tile_sums": HERE}, "sums is null; wanted an address"),
+    ({"sum_taps": 1, "sums": HERE}, "tile_sums is null; wanted an address"),
+    ({"waves": 1}, "1 waves of 1 CTAs leave 0 tiles over; wanted 1 to 2 a CTA"),
+    ({"batch": 3}, "0 waves of 1 CTAs leave 3 tiles over; wanted 1 to 2 a CTA"),
+    ({"num_ctas": 1025}, "num_ctas is 1025; wanted at most 1024"),
+    ({"waves": -1}, "waves is -1; wanted 0 or more"),
+)
 
 
 def call(name: str, changed: dict[str, Any], device: int = 0) -> None:
-    module = kernels.native()
-    getattr(module, name)(*(GOOD[name] | changed).values(), module.Target(device, BACKEND.arch // 10, 0))
+    module = launch.native()
+    getattr(module, name)(**(GOOD[name] | changed), target=module.Target(device, BACKEND.arch // 10, 0))
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -156,19 +164,30 @@ def test_more_neurons_than_shared_memory(name):
 
 def test_too_large_a_grid():
     with pytest.raises(RuntimeError, match="launch: invalid configuration argument"):
-        call("gather_panel", {"shares": 1 << 16})
+        call("gather_panel", {"splits": 1 << 16})
 
 
-def test_constants():
-    """Sizes that launchers count with in Python."""
-    native = kernels.native()
-    for name in ("TILE", "GATHER", "LEAST", "ROWS_BYTES"):
-        assert getattr(native, name) == getattr(kernels, name), name
+@pytest.mark.parametrize("name", GOOD)
+def test_arguments_go_by_name(name):
+    """None can be taken for another."""
+    module = launch.native()
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        getattr(module, name)(*GOOD[name].values(), module.Target(0, BACKEND.arch // 10, 0))
+
+
+def test_tables():
+    """Sizes and codes that launchers count with in Python."""
+    native = launch.native()
+    for name in ("TILE", "MIN_K_BLOCKS", "MAX_CTAS", "GATHER_POSITIONS", "GATHER_BYTES", "PRODUCT_SMEM_KIB"):
+        assert getattr(native, name) == getattr(grids, name), name
+    assert native.MAX_NEURONS == launch.MAX_NEURONS and native.K_BLOCK_BYTES == TILE_BYTES
+    assert native.DTYPES == {str(dtype).removeprefix("torch."): DTYPE_CODES[dtype] for dtype in dtypes.DTYPES}
+    assert native.PLAN == {name: at for at, name in enumerate(Plan._fields)}
 
 
 def test_every_function_is_tried_here():
     """A kernel that is added gets its arguments above."""
-    assert functions(kernels.native()) == set(GOOD)
+    assert functions(launch.native()) == set(GOOD)
 
 
 def test_more_neurons_than_kernels_keep():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cubin, cuda_compilers
+from benchmarks.compiled import cubin, cuda_compilers
 from tests.emulator import build as emulator
 
 COUNTING = """
@@ -136,17 +136,18 @@ def test_filters_move_sixteen_bytes(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [70, 75, 80, 90])
 def test_gathers_move_sixteen_bytes(arch):
-    """Four vectors of rows on their way, before the first round and in each; one of the panel at a time."""
+    """Four vectors of whole positions on their way, before the first round and in each; one of the panel at a time."""
     if reason := cuda_compilers.missing(arch):
         pytest.skip(reason)
-    source = next(path for path in cuda_compilers.SOURCES if path.stem == "route")
-    kernels = cubin.kernels(cuda_compilers.compile_source(source, arch).cubin, arch)
+    sources = [path for path in cuda_compilers.SOURCES if path.stem in ("gather_panel", "route")]
+    built = [cuda_compilers.compile_source(source, arch).cubin for source in sources]
+    kernels = [kernel for path in built for kernel in cubin.kernels(path, arch)]
     found = {str(cubin.readable(kernel.symbol)): kernel for kernel in kernels}
     for name in (
-        "gather_rows<half>",
-        "gather_rows<float>",
-        "route_and_gather_rows<half>",
-        "route_and_gather_rows<float>",
+        "gather_panel_whole<half>",
+        "gather_panel_whole<float>",
+        "route_and_gather_whole<half>",
+        "route_and_gather_whole<float>",
     ):
         kernel = found[name]
         assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)

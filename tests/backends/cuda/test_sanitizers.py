@@ -23,20 +23,20 @@ CHOSEN = (
     "(test_gates and mixed) or (test_layouts and strided) or test_group_samples or (test_list_channels and 1100 and "
     "mixed) or (test_filters_there_and_back and 70) or (test_mixing and 33) or (test_tap_sums and 70) or "
     "(test_training_step and default) or (test_frozen and (default or no-skip or mixing-3x1x1)) or "
-    "test_semhash_strided or test_more_samples_than_programs or test_programs_without_work"
+    "test_semhash_strided or test_more_samples_than_ctas or test_ctas_without_work"
 )
 LARGE = "or (test_data_gradient and listed) or test_tf32"  # ThreadSanitizer takes long for these
 # A barrier or fence of every source that has one.
 SITES = [
-    "conv.finish-2",
-    "data_gradient.finish_operator-1",
+    "conv.epilogue-2",
+    "data_gradient.epilogue-1",
     "device.last_to_arrive-2",
     "filters.pack_filters_kernel-1",
     "lists.block_counts-2",
     "product.accumulate-3",
     "volta.accumulate-3",
-    "route.gather-2",
-    "route.gather_block-2",
+    "gather.gather-2",
+    "gather.gather_block-2",
     "schedule.scan-3",
     "tap_sums.tap_sums_kernel-1",
     "weight_gradient.weight_gradient_body-2",

@@ -1,4 +1,4 @@
-"""Several tiles each way, whole waves, shares and idle programs: what the shared tests' small shapes do not reach."""
+"""Several tiles each way, whole waves, split tiles and idle CTAs: what the shared tests' small shapes do not reach."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
-from dsts_kernels.backends.cuda import kernels
+from dsts_kernels.backends.gpu import grids
+from dsts_kernels.backends.gpu.grids import Deal, PersistentGrid, deal
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.ops.frozen_layer import frozen_layer
-from dsts_kernels.roofline.common import Share, deal
 from dsts_kernels.testing import TOLERANCES, assert_close, relative_error
 
 from ..conftest import TRITON
@@ -51,21 +51,17 @@ def ragged(batch: int, dtype: torch.dtype, size: Sequence[int] = SIZE, channels:
     return inputs
 
 
-def kernel_strides(gate: Tensor, dtype: torch.dtype) -> list[int]:
-    """K blocks of a tile of every sample: nine taps of those the first operator reads, three of the second's."""
+def k_blocks(gate: Tensor, dtype: torch.dtype) -> list[int]:
+    """Of a tile of every sample: nine taps of those the spatial operator reads, three of the temporal one's."""
     block = tile_channels(dtype)
     read = [(int((row != 0).sum()), int((row != 1).sum())) for row in gate]
-    return [9 * -(-first // block) + 3 * -(-second // block) for first, second in read]
+    return [9 * -(-spatial // block) + 3 * -(-temporal // block) for spatial, temporal in read]
 
 
-def shared(problem: kernels.Problem, steps: Sequence[int], per_sample: int) -> tuple[Share, int]:
-    """How the roofline's own schedule deals such a grid out, and how many programs have nothing to do."""
-    share = deal(steps, per_sample, problem.programs)
-    tiles = len(steps) * per_sample
-    assert problem.waves == max(0, tiles // problem.programs - 1)
-    left = sum([n for n in steps for _ in range(per_sample)][problem.waves * problem.programs :])
-    busy = problem.programs if problem.waves else min(problem.programs, max(1, left // kernels.LEAST))
-    return share, problem.programs - busy
+def dealt(grid: PersistentGrid, steps: Sequence[int], per_sample: int) -> Deal:
+    """How such a grid is dealt out."""
+    assert grid.waves == grids.whole_waves(len(steps) * per_sample, grid.num_ctas)
+    return deal(steps, per_sample, grid.num_ctas)
 
 
 def same(runs: Iterable[Sequence[Tensor | None]]) -> bool:
@@ -78,49 +74,49 @@ def same(runs: Iterable[Sequence[Tensor | None]]) -> bool:
 @dtypes
 def test_gated_on_any_chip(dtype, multiprocessors, launched, in_any_order):
     """The same to rounding however tiles are dealt, bit for bit in any order; all ways to deal them occur."""
-    inputs, found, seen = ragged(5, dtype), {}, set()
-    ref, steps = literal_gated(*wide(inputs)), kernel_strides(inputs[1], dtype)
+    inputs, outputs, ways = ragged(5, dtype), {}, set()
+    ref, steps = literal_gated(*wide(inputs)), k_blocks(inputs[1], dtype)
     for count in CHIPS:
         multiprocessors(count)
-        found[count] = BACKEND.gated_conv3d(*inputs)
-        assert_close(found[count], ref, name=f"{count} multiprocessors")
-        share, _ = shared(launched[-1][1], steps, 4)
-        seen |= {"waves"} if launched[-1][1].waves else set()
-        seen |= {"whole"} if not share.parts else {"pair"} if share.pieces == 2 else {"many"}
+        outputs[count] = BACKEND.gated_conv3d(*inputs)
+        assert_close(outputs[count], ref, name=f"{count} multiprocessors")
+        share = dealt(launched[-1][1], steps, 4)
+        ways |= {"waves"} if launched[-1][1].waves else set()
+        ways |= {"whole"} if not share.parts else {"pair"} if share.parts_of_a_tile == 2 else {"many"}
     assert {form for form, _ in launched} == {"listed"}
-    assert len({p.programs for _, p in launched}) == len(CHIPS)
-    assert seen >= {"waves", "many"}
-    assert not same([[out] for out in found.values()]), "no tile was ever split"
+    assert len({grid.num_ctas for _, grid in launched}) == len(CHIPS)
+    assert ways >= {"waves", "many"}
+    assert not same([[out] for out in outputs.values()]), "no tile was ever split"
     in_any_order()
     for count in (3, 13):
         multiprocessors(count)
-        assert torch.equal(BACKEND.gated_conv3d(*inputs), found[count])
+        assert torch.equal(BACKEND.gated_conv3d(*inputs), outputs[count])
 
 
-def test_programs_without_work(multiprocessors, launched, in_any_order):
-    """One tile with fewer K blocks than programs could take: the rest have nothing to do, and nobody waits for them."""
+def test_ctas_without_work(multiprocessors, launched, in_any_order):
+    """One tile with fewer K blocks than CTAs could take: the rest have nothing to do, and nobody waits for them."""
     inputs = gated_inputs(1, 40, 24, dtype=torch.float32, gate="all-temporal")
     multiprocessors(13)
     out = BACKEND.gated_conv3d(*inputs)
-    share, idle = shared(launched[-1][1], kernel_strides(inputs[1], torch.float32), 1)
-    assert idle > 0 and share.longest == 6
+    share = dealt(launched[-1][1], k_blocks(inputs[1], torch.float32), 1)
+    assert share.idle > 0 and share.longest == 6
     assert_close(out, literal_gated(*wide(inputs)))
-    inputs[1] = torch.full_like(inputs[1], 0.5)  # two K blocks of all twelve taps: three programs a tile
+    inputs[1] = torch.full_like(inputs[1], 0.5)  # two K blocks of all twelve taps: three CTAs a tile
     out = BACKEND.gated_conv3d(*inputs)
-    share, idle = shared(launched[-1][1], [24], 1)
-    assert share.pieces == 3
+    share = dealt(launched[-1][1], [24], 1)
+    assert share.parts_of_a_tile == 3
     assert_close(out, literal_gated(*wide(inputs)))
     in_any_order()
     assert torch.equal(BACKEND.gated_conv3d(*inputs), out)
 
 
-def test_more_samples_than_programs(multiprocessors, launched, in_any_order):
+def test_more_samples_than_ctas(multiprocessors, launched, in_any_order):
     """Many waves of short tiles, whose lengths differ, and a share of what they leave over."""
     inputs = ragged(23, torch.float32, (1, 3, 4), 40)
     multiprocessors(3)
     found = check_gated(inputs)
     assert launched[-1][1].waves == 23 * 2 // 3 - 1
-    share, _ = shared(launched[-1][1], kernel_strides(inputs[1], torch.float32), 2)
+    share = dealt(launched[-1][1], k_blocks(inputs[1], torch.float32), 2)
     assert share.parts > 0
     in_any_order()
     assert torch.equal(BACKEND.gated_conv3d(*inputs), found[0])
@@ -178,7 +174,7 @@ def test_mixing(kernel, dtype, multiprocessors, launched, in_any_order):
         for name, mine, theirs in zip(("output", "dz", "dmixing"), found, ref, strict=True):
             assert_close(mine, theirs, name=f"{name}, {count} multiprocessors", factor=2)
     assert found[2][[1, 2]].count_nonzero() == 0
-    assert {form for form, _ in launched} == {"rows", "columns"}
+    assert {form for form, _ in launched} == {"stored", "transposed"}
     assert launched[0][1].waves > launched[-1][1].waves
     in_any_order()
     assert same([found, run()])
@@ -220,7 +216,7 @@ def test_frozen_layer(taps, kernel, count, dtype, skip, multiprocessors, launche
     assert_close(y, dsts.double()(x.double()), factor=2)
     assert_close(sums, BACKENDS["eager"].tap_sums(y.double(), taps), dtype=torch.float32)
     assert y.stride() == x.stride()
-    assert [form for form, _ in launched] == (["packed"] if kernel == (1, 1, 1) else ["packed", "rows"])
+    assert [form for form, _ in launched] == (["packed"] if kernel == (1, 1, 1) else ["packed", "stored"])
     in_any_order()
     assert same([found, run()])
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dsts_kernels.backends import BACKENDS
-from dsts_kernels.backends.cuda import CudaBackend, kernels, unsupported_dtype
+from dsts_kernels.backends.cuda import CudaBackend, launch
+from dsts_kernels.backends.gpu import dtypes
 from tests.emulator import build
 
 FLAVOUR, *_ARCH = (os.environ.get("DSTS_EMULATED") or "plain").split("-")
@@ -39,11 +40,11 @@ class EmulatedBackend(CudaBackend):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"kernels are emulated for CPU tensors, not for {device.type}"
-        return unsupported_dtype(dtype, self.arch // 100)
+        return dtypes.why_not(dtype, self.arch // 10)
 
     def emulate(self, arch: int, patch: pytest.MonkeyPatch) -> None:
         """Until ``patch`` is undone this is the CUDA backend."""
         patch.setattr(self, "arch", arch)
-        patch.setattr(kernels, "native", lambda: compiled(self.arch))
-        patch.setattr(kernels, "chip", lambda device: kernels.Chip(self.arch // 10, self.processors))
+        patch.setattr(launch, "native", lambda: compiled(self.arch))
+        patch.setattr(launch, "chip", lambda device: launch.Chip(self.arch // 10, self.processors))
         patch.setitem(BACKENDS, self.name, self)

@@ -9,14 +9,15 @@ import pytest
 from ...conftest import require_triton
 
 require_triton()
-from benchmarks import ahead  # noqa: E402
+from benchmarks.compiled import ahead  # noqa: E402
+from dsts_kernels.backends.gpu import grids  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 UNIT = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a program may have
+SHARED = {name: (grids.SMEM_KIB[chip] - 1) * 1024 for name, chip in ahead.TARGETS.items()}  # bytes a program may have
 
 
 @pytest.fixture(scope="module", params=list(ahead.TARGETS))
@@ -42,7 +43,7 @@ def test_matrix_units(compiled):
     for one in large:
         full = one.dtype == "fp32" and one.instruction == "none"
         assert full or one.instruction == UNIT[one.architecture], one
-    assert {one.form for one in large if one.kernel == "conv_kernel"} == {"packed", "listed", "rows", "columns"}
+    assert {one.form for one in large if one.kernel == "conv_kernel"} == {"packed", "listed", "stored", "transposed"}
     assert {one.instruction for one in large if one.dtype == "bf16"} == {UNIT[large[0].architecture]}
 
 

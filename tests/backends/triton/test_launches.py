@@ -66,15 +66,15 @@ def test_counting_in_64_bits(monkeypatch):
     _, fused = pair(12)
     fast = fused.eval().freeze()
     wanted = everything(inputs[0], inputs, fast)
-    monkeypatch.setattr(features, "wide", lambda *tensors: True)
-    spies = [spy_on(monkeypatch, "weight_gradient_kernel", WIDE=True)]
-    spies += [spy_on(monkeypatch, name) for name in ("conv_kernel", "data_gradient_kernel", "pack_kernel")]
-    spies += [spy_on(monkeypatch, name) for name in ("tap_sums_kernel", "route_and_pack_kernel")]
+    monkeypatch.setattr(features, "needs_int64", lambda *tensors: True)
+    spies = [spy_on(monkeypatch, "weight_gradient_kernel", INDEX_64=True)]
+    spies += [spy_on(monkeypatch, name) for name in ("conv_kernel", "data_gradient_kernel", "gather_panel_kernel")]
+    spies += [spy_on(monkeypatch, name) for name in ("tap_sums_kernel", "route_and_gather_kernel")]
     for mine, theirs in zip(everything(inputs[0], inputs, fast), wanted, strict=True):
         assert torch.equal(mine, theirs)
     for spy in spies:
         assert spy.launches
-        assert all(constants["WIDE"] or "WIDE" in spy.constants for _, constants in spy.launches)
+        assert all(constants["INDEX_64"] or "INDEX_64" in spy.constants for _, constants in spy.launches)
 
 
 def test_tap_sums_of_many_parts(multiprocessors):

@@ -17,7 +17,7 @@ def choice_kernel(
 ):
     """A program a sample."""
     b = tl.program_id(0)
-    tl.store(chosen + b, choose_neuron(sums, scoring, b, parts, size, neurons, divisor, scores, NEURONS, BC, True))
+    tl.store(chosen + b, choose_neuron(sums, scoring, b, parts, size, neurons, divisor, scores, NEURONS, BC))
 
 
 def choose(sums: torch.Tensor, scoring: torch.Tensor, divisor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

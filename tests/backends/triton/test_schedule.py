@@ -7,9 +7,9 @@ import torch
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
-from dsts_kernels.backends.gpu.lists import PLAN
-from dsts_kernels.backends.triton import tuning
-from dsts_kernels.backends.triton.boxes import best_box, cdiv, next_power
+from dsts_kernels.backends.gpu import grids
+from dsts_kernels.backends.gpu.grids import best_box, cdiv, next_power
+from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close
 
@@ -18,51 +18,52 @@ from .support import MODULES, interpreted, spy_on, tl, triton
 
 pytestmark = interpreted
 schedule = MODULES["schedule"]
-shares, shared_work, shared_tile = schedule.shares, schedule.shared_work, schedule.shared_tile
+iteration_ranges, shared_iterations, tile_of = schedule.iteration_ranges, schedule.shared_iterations, schedule.tile_of
 CHIPS = (1, 2, 3, 5, 7, 13)
 
 
 @triton.jit
 def schedule_kernel(
     plan, begin, end, tiles, batch, per_sample, waves, width,
-    UNIFORM: tl.constexpr, TAPS_1: tl.constexpr, TAPS_2: tl.constexpr, BATCH: tl.constexpr, PROGRAMS: tl.constexpr,
-    LEAST: tl.constexpr, BK: tl.constexpr,
+    UNIFORM: tl.constexpr, SPATIAL_TAPS: tl.constexpr, TEMPORAL_TAPS: tl.constexpr, BATCH: tl.constexpr,
+    PROGRAMS: tl.constexpr, MIN_K_BLOCKS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Every program writes all ranges, and the tiles at both ends of its own with the iterations they start at."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    starts, stops = shares(
-        plan, batch, per_sample, waves, programs, width, UNIFORM, TAPS_1, TAPS_2, BATCH, PROGRAMS, LEAST, BK
-    )
+    starts, stops = iteration_ranges(
+        plan, batch, per_sample, waves, programs, width,
+        UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, PROGRAMS, MIN_K_BLOCKS, BK,
+    )  # fmt: skip
     q = tl.arange(0, PROGRAMS)
     tl.store(begin + q, starts, mask=q < programs)
     tl.store(end + q, stops, mask=q < programs)
-    lengths, first, work, ends = shared_work(
-        plan, batch, per_sample, waves * programs, width, UNIFORM, TAPS_1, TAPS_2, BATCH, BK
+    lengths, first, iterations, until = shared_iterations(
+        plan, batch, per_sample, waves * programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, BK
     )
     own = tl.sum(tl.where(q == pid, starts, 0), 0)
     last = tl.sum(tl.where(q == pid, stops, 0), 0) - 1
-    tile, start = shared_tile(own, lengths, first, work, ends, batch, BATCH)
+    tile, start = tile_of(own, lengths, first, iterations, until, batch, BATCH)
     tl.store(tiles + pid * 4, tile)
     tl.store(tiles + pid * 4 + 1, start)
-    tile, start = shared_tile(last, lengths, first, work, ends, batch, BATCH)
+    tile, start = tile_of(last, lengths, first, iterations, until, batch, BATCH)
     tl.store(tiles + pid * 4 + 2, tile)
     tl.store(tiles + pid * 4 + 3, start)
 
 
 def dealt_out(
-    blocks: list[tuple[int, int]], per_sample: int, programs: int, waves: int, uniform: bool = False, least: int = 8
+    blocks: list[tuple[int, int]], per_sample: int, programs: int, waves: int, uniform: bool = False
 ) -> tuple[list[tuple[int, int]], torch.Tensor, list[int]]:
     """Ranges of every program, its tiles ``(programs, 4)``, and the length of every tile."""
     batch = len(blocks)
-    plan = torch.zeros(batch, PLAN, dtype=torch.int32)
-    plan[:, 1:3] = torch.tensor(blocks)
+    empty = Plan(0, 0, 0, 0, 0, 0)
+    plan = torch.tensor([empty._replace(spatial_blocks=one, temporal_blocks=two) for one, two in blocks]).int()
     begin, end = torch.empty(programs, dtype=torch.int32), torch.empty(programs, dtype=torch.int32)
     tiles = torch.empty(programs, 4, dtype=torch.int32)
     schedule_kernel[(programs,)](
-        plan, begin, end, tiles, batch, per_sample, waves, 5 * 32, UNIFORM=uniform, TAPS_1=9,
-        TAPS_2=0 if uniform else 3, BATCH=next_power(batch), PROGRAMS=next_power(programs), LEAST=least,
-        BK=32,
+        plan, begin, end, tiles, batch, per_sample, waves, 5 * 32, UNIFORM=uniform, SPATIAL_TAPS=9,
+        TEMPORAL_TAPS=0 if uniform else 3, BATCH=next_power(batch), PROGRAMS=next_power(programs),
+        MIN_K_BLOCKS=grids.MIN_K_BLOCKS, BK=32,
     )  # fmt: skip
     lengths = [5 * 9 if uniform else 9 * one + 3 * two for one, two in blocks for _ in range(per_sample)]
     return list(zip(begin.tolist(), end.tolist(), strict=True)), tiles, lengths
@@ -80,11 +81,11 @@ BATCHES = {
 @pytest.mark.parametrize("uniform", [False, True], ids=["lists", "uniform"])
 @pytest.mark.parametrize("blocks", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("per_sample, programs", [(1, 1), (1, 7), (3, 2), (4, 5), (9, 13), (6, 3)])
-def test_shares(blocks, per_sample, programs, uniform):
-    """What waves leave over is covered once and in order; programs end together; short ranges are not cut."""
-    count = per_sample * len(blocks)
-    waves = max(0, count // programs - 1)
+def test_iteration_ranges(blocks, per_sample, programs, uniform):
+    """What waves leave over is covered once and in order, as grids say; programs end together; no range is short."""
+    waves = grids.whole_waves(per_sample * len(blocks), programs)
     ranges, tiles, lengths = dealt_out(blocks, per_sample, programs, waves, uniform)
+    assert ranges == grids.iteration_ranges(lengths[::per_sample], per_sample, programs)
     shared = sum(lengths[waves * programs :])
     assert ranges[0][0] == 0 and max(stop for _, stop in ranges) == shared
     assert all(start <= stop for start, stop in ranges)
@@ -109,9 +110,10 @@ def test_shares(blocks, per_sample, programs, uniform):
 
 
 @pytest.mark.parametrize("least", [1, 8, 1000])
-def test_the_least_a_program_takes(least):
+def test_the_least_a_program_takes(least, monkeypatch):
     """No range is shorter than that, and where all the work is shorter one program takes it."""
-    ranges, _, lengths = dealt_out([(3, 4)], 1, 13, 0, least=least)
+    monkeypatch.setattr(grids, "MIN_K_BLOCKS", least)
+    ranges, _, lengths = dealt_out([(3, 4)], 1, 13, 0)
     taken = [stop - start for start, stop in ranges if start < stop]
     assert sum(taken) == sum(lengths) == 39
     assert len(taken) == max(1, min(13, 39 // least)) and min(taken) >= min(least, 39)
@@ -141,7 +143,7 @@ def test_small_batches_are_split(batch, size, multiprocessors, monkeypatch, in_a
     ref, spy = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel")
     tiles = batch * best_box(32, *size).tiles(*size)
     for least in (8, 1):
-        monkeypatch.setattr(tuning, "LEAST_BLOCKS", least)
+        monkeypatch.setattr(grids, "MIN_K_BLOCKS", least)
         for count in (7, 13):
             multiprocessors(count)
             out = BACKEND.gated_conv3d(*inputs)
@@ -180,7 +182,7 @@ def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors,
     layer, x = dsts.freeze(backend="triton").layers[0], torch.randn(2, 40, 2, 5, 3)
     arguments = (layer.weights(), layer.options(taps))
     wanted, skip = dsts.double()(x.double()) - x, SKIPS[skip](x)
-    monkeypatch.setattr(tuning, "LEAST_BLOCKS", 2)
+    monkeypatch.setattr(grids, "MIN_K_BLOCKS", 2)
     multiprocessors(count)
     y, sums, *_ = frozen_layer(x, None, skip, *arguments, backend="triton")
     assert_close(y, wanted if skip is None else wanted + skip, factor=2)

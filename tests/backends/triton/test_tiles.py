@@ -53,7 +53,7 @@ def test_conv(tile, dtype, monkeypatch, multiprocessors):
     taps = 9 if tile.n == 128 else 1
     with tuning.forced(conv=tile):
         check_gated(gated_inputs(1, 24, outputs, size, dtype), needs=[False] * 4)
-        assert launched_with(spy, tile) and spy.launches[-1][1]["TMA_X"] == tile.tma
+        assert launched_with(spy, tile) and spy.launches[-1][1]["TMA_PANEL"] == tile.tma
         assert_close(BACKEND.mixing_conv3d(z, neuron, mixing), literal_mixing(*wide([z, neuron, mixing])))
         assert spy.launches[-1][1]["TMA_FILTERS"] == tile.tma
         dz, _ = BACKEND.mixing_conv3d_backward(z, z, neuron, mixing, [True, False])

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
+from dsts_kernels.backends.gpu.grids import Box, best_box, cdiv, next_power
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import tuning
-from dsts_kernels.backends.triton.boxes import Box, best_box, cdiv, next_power
 from dsts_kernels.backends.triton.tuning import ARCHITECTURES, CANDIDATES, INTERPRETER, KERNELS, Tile
 
 KINDS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
@@ -61,16 +61,40 @@ def test_best_box_is_wide():
 
 @everywhere
 def test_candidates_are_well_formed(kind, architecture, kernel):
-    """Sides the kernels and descriptors take, the K block filters are packed in, accumulators that registers hold."""
-    tiles, block = tuning.candidates(kernel, architecture, kind), tile_channels(KINDS[kind])
-    assert tiles and len(set(tiles)) == len(tiles)
+    """Different tiles, in the K block that filters are packed in, all of which the table's own check lets pass."""
+    tiles = tuning.candidates(kernel, architecture, kind)
+    assert tiles and len(set(tiles)) == len(tiles) and tuning.block_k(kind) == tile_channels(KINDS[kind])
     for tile in tiles:
-        assert all(16 <= side == next_power(side) <= 256 for side in (tile.m, tile.n, tile.k))
-        assert tile.warps in (4, 8) and 1 <= tile.stages <= 4 and tile.per_sm >= 1
-        assert tile.k == block or kernel == "weight_gradient"
-        accumulators = 2 if kernel == "data_gradient" else 1
-        assert accumulators * tile.m * tile.n <= 128 * 32 * tile.warps
-        assert not (tile.tma and architecture == "sm_80"), "descriptors are for Hopper and later"
+        tuning.check_tile(kernel, architecture, kind, tile)
+
+
+GOOD = Tile(128, 128, 64, 8, 4, True)
+BAD = {
+    "side-not-a-power": GOOD._replace(n=96),
+    "side-too-small": GOOD._replace(m=8),
+    "side-too-large": GOOD._replace(m=512),
+    "warps": GOOD._replace(warps=2),
+    "stages": GOOD._replace(stages=0),
+    "k-block": GOOD._replace(k=32),
+    "accumulators": GOOD._replace(m=256, n=256),
+    "programs": GOOD._replace(per_sm=0),
+}
+
+
+@pytest.mark.parametrize("tile", BAD.values(), ids=BAD)
+def test_a_bad_tile_is_refused(tile, monkeypatch):
+    """By name, when the table is read."""
+    tuning.check_tile("conv", "sm_90", "half", GOOD)
+    with pytest.raises(ValueError, match=r"conv half sm_90: got Tile.*wanted"):
+        tuning.check_tile("conv", "sm_90", "half", tile)
+    monkeypatch.setitem(CANDIDATES["half"]["sm_90"], "conv", (GOOD, tile))
+    with pytest.raises(ValueError, match="conv half sm_90"):
+        tuning.check_candidates()
+
+
+def test_descriptors_are_for_hopper_and_later():
+    with pytest.raises(ValueError, match="tma"):
+        tuning.check_tile("conv", "sm_80", "half", GOOD)
 
 
 @everywhere

@@ -19,7 +19,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 
-#define DSTS_DYNAMIC_SHARED(name) unsigned char* name = ::emulator::dynamic_shared()
+#define DSTS_DYNAMIC_SMEM(name) unsigned char* name = ::emulator::dynamic_shared()
 
 #define threadIdx (::emulator::current->thread_index)
 #define blockIdx (::emulator::current->block_index)

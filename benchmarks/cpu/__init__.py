@@ -1,0 +1,1 @@
+"""What times work on a CPU."""

@@ -1,0 +1,1 @@
+"""What needs a GPU: ``python -m benchmarks.gpu`` runs all of it."""

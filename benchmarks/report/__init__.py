@@ -1,0 +1,1 @@
+"""The machine beside the numbers, and tables and figures out of saved results."""

@@ -1,0 +1,32 @@
+"""Launcher of ``csrc/cuda/tap_sums.cu``: sums of every channel by tap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cpu import DTYPE_CODES
+from ..gpu import grids
+from . import launch
+from .launch import address, vectors_fit
+
+
+def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
+    b, c, t, h, w = x.shape
+    parts = grids.tap_sum_parts(b, t * h * w, c, 64 if x.stride(1) == 1 else 32, launch.chip(x.device).processors)
+    sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
+    if sums.numel():
+        launch.native().tap_sums(
+            x=address(x),  # [B, C, T, H, W]
+            size=(t, h, w),
+            x_strides=x.stride(),
+            sums=address(sums),  # [B, parts, C, taps]
+            batch=b,
+            channels=c,
+            parts=parts,
+            taps=taps,
+            vector=taps == 1 and vectors_fit(x),
+            dtype=DTYPE_CODES[x.dtype],
+            target=launch.target(x),
+        )
+    return sums
