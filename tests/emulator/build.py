@@ -3,6 +3,7 @@
 By hand: python -m tests.emulator.build plain 700
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -96,10 +97,17 @@ def headers_digest(source: Path) -> str:
 def build(
     flavour: str = "plain", arch: int = 700, sources: list[Path] | None = None, name: str = "dsts_emulated"
 ) -> Path:
-    """Compiles what changed and returns the path of the module.
+    """Compiles what changed and returns the path of the module. Processes that build wait for one another.
 
     `sources` stand in for the project's own; RUNTIME and module.cpp are always added.
     """
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with open(OUTPUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(flavour, arch, sources, name)
+
+
+def _build(flavour: str, arch: int, sources: list[Path] | None, name: str) -> Path:
     if sources is None:
         sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "bindings.cpp"]
     sources = [*(Path(s).resolve() for s in sources), *RUNTIME, HERE / "module.cpp"]
