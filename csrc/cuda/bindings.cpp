@@ -228,7 +228,7 @@ void bind_filters(py::module_& m) {
         const char* kernel = "unpack_filters";
         const int both = kReadBySpatial + kReadByTemporal;
         check_dtype(kernel, "dtype", dtype), check_sizes(kernel, {{"neurons", neurons}});
-        if (reader < 1 || reader > both)
+        if (listed && (reader < 1 || reader > both))
           fail(kernel, "reader is ", reader, "; wanted ", kReadBySpatial, ", ", kReadByTemporal, " or ",
                both);
         check_filters(kernel, outputs, channels, taps, first_tap, all_taps, by_channel, pitch);

@@ -340,7 +340,7 @@ DSTS_MMA_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 template <class E>
-constexpr int conv_smem(int capability, bool by_output, int num_ctas) {
+DSTS_BOTH_SIDES constexpr int conv_smem(int capability, bool by_output, int num_ctas) {
   const int operands =
       by_output ? product_smem_of<E, true, false>(capability) : product_smem_of<E, true, true>(capability);
   return operands + kConvSmemBytes + schedule_bytes(num_ctas, MmaTraits<E>::kThreads);
@@ -348,7 +348,7 @@ constexpr int conv_smem(int capability, bool by_output, int num_ctas) {
 
 // With two CTAs on every multiprocessor of the largest chips. From sm_80 on the system takes 1 KiB of each.
 template <class E>
-constexpr bool fits(int capability) {
+DSTS_BOTH_SIDES constexpr bool fits(int capability) {
   const int most = product_smem_kib(capability) * 1024 - (capability < 80 ? 0 : 1024);
   const int num_ctas = 2 * (capability < 80 ? 84 : 160);
   return conv_smem<E>(capability, false, num_ctas) <= most &&

@@ -109,7 +109,7 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"first_tap": 4}, r"first_tap is 4; wanted 9 taps from it on to lie within all_taps \(12\)"
         yield {"outputs": 9}, r"pitch is 8; wanted at least a row \(9\)"
     if name == "unpack_filters":
-        yield from (({"reader": bad}, f"reader is {bad}; wanted 1, 2 or 3") for bad in (0, 4))
+        yield from (({"listed": HERE, "reader": bad}, f"reader is {bad}; wanted 1, 2 or 3") for bad in (0, 4))
     if name == "data_gradient":
         yield {"dgate": HERE}, "dgate is given with listed; dgate needs every channel"
     if name in ("conv", "weight_gradient"):
