@@ -115,7 +115,8 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``.
 
-        Its taps begin at ``first_tap`` of ``all_taps``. Zero where ``listed`` does not name ``reader`` (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
+        Its taps begin at ``first_tap`` of ``all_taps``. Zero where ``listed`` does not name ``reader``
+        (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
         """
 
     def conv_grid(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
