@@ -136,7 +136,7 @@ class Steady:
         return self.left.pop(0)
 
 
-def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns() -> None:
     """As many calls on either side, by the slower one, and each begins every second round."""
     order: list[str] = []
 
