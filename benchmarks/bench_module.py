@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.conftest import Recorder, Settings, Workbench
 from benchmarks.cpu.memory import peak_extra_mib
-from benchmarks.parity import TOLERANCES, relative_error, training_errors
+from benchmarks.parity import assert_parity, relative_error, training_errors
 from benchmarks.report.machine import synchronise
 from benchmarks.shapes import Problem
 from benchmarks.variants import (
@@ -56,17 +56,6 @@ def built(request: pytest.FixtureRequest, workbench: Workbench, settings: Settin
 def each(mode: str) -> pytest.MarkDecorator:
     params = [(mode, variant) for variant in VARIANTS[mode]]
     return pytest.mark.parametrize("built", params, ids=VARIANTS[mode], indirect=True, scope="module")
-
-
-def assert_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
-    """The largest error, once every one is within tolerance."""
-    output_limit, gradient_limit = TOLERANCES[dtype]
-    limits = {name: output_limit if name == "output" else gradient_limit for name in errors}
-    wrong = sorted((name for name in errors if not errors[name] <= limits[name]), key=lambda n: -errors[n])
-    assert not wrong, (
-        f"parity: {wrong[0]} off by {errors[wrong[0]]:.1e}, {len(wrong)} of {len(errors)} beyond tolerance"
-    )
-    return max(errors.values())
 
 
 def check(

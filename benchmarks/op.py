@@ -116,10 +116,18 @@ def parity(op: str, results: Sequence[torch.Tensor], wanted: Sequence[torch.Tens
     return max(errors)
 
 
+def compared(case: Case) -> Timed:
+    """The op ready to be timed, or an exit that says how it differs."""
+    try:
+        return Timed(case)
+    except AssertionError as error:
+        raise SystemExit(f"benchmarks.op: {error}; not timed") from None
+
+
 def serve(case: Case, commands: TextIO, answers: TextIO) -> None:
     """The side of another process: its facts, then the seconds of a round for every line that asks for calls."""
     with contextlib.redirect_stdout(sys.stderr):
-        timed = Timed(case)
+        timed = compared(case)
         print(json.dumps(timed.facts), file=answers, flush=True)
         for line in commands:
             print(timed.seconds(int(line)), file=answers, flush=True)
@@ -231,6 +239,11 @@ def read_options(arguments: Sequence[str] | None) -> tuple[Case, argparse.Namesp
         device = str(torch.empty(0, device=options.device).device)
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
+    if options.backend is not None:
+        dtype = getattr(torch, options.dtype)
+        reason = BACKENDS[options.backend].why_not(options.op.removesuffix("_backward"), torch.device(device), dtype)
+        if reason is not None:
+            parser.error(f"--backend: {options.backend} cannot run {options.op}: {reason}")
     problem = Problem(name, grid, options.batch, options.channels, neurons=options.neurons)
     case = Case(options.op, problem, options.dtype, device, options.backend, options.threads)
     return case, options, parser
@@ -239,7 +252,7 @@ def read_options(arguments: Sequence[str] | None) -> tuple[Case, argparse.Namesp
 def main(arguments: Sequence[str] | None = None) -> int:
     case, options, parser = read_options(arguments)
     if options.base is None:
-        lines = report(case, {"time": Timed(case)}, options.rounds)
+        lines = report(case, {"time": compared(case)}, options.rounds)
     else:
         from benchmarks.revision import Refused, Worker, base_tree
 

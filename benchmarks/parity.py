@@ -26,6 +26,7 @@ from dsts_kernels.reference import DSTS, Draws
 __all__ = [
     "TOLERANCES",
     "Oracle",
+    "assert_parity",
     "evaluation_oracle",
     "relative_error",
     "training_errors",
@@ -134,3 +135,14 @@ def gradient_error(gradient: Tensor | None, wanted: Tensor, rows: list[int] | No
     if any(bool(gradient[i].any()) for i in others):
         return float("inf")
     return relative_error(gradient[rows], wanted)
+
+
+def assert_parity(errors: dict[str, float], dtype: torch.dtype) -> float:
+    """The largest error, once every one is within tolerance."""
+    output_limit, gradient_limit = TOLERANCES[dtype]
+    limits = {name: output_limit if name == "output" else gradient_limit for name in errors}
+    wrong = sorted((name for name in errors if not errors[name] <= limits[name]), key=lambda n: -errors[n])
+    assert not wrong, (
+        f"parity: {wrong[0]} off by {errors[wrong[0]]:.1e}, {len(wrong)} of {len(errors)} beyond tolerance"
+    )
+    return max(errors.values())

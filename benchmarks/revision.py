@@ -158,6 +158,7 @@ class Worker:
         return line
 
     def seconds(self, calls: int) -> float:
-        self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended, as the missing answer will say
+            self.process.stdin.write(f"{calls}\n")
+            self.process.stdin.flush()
         return float(self.answer())

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from benchmarks import RESULTS
 from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
-from benchmarks.bench_module import assert_parity
 from benchmarks.gpu import goals
 from benchmarks.gpu.baselines import GROUPINGS, AutocastDSTS, padded, training_grouping
 from benchmarks.gpu.ops import OP_NEEDS, OPS, cycling, op_rows, route_rows
@@ -41,7 +40,7 @@ from benchmarks.gpu.timing import (
     time_steps,
 )
 from benchmarks.gpu.workload import TRAINING_BATCH, Workload, gpu_backends
-from benchmarks.parity import relative_error, training_errors
+from benchmarks.parity import assert_parity, relative_error, training_errors
 from benchmarks.report import machine, tables
 from benchmarks.shapes import Problem
 from benchmarks.variants import adopt, build, restore_statistics, time_limit, training_step

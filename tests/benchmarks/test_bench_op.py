@@ -84,8 +84,8 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             return [y * (1 if backend == "eager" else factor) for y in right.run(inputs, x, backend)]
 
         monkeypatch.setitem(op.OPS, "tap_sums", right._replace(run=run))
-        with pytest.raises(AssertionError, match="tap_sums: result 0 is "):
-            Timed(Case("tap_sums", PROBLEM, "float32", "cpu"))
+        with pytest.raises(SystemExit, match=r"tap_sums: result 0 is off the eager backend's by .*; not timed"):
+            op.main(["tap_sums", *SMALL, "--device", "cpu"])
 
 
 def test_one_op(capsys: pytest.CaptureFixture) -> None:
@@ -136,7 +136,7 @@ class Steady:
         return self.left.pop(0)
 
 
-def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns() -> None:
     """As many calls on either side, by the slower one, and each begins every second round."""
     order: list[str] = []
 
@@ -151,11 +151,11 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order[2:] == ["one", "other", "other", "one"]
 
 
-@pytest.mark.parametrize("values", [[1.0] * 9, [0.9, 1.0, 1.1] * 5, [0.8, 0.82, 0.81, 0.8, 0.83, 1.5]])
+@pytest.mark.parametrize("values", [[1.0] * 9, [0.9, 1.0, 1.1] * 5, [0.8, 0.81, 0.82, 0.83] * 3 + [1.5]])
 def test_interval(values: Sequence[float]) -> None:
     """Holds the median, and an outlier does not move it."""
     low, high = op.interval(values)
-    assert min(values) <= low <= sorted(values)[len(values) // 2] <= high <= max(1.1, sorted(values)[-2])
+    assert min(values) <= low <= sorted(values)[len(values) // 2] <= high <= sorted(values)[-2]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,7 @@ def test_interval(values: Sequence[float]) -> None:
         (["tap_sums", "--shape", "4x7"], "shape: got '4x7', wanted one of"),
         (["tap_sums", "--channels", "0"], "--channels: got 0, wanted at least 1"),
         (["tap_sums", "--device", "nowhere"], "nowhere"),
+        (["tap_sums", "--device", "cpu", "--backend", "cuda"], "--backend: cuda cannot run tap_sums: "),
     ],
 )
 def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
