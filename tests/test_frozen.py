@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsts_kernels import FrozenDSTS, FusedDSTS
-from dsts_kernels.backends import BACKENDS, convolution, plan
+from dsts_kernels.backends import BACKENDS, convolution, groups
 from dsts_kernels.testing import assert_close
 
 from .test_modules import OPTIONS, assert_same_routing, pair
@@ -64,7 +64,7 @@ def test_a_large_batch_in_several_calls(backend, monkeypatch):
     _, fused = pair(8, backend=backend, num_neurons=1, mixing_kernel=(1, 3, 3))
     x = torch.randn(5, 8, 3, 4, 5, dtype=torch.float64)
     whole = fused.eval()(x)
-    monkeypatch.setattr(plan, "CALL_POSITIONS", 2 * 60)
+    monkeypatch.setattr(groups, "CALL_POSITIONS", 2 * 60)
     assert_close(fused(x), whole)
     assert_close(fused.freeze()(x), whole)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends
 from dsts_kernels.backends import convolution
-from dsts_kernels.backends.winograd import points, tile_sizes
+from dsts_kernels.backends.winograd import SPATIAL_TILES, TEMPORAL_TILES, tile_sizes
 
 PASSES = ("gather_panel", "epilogue", "gate_merge", "tap_sums", "semhash_gate", "semhash_gate_backward")
 FAST = {
     "winograd": ("input", "filter", "product", "output"),
-    "winograd_gradient": ("input", "gradient", "product", "weight"),
+    "winograd_weight_gradient": ("input", "gradient", "product", "weight"),
 }
 CONVOLUTIONS = ("forward", "data_gradient", "weight_gradient")
 ROUNDS = 7
@@ -35,22 +35,31 @@ COPY_BYTES = 64 << 20
 
 
 def tensor_bytes(*values: object) -> int:
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    """Bytes of all tensors, those in tuples too."""
+    total = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, tuple):
+            total += tensor_bytes(*value)
+    return total
 
 
-def fast_work(x: Tensor, operators: tuple, grid: torch.Size, outputs: int, samples: Tensor | None) -> dict[str, float]:
+def fast_work(
+    x: Tensor, operators: Sequence, grid: torch.Size, outputs: int, samples: Tensor | None
+) -> dict[str, float]:
     """FLOP of the products, and bytes of the matrices that stages of a fast convolution read and write."""
     batch = x.shape[0] if samples is None else samples.numel()
     t, h, w = grid
     tile_t, tile_h, tile_w = tile_sizes(batch, t, h, w)
-    spatial = (points(tile_h) * points(tile_w), batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
-    temporal = (points(tile_t), batch * -(-t // tile_t) * h * w, 3)
+    spatial = (SPATIAL_TILES[tile_h] * SPATIAL_TILES[tile_w], batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
+    temporal = (TEMPORAL_TILES[tile_t], batch * -(-t // tile_t) * h * w, 3)
     work: dict[str, float] = defaultdict(float)
     for operator, (count, tiles, taps) in zip(operators, (spatial, temporal), strict=True):
         if operator is not None:
-            filters = operator.count * outputs
+            filters = operator.k_channels * outputs
             work["flop"] += 2 * count * tiles * filters
-            work["features"] += 4 * operator.count * (batch * t * h * w + count * tiles)
+            work["features"] += 4 * operator.k_channels * (batch * t * h * w + count * tiles)
             work["filters"] += filters * (taps * operator.weight.element_size() + count * 4)
             work["outputs"] += 4 * count * tiles * outputs
     return work
@@ -103,10 +112,13 @@ class Clock:
             whole = time.perf_counter() - start
             backend.stage_seconds = None
             forward = name == "winograd"
-            operators, dense = (args[:2], args[2]) if forward else (args[1:3], args[0])
-            samples = kwargs.get("x_samples" if forward else "samples")
+            if forward:
+                *operators, epilogue = args[:3]
+                dense, samples = epilogue.out, args[3] if len(args) > 3 else None
+            else:
+                dense, samples, *operators = args[:4]
             work = fast_work(x, operators, dense.shape[2:], dense.shape[1], samples)
-            stages = [f"{'fast convolution' if forward else 'filter gradient'}: {stage}" for stage in FAST[name]]
+            stages = [f"{'fast convolution' if forward else 'weight gradient'}: {stage}" for stage in FAST[name]]
             passes = [work["features"], work["filters"], 0, work["outputs"] + tensor_bytes(dense)]
             if not forward:
                 passes = [work["features"], work["outputs"] + tensor_bytes(dense), 0, work["filters"]]

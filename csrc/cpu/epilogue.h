@@ -6,33 +6,33 @@
 
 namespace dsts::cpu {
 
-// s = samples[i]: out[s, o, p] = relu(zs[i, p, o] + zt[i, p, o] + bias[s * bias_stride_b + o]) + skip[s, o,
-// p] and sums[s, o, :] = tap sums (see TapSums) of out as stored, after rounding. out may be zs itself, in
-// place, exactly when the dtype is one and the layout is the panel's with samples null; else they must not
-// overlap.
+// What is done to a result z on its way to memory. With s = samples[i]:
+// out[s, o, p] = relu(z[i, o, p] + bias[o]) + skip[s, o, p]
+// and sums[s, o, :] = tap sums (see TapSums) of out as stored, after rounding.
 struct Epilogue {
-  const void* zs;         // (nb, T, H, W, O) dense, in_dtype, or null
-  const void* zt;         // the same, or null
-  const void* bias;       // float (double for float64), or null
-  int64_t bias_stride_b;  // 0: one bias for all
+  Features out;      // [.., O, T, H, W]
+  Samples samples;   // where the results go: in out, skip and sums
+  const void* bias;  // [O], float (double for float64), or null
   bool relu;
-  const void* skip;  // (.., O, T, H, W), out_dtype, or null
-  Strides skip_strides;
-  void* out;  // (.., O, T, H, W), out_dtype
-  Strides out_strides;
-  const int64_t* samples;  // (nb), or null for 0..nb-1
-  int64_t nb;
-  void* sums;  // (.., O, taps) contiguous, float (double for float64), or null
+  Features skip;  // [.., O, T, H, W] in out's dtype, or absent
+  void* sums;     // [.., O, taps], float (double for float64), or null; a sample's are dense
+  int64_t sums_stride_b;
   int taps;
-  int64_t O, T, H, W;
-  int in_dtype;  // out_dtype, or float32 for a half out
-  int out_dtype;
+};
+
+// Both operators' panels, summed. `out` may be the spatial panel itself, in place, exactly when the dtype is
+// one, the layout is the panel's and no samples are listed; else they must not overlap.
+struct PanelEpilogue {
+  const void* spatial;   // [nb, T, H, W, O] dense, in panel_dtype, or null
+  const void* temporal;  // [nb, T, H, W, O] likewise, or null
+  DType panel_dtype;     // out's, or float32 for a half out
+  Epilogue epilogue;
   int threads;
 };
 
 #ifdef DSTS_ISA
 namespace DSTS_ISA {
-Status epilogue(const Epilogue& a);
+Status epilogue(const PanelEpilogue& a);
 }  // namespace DSTS_ISA
 #endif
 

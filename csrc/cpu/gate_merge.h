@@ -6,28 +6,25 @@
 
 namespace dsts::cpu {
 
+// One operator's data gradient, for the channels that it has.
+struct GradientPanel {
+  const void* data;        // [nb, T, H, W, width] dense, in panel_dtype; null where width is 0
+  const int32_t* columns;  // [C] of the panel by channel, -1 for none; null: channel c is column c
+  int64_t width;
+};
+
 // With s = samples[i], g = gate[s, c], a and d the two panels' values (0 for a channel that a panel lacks):
 // dx[s, c, p] = g * a + (1 - g) * d (exactly a at g == 1 and d at g == 0, whatever the other holds)
 // dgate[s, c] = sum over p of x[s, c, p] * (a - d).
 struct GateMerge {
-  const void* dxs;       // (nb, T, H, W, ns) dense, panel_dtype
-  const int32_t* pos_s;  // (C) panel column of a channel, -1 for none; null for identity
-  int64_t ns;
-  const void* dxt;  // (nb, T, H, W, nt)
-  const int32_t* pos_t;
-  int64_t nt;
-  const void* gate;  // dtype; gate[s * gate_stride_b + c]
+  GradientPanel spatial, temporal;
+  DType panel_dtype;  // x's, or float32 for a half x
+  Samples samples;
+  const void* gate;  // [.., C] in x's dtype
   int64_t gate_stride_b;
-  const void* x;  // (.., C, T, H, W), dtype; may be null without dgate
-  Strides x_strides;
-  void* dx;  // dtype, or null
-  Strides dx_strides;
-  void* dgate;  // (.., C) contiguous, dtype, or null
-  const int64_t* samples;
-  int64_t nb;
-  int64_t C, T, H, W;
-  int panel_dtype;  // dtype, or float32 for a half dtype
-  int dtype;
+  Features x;   // [.., C, T, H, W]; its memory is read for dgate only
+  Features dx;  // [.., C, T, H, W] in x's dtype, or absent
+  void* dgate;  // [.., C] contiguous, in x's dtype, or null
   int threads;
 };
 

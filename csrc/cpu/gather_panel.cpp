@@ -10,7 +10,7 @@ namespace dsts::cpu::DSTS_ISA {
 namespace {
 
 template <class T, class U, bool kScaled>
-DSTS_INLINE void move(T from, acc_t<T> scale, U* to) {
+DSTS_INLINE void copy_element(T from, acc_t<T> scale, U* to) {
   if constexpr (kScaled)
     store(load(from) * scale, to);
   else if constexpr (same<T, U>)
@@ -25,7 +25,6 @@ acc_t<T> scale_of(const GatherPanel& a, int64_t sample, int64_t channel) {
   return a.complement ? 1 - s : s;
 }
 
-int64_t sample_of(const GatherPanel& a, int64_t i) { return a.samples ? a.samples[i] : i; }
 int64_t channel_of(const GatherPanel& a, int64_t j) { return a.channels ? a.channels[j] : j; }
 
 // The innermost dimensions that are contiguous on both sides, as one run; short runs are left to the tiles.
@@ -34,39 +33,39 @@ struct Runs {
 };
 
 bool contiguous_runs(const GatherPanel& a, Runs* r) {
-  const Strides &s = a.src_strides, &o = a.out_strides;
-  if (a.W > 1 && (s.w != 1 || o.w != 1)) return false;
-  *r = {a.T, a.H, a.W};
-  if (a.H > 1 && (s.h != a.W || o.h != a.W)) return a.W >= 4;
-  *r = {a.T, 1, a.H * a.W};
-  if (a.T > 1 && (s.t != r->length || o.t != r->length)) return r->length >= 4;
-  *r = {1, 1, a.T * a.H * a.W};
+  const Strides &s = a.src.strides, &o = a.out.strides;
+  if (a.out.W > 1 && (s.w != 1 || o.w != 1)) return false;
+  *r = {a.out.T, a.out.H, a.out.W};
+  if (a.out.H > 1 && (s.h != a.out.W || o.h != a.out.W)) return a.out.W >= 4;
+  *r = {a.out.T, 1, a.out.H * a.out.W};
+  if (a.out.T > 1 && (s.t != r->length || o.t != r->length)) return r->length >= 4;
+  *r = {1, 1, a.out.T * a.out.H * a.out.W};
   return r->length >= 4;
 }
 
 template <class T, class U, bool kScaled>
 void gather_planes(const GatherPanel& a, const Runs& r) {
-  const int64_t elements = a.nb * a.width * a.T * a.H * a.W;
-  parallel_for(a.nb * a.width, elements, a.threads, [&](int64_t task) {
-    const int64_t i = task / a.width, j = task % a.width, sample = sample_of(a, i);
-    const bool listed = j < a.nc;
+  const int64_t elements = a.out.B * a.out.C * a.out.T * a.out.H * a.out.W;
+  parallel_for(a.out.B * a.out.C, elements, a.threads, [&](int64_t task) {
+    const int64_t i = task / a.out.C, j = task % a.out.C, sample = sample_at(a.samples, i);
+    const bool listed = j < a.num_channels;
     const int64_t channel = listed ? channel_of(a, j) : 0;
-    const T* src = static_cast<const T*>(a.src) + sample * a.src_strides.b + channel * a.src_strides.c;
-    U* out = static_cast<U*>(a.out) + i * a.out_strides.b + j * a.out_strides.c;
+    const T* src = static_cast<const T*>(a.src.data) + sample * a.src.strides.b + channel * a.src.strides.c;
+    U* out = static_cast<U*>(a.out.data) + i * a.out.strides.b + j * a.out.strides.c;
     acc_t<T> scale = 1;
     if constexpr (kScaled)
       if (listed) scale = scale_of<T>(a, sample, channel);
     for (int64_t t = 0; t < r.outer; ++t)
       for (int64_t h = 0; h < r.inner; ++h) {
-        const T* from = src + t * a.src_strides.t + h * a.src_strides.h;
-        U* to = out + t * a.out_strides.t + h * a.out_strides.h;
+        const T* from = src + t * a.src.strides.t + h * a.src.strides.h;
+        U* to = out + t * a.out.strides.t + h * a.out.strides.h;
         if (!listed) {
           memset(to, 0, size_t(r.length) * sizeof(U));
         } else if constexpr (same<T, U> && !kScaled) {
           memcpy(to, from, size_t(r.length) * sizeof(U));
         } else {
 #pragma omp simd
-          for (int64_t p = 0; p < r.length; ++p) move<T, U, kScaled>(from[p], scale, to + p);
+          for (int64_t p = 0; p < r.length; ++p) copy_element<T, U, kScaled>(from[p], scale, to + p);
         }
       }
   });
@@ -115,7 +114,7 @@ void gather_to_planes(const Tile<T, U>& t, int64_t out_stride_c) {
     const T* from = t.src + t.src_off[p];
     if (t.picks) {
       if (p + kPrefetchRows < t.np) {
-        const int64_t begin = t.pick.window[0], n = t.pick.window[t.pick.groups - 1] + kLanes<A> - begin;
+        const int64_t begin = t.pick.start[0], n = t.pick.start[t.pick.windows - 1] + kLanes<A> - begin;
         prefetch_row(t.src + t.src_off[p + kPrefetchRows] + begin, n);
       }
       t.pick.template run<kRaw, kScaled>(from, from, t.scale, t.listed, buf + p * kTileChannels);
@@ -134,25 +133,25 @@ void gather_to_planes(const Tile<T, U>& t, int64_t out_stride_c) {
 template <class T, class U, bool kScaled>
 void gather_tile(const Tile<T, U>& t, int64_t out_stride_c) {
   constexpr bool kRaw = !kScaled && same<T, U>;
-  const bool rows_out = out_stride_c == 1;
-  if (!rows_out && t.out_run && t.nc <= kTileChannels)
+  const bool out_innermost = out_stride_c == 1;
+  if (!out_innermost && t.out_run && t.nc <= kTileChannels)
     return gather_to_planes<T, U, kScaled>(t, out_stride_c);
   // A vector holds few of a kernel's taps (3): element by element is as fast then.
-  const bool transposed = rows_out && t.src_run && !t.picks && t.np > kLanes<acc_t<T>> / 2;
+  const bool transposed = out_innermost && t.src_run && !t.picks && t.np > kLanes<acc_t<T>> / 2;
   if (transposed) gather_transposed<T, U, kScaled>(t);
   for (int64_t p = 0; p < t.np; ++p) {
     const T* from = t.src + t.src_off[p];
     U* to = t.out + t.out_off[p];
-    if (rows_out) {
+    if (out_innermost) {
       if (t.picks)
         t.pick.template run<kRaw, kScaled>(from, from, t.scale, t.listed, to);
       else if (!transposed)
         for (int64_t j = 0; j < t.listed; ++j)
-          move<T, U, kScaled>(from[t.channel_off[j]], t.scale[j], to + j);
+          copy_element<T, U, kScaled>(from[t.channel_off[j]], t.scale[j], to + j);
       memset(to + t.listed, 0, size_t(t.nc - t.listed) * sizeof(U));
     } else {
       for (int64_t j = 0; j < t.listed; ++j)
-        move<T, U, kScaled>(from[t.channel_off[j]], t.scale[j], to + j * out_stride_c);
+        copy_element<T, U, kScaled>(from[t.channel_off[j]], t.scale[j], to + j * out_stride_c);
       for (int64_t j = t.listed; j < t.nc; ++j) memset(to + j * out_stride_c, 0, sizeof(U));
     }
   }
@@ -160,35 +159,36 @@ void gather_tile(const Tile<T, U>& t, int64_t out_stride_c) {
 
 template <class T, class U, bool kScaled>
 void gather_tiles(const GatherPanel& a) {
-  const Grid g{a.T, a.H, a.W};
+  const Grid g{a.out.T, a.out.H, a.out.W};
   const int64_t P = g.positions(), np_max = min64(kTilePositions, P), blocks = ceil_div(P, np_max);
-  // Rows to rows: long pieces. Few positions (weights): as many channels as the tile holds.
-  const bool rows = a.src_strides.c == 1 && a.out_strides.c == 1;
+  // Channels innermost on both sides: long pieces. Few positions (weights): as many channels as the tile
+  // holds.
+  const bool innermost = a.src.strides.c == 1 && a.out.strides.c == 1;
   const int64_t fitting = max64(kTileChannels, kTileElements / np_max / 16 * 16);
-  const int64_t nc_max = rows                   ? kRowChannels
-                         : a.out_strides.c == 1 ? min64(kRowChannels, fitting)
+  const int64_t nc_max = innermost              ? kRowChannels
+                         : a.out.strides.c == 1 ? min64(kRowChannels, fitting)
                                                 : kTileChannels;
-  parallel_for(a.nb * blocks, a.nb * a.width * P, a.threads, [&](int64_t task) {
+  parallel_for(a.out.B * blocks, a.out.B * a.out.C * P, a.threads, [&](int64_t task) {
     Tile<T, U> t;
-    const int64_t i = task / blocks, sample = sample_of(a, i), p0 = task % blocks * np_max;
+    const int64_t i = task / blocks, sample = sample_at(a.samples, i), p0 = task % blocks * np_max;
     t.np = min64(np_max, P - p0);
-    t.src = static_cast<const T*>(a.src) + sample * a.src_strides.b;
-    t.src_run = position_offsets(g, a.src_strides, p0, t.np, t.src_off);
-    t.out_run = position_offsets(g, a.out_strides, p0, t.np, t.out_off);
-    for (int64_t j0 = 0; j0 < a.width; j0 += nc_max) {
-      t.nc = min64(nc_max, a.width - j0);
-      t.listed = max64(0, min64(t.nc, a.nc - j0));
-      t.out = static_cast<U*>(a.out) + i * a.out_strides.b + j0 * a.out_strides.c;
+    t.src = static_cast<const T*>(a.src.data) + sample * a.src.strides.b;
+    t.src_run = position_offsets(g, a.src.strides, p0, t.np, t.src_off);
+    t.out_run = position_offsets(g, a.out.strides, p0, t.np, t.out_off);
+    for (int64_t j0 = 0; j0 < a.out.C; j0 += nc_max) {
+      t.nc = min64(nc_max, a.out.C - j0);
+      t.listed = max64(0, min64(t.nc, a.num_channels - j0));
+      t.out = static_cast<U*>(a.out.data) + i * a.out.strides.b + j0 * a.out.strides.c;
       t.last_channel = 0;
       for (int64_t j = 0; j < t.listed; ++j) {
         const int64_t channel = channel_of(a, j0 + j);
-        t.channel_off[j] = channel * a.src_strides.c;
+        t.channel_off[j] = channel * a.src.strides.c;
         t.last_channel = max64(t.last_channel, t.channel_off[j]);
         if constexpr (kScaled) t.scale[j] = scale_of<T>(a, sample, channel);
       }
-      t.picks = kHasPermute && a.src_strides.c == 1 && t.listed > 0 && t.last_channel + 1 >= kLanes<acc_t<T>>;
+      t.picks = kHasPermute && a.src.strides.c == 1 && t.listed > 0 && t.last_channel + 1 >= kLanes<acc_t<T>>;
       if (t.picks) t.pick.prepare(t.channel_off, t.listed, t.last_channel);
-      gather_tile<T, U, kScaled>(t, a.out_strides.c);
+      gather_tile<T, U, kScaled>(t, a.out.strides.c);
     }
   });
 }
@@ -206,8 +206,8 @@ Status gather(const GatherPanel& a) {
 }  // namespace
 
 Status gather_panel(const GatherPanel& a) {
-  if (a.nb * a.width * a.T * a.H * a.W == 0) return Status::ok;
-  return with_dtypes(a.src_dtype, a.out_dtype, [&](auto src, auto out) {
+  if (a.out.B * a.out.C * a.out.T * a.out.H * a.out.W == 0) return Status::ok;
+  return with_dtypes(a.src.dtype, a.out.dtype, [&](auto src, auto out) {
     using T = typename decltype(src)::type;
     using U = typename decltype(out)::type;
     return a.scale ? gather<T, U, true>(a) : gather<T, U, false>(a);

@@ -6,23 +6,17 @@
 
 namespace dsts::cpu {
 
-// out[i, j, p] = src[samples[i], channels[j], p] * s for j < nc, and 0 for nc <= j < width, where
+// out[i, j, p] = src[samples[i], channels[j], p] * s for j < num_channels, and 0 for the rest of out, where
 // s = scale[samples[i] * scale_stride_b + channels[j]], or 1 - that with complement, or 1 without scale.
 struct GatherPanel {
-  const void* src;
-  Strides src_strides;
-  const int64_t* samples;  // (nb), or null for 0..nb-1
-  int64_t nb;
-  const int32_t* channels;  // (nc), or null for 0..nc-1
-  int64_t nc;
-  const void* scale;  // src's dtype, or null for a copy
+  Features src;             // [.., C, T, H, W]
+  Samples samples;          // of src
+  const int32_t* channels;  // [num_channels], or null for 0..num_channels-1
+  int64_t num_channels;
+  const void* scale;  // [.., C] in src's dtype, or null for a copy
   int64_t scale_stride_b;
   bool complement;
-  void* out;  // (nb, width, T, H, W), every element written
-  Strides out_strides;
-  int64_t width, T, H, W;
-  int src_dtype;
-  int out_dtype;  // src_dtype, or float32 for a half src
+  Features out;  // [nb, width, T, H, W], every element written; src's dtype, or float32 for a half src
   int threads;
 };
 

@@ -8,7 +8,7 @@
 #include "cpu/semhash.h"
 #include "cpu/tap_sums.h"
 #include "cpu/winograd.h"
-#include "cpu/winograd_gradient.h"
+#include "cpu/winograd_weight_gradient.h"
 
 namespace dsts::cpu {
 
@@ -18,10 +18,10 @@ struct Kernels {
   Status (*semhash_backward)(const SemhashBackward&);
   Status (*tap_sums)(const TapSums&);
   Status (*gather_panel)(const GatherPanel&);
-  Status (*epilogue)(const Epilogue&);
+  Status (*epilogue)(const PanelEpilogue&);
   Status (*gate_merge)(const GateMerge&);
   Status (*winograd)(const Winograd&);
-  Status (*winograd_gradient)(const WinogradGradient&);
+  Status (*winograd_weight_gradient)(const WinogradWeightGradient&);
 };
 
 // Tables this build holds and this machine can run, the best last; count of them in *n.

@@ -1,5 +1,5 @@
-// Element types of the kernels, their conversion to and from the accumulation type A, the dtype switch and
-// the parallel loop. Everything is branch-free C++ that the compiler vectorises.
+// Element types of the kernels, their conversion to and from the accumulation type A, the dtype switch (from
+// the table in dtypes.h) and the parallel loop. Everything is branch-free C++ that the compiler vectorises.
 //
 // This header and the kernels are compiled once for every instruction set. All of it has internal linkage,
 // and no std:: template or inline function is used in those translation units: of a symbol with external
@@ -58,7 +58,7 @@ DSTS_INLINE float float_of(uint32_t u) {
 DSTS_INLINE float load(float x) { return x; }
 DSTS_INLINE double load(double x) { return x; }
 DSTS_INLINE float load(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
-// Normal numbers, Inf and NaN: move the exponent so that one multiplication rebiases it. Subnormals: build
+// Normal numbers, Inf and NaN: shift the exponent so that one multiplication rebiases it. Subnormals: build
 // 0.5 + value and take 0.5 away. Both are exact.
 DSTS_INLINE float load(f16 x) {
   const uint32_t w = uint32_t(x.bits) << 16;
@@ -108,28 +108,42 @@ struct Flag {
   static constexpr bool value = kValue;
 };
 
+// f(Tag<element type>). The binding has refused every code that is not in the table.
 template <class F>
-DSTS_INLINE Status with_dtype(int dtype, F f) {
-  switch (dtype) {
-    case kFloat64:
-      return f(Tag<double>{});
-    case kBFloat16:
-      return f(Tag<bf16>{});
-    case kFloat16:
-      return f(Tag<f16>{});
-    default:
-      return f(Tag<float>{});
-  }
+DSTS_INLINE Status with_dtype(DType dtype, F f) {
+#define DSTS_CASE(name, constant, code, type) \
+  case constant:                              \
+    return f(Tag<type>{});
+  switch (dtype) { DSTS_DTYPES(DSTS_CASE) }
+#undef DSTS_CASE
+  __builtin_trap();
+}
+
+// Likewise for kernels that compute in float: all dtypes but float64, which the binding has refused there.
+template <class F>
+DSTS_INLINE void with_float(DType dtype, F f) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (same<acc_t<T>, float>)
+      f(tag);
+    else
+      __builtin_trap();
+    return Status::ok;
+  });
 }
 
 // A pair of dtypes that is equal, or a half type with float32 as `wide`: f(Tag<narrow>, Tag<wide>).
 template <class F>
-DSTS_INLINE Status with_dtypes(int narrow, int wide, F f) {
+DSTS_INLINE Status with_dtypes(DType narrow, DType wide, F f) {
   return with_dtype(narrow, [&](auto n) {
     if constexpr (sizeof(typename decltype(n)::type) == 2)
       if (wide == kFloat32) return f(n, Tag<float>{});
     return f(n, n);
   });
+}
+
+DSTS_INLINE int64_t sample_at(const Samples& samples, int64_t i) {
+  return samples.index ? samples.index[i] : i;
 }
 
 constexpr int64_t kSerialElements = 32768;  // below this, waking threads costs more than it saves
@@ -153,6 +167,7 @@ inline int worker() {
 
 DSTS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 DSTS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
 DSTS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Uninitialised scratch; ok() is false when memory ran out.

@@ -9,9 +9,10 @@
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kPlane =
-    4096;  // elements of a frame (or of a band of its rows) that are summed over t at once
-constexpr int64_t kRun = 2048;  // elements of a contiguous run that one partial sum covers
+// Elements of a frame (or of a band of its rows) that are summed over t at once.
+constexpr int64_t kPlane = 4096;
+// Elements of a contiguous run that one running sum covers.
+constexpr int64_t kRun = 2048;
 
 // Four streams, so that the adder's latency does not set the pace.
 template <class A, class T>
@@ -69,11 +70,12 @@ void plane_band(const T* x, int64_t stride_t, const Grid& g, int64_t h0, int64_t
 template <class T>
 Status plane_sums(const TapSums& a, const Grid& g) {
   using A = acc_t<T>;
-  const Strides s = a.x_strides;
+  const int64_t B = a.x.B, C = a.x.C;
+  const Strides s = a.x.strides;
   const int64_t frame = g.H * g.W;
   const bool frames_follow = g.T == 1 || s.t == frame;
-  parallel_for(a.B * a.C, a.B * a.C * g.positions(), a.threads, [&](int64_t task) {
-    const T* x = static_cast<const T*>(a.x) + task / a.C * s.b + task % a.C * s.c;
+  parallel_for(B * C, B * C * g.positions(), a.threads, [&](int64_t task) {
+    const T* x = static_cast<const T*>(a.x.data) + task / C * s.b + task % C * s.c;
     A* out = static_cast<A*>(a.out) + task * a.taps;
     if (a.taps == 1) {
       A sum = 0;
@@ -96,14 +98,14 @@ Status plane_sums(const TapSums& a, const Grid& g) {
 template <class A, class T>
 void add_tile(const TapSums& a, const Grid& g, const T* x, int64_t p0, int64_t np, int64_t c0, int64_t nc,
               A* cls) {
-  int64_t off[kChunkPositions], k[kChunkPositions];
-  const bool run = position_offsets(g, a.x_strides, p0, np, off);
+  int64_t off[kPartPositions], k[kPartPositions];
+  const bool run = position_offsets(g, a.x.strides, p0, np, off);
   position_classes(g, a.taps, p0, np, k);
-  const int64_t stride_c = a.x_strides.c;
+  const int64_t stride_c = a.x.strides.c;
   if (stride_c == 1) {
     for (int64_t p = 0; p < np; ++p) {
       const T* from = x + off[p] + c0;
-      A* to = cls + k[p] * a.C + c0;
+      A* to = cls + k[p] * a.x.C + c0;
 #pragma omp simd
       for (int64_t c = 0; c < nc; ++c) to[c] += load(from[c]);
     }
@@ -115,7 +117,7 @@ void add_tile(const TapSums& a, const Grid& g, const T* x, int64_t p0, int64_t n
       const int64_t tp = min64(kTilePositions, np - q), tc = min64(kTileChannels, c0 + nc - c);
       load_tile(x + c * stride_c, off + q, run, stride_c, tp, tc, buf, kTileChannels);
       for (int64_t p = 0; p < tp; ++p) {
-        A* to = cls + k[q + p] * a.C + c;
+        A* to = cls + k[q + p] * a.x.C + c;
 #pragma omp simd
         for (int64_t i = 0; i < tc; ++i) to[i] += buf[p * kTileChannels + i];
       }
@@ -125,23 +127,25 @@ void add_tile(const TapSums& a, const Grid& g, const T* x, int64_t p0, int64_t n
 template <class T>
 Status tile_sums(const TapSums& a, const Grid& g) {
   using A = acc_t<T>;
-  const int64_t P = g.positions(), chunks = ceil_div(P, kChunkPositions), classes = class_count(a.taps);
-  const int64_t groups = ceil_div(a.C, kRowChannels), elements = a.B * a.C * P;
-  Scratch<A> partial(a.B * chunks * classes * a.C);
-  if (!partial.ok()) return Status::no_memory;
-  parallel_for(a.B * chunks * groups, elements, a.threads, [&](int64_t task) {
-    const int64_t c0 = task % groups * kRowChannels, nc = min64(kRowChannels, a.C - c0);
-    const int64_t chunk = task / groups % chunks, b = task / groups / chunks, p0 = chunk * kChunkPositions;
-    A* cls = partial.data + (b * chunks + chunk) * classes * a.C;
-    for (int64_t k = 0; k < classes; ++k) memset(cls + k * a.C + c0, 0, size_t(nc) * sizeof(A));
-    const T* x = static_cast<const T*>(a.x) + b * a.x_strides.b;
-    add_tile<A>(a, g, x, p0, min64(kChunkPositions, P - p0), c0, nc, cls);
+  const int64_t B = a.x.B, C = a.x.C, P = g.positions();
+  const int64_t parts = ceil_div(P, kPartPositions), classes = class_count(a.taps);
+  const int64_t channel_blocks = ceil_div(C, kRowChannels), elements = B * C * P;
+  Scratch<A> part_sums(B * parts * classes * C);
+  if (!part_sums.ok()) return Status::no_memory;
+  parallel_for(B * parts * channel_blocks, elements, a.threads, [&](int64_t task) {
+    const int64_t c0 = task % channel_blocks * kRowChannels, nc = min64(kRowChannels, C - c0);
+    const int64_t part = task / channel_blocks % parts, b = task / channel_blocks / parts,
+                  p0 = part * kPartPositions;
+    A* cls = part_sums.data + (b * parts + part) * classes * C;
+    for (int64_t k = 0; k < classes; ++k) memset(cls + k * C + c0, 0, size_t(nc) * sizeof(A));
+    const T* x = static_cast<const T*>(a.x.data) + b * a.x.strides.b;
+    add_tile<A>(a, g, x, p0, min64(kPartPositions, P - p0), c0, nc, cls);
   });
-  const int64_t blocks = ceil_div(a.C, kTileChannels);
-  parallel_for(a.B * blocks, elements, a.threads, [&](int64_t task) {
+  const int64_t blocks = ceil_div(C, kTileChannels);
+  parallel_for(B * blocks, elements, a.threads, [&](int64_t task) {
     const int64_t b = task / blocks, c0 = task % blocks * kTileChannels;
-    combine_chunks(partial.data + b * chunks * classes * a.C, chunks, a.C, a.taps, g, c0,
-                   min64(kTileChannels, a.C - c0), static_cast<A*>(a.out) + b * a.C * a.taps);
+    combine_parts(part_sums.data + b * parts * classes * C, parts, C, a.taps, g, c0,
+                  min64(kTileChannels, C - c0), static_cast<A*>(a.out) + b * C * a.taps);
   });
   return Status::ok;
 }
@@ -149,12 +153,12 @@ Status tile_sums(const TapSums& a, const Grid& g) {
 }  // namespace
 
 Status tap_sums(const TapSums& a) {
-  const Grid g{a.T, a.H, a.W};
-  const Strides& s = a.x_strides;
-  const bool contiguous = (a.W == 1 || s.w == 1) && (a.H == 1 || s.h == a.W);
-  const bool channels_last = s.c == 1 && a.C > 1;  // a 1 x 1 frame is contiguous too, but not worth a plane
-  const bool planes = contiguous && !channels_last && a.W <= kPlane && g.positions() > 0;
-  return with_dtype(a.dtype, [&](auto tag) {
+  const Grid g{a.x.T, a.x.H, a.x.W};
+  const Strides& s = a.x.strides;
+  const bool contiguous = (g.W == 1 || s.w == 1) && (g.H == 1 || s.h == g.W);
+  const bool channels_last = s.c == 1 && a.x.C > 1;  // a 1 x 1 frame is contiguous too, but not worth a plane
+  const bool planes = contiguous && !channels_last && g.W <= kPlane && g.positions() > 0;
+  return with_dtype(a.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return planes ? plane_sums<T>(a, g) : tile_sums<T>(a, g);
   });

@@ -9,12 +9,9 @@ namespace dsts::cpu {
 // tap (i, j) of a zero-padded 1x3x3 kernel sees: i = 0 all rows but the last, 1 all, 2 all but the first;
 // j likewise for columns.
 struct TapSums {
-  const void* x;  // (B, C, T, H, W)
-  Strides x_strides;
-  void* out;  // (B, C, taps) contiguous, float (double for float64 input)
-  int64_t B, C, T, H, W;
+  Features x;  // [B, C, T, H, W]
+  void* out;   // [B, C, taps] contiguous, float (double for float64 input)
   int taps;
-  int dtype;
   int threads;
 };
 

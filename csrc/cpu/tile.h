@@ -15,8 +15,8 @@ constexpr int64_t kTilePositions = 64;  // where channels are not innermost: pla
 constexpr int64_t kTileChannels = 128;
 constexpr int64_t kRowChannels = 512;  // where they are: few rows at a time, long pieces of each
 
-// Work is cut into chunks of this many positions whatever the number of threads, so sums are reproducible.
-constexpr int64_t kChunkPositions = 256;
+// Work is cut into parts of this many positions whatever the number of threads, so sums are reproducible.
+constexpr int64_t kPartPositions = 256;
 
 // Pieces of rows a page apart are more than the hardware prefetcher follows: ask for a row this many ahead.
 constexpr int64_t kPrefetchRows = 8;
@@ -104,7 +104,7 @@ void store_tile(const A* buf, int64_t ld, const int64_t* off, bool run, int64_t 
 
 // Class sums. A position belongs to one of 3 x 3 classes: first, inner or last row, times first, inner or
 // last column (a lone row or column counts as inner). A tap sum adds the classes that the tap sees: only
-// additions, so nothing cancels. Partial sums lie [sample][chunk][class][channel] and are added up in chunk
+// additions, so nothing cancels. Sums of parts lie [sample][part][class][channel] and are added up in part
 // order.
 inline int64_t edge_class(int64_t i, int64_t n) {
   return n == 1 || (i > 0 && i < n - 1) ? 1 : (i == 0 ? 0 : 2);
@@ -135,15 +135,15 @@ void taps_of_classes(const A* cls, int64_t stride, const Grid& g, A* out) {
     }
 }
 
-// Adds up the chunks of one sample for channels [c0, c0 + nc), nc <= kTileChannels; out: (C, taps).
+// Adds up the parts of one sample for channels [c0, c0 + nc), nc <= kTileChannels; out: (C, taps).
 template <class A>
-void combine_chunks(const A* partial, int64_t chunks, int64_t C, int taps, const Grid& g, int64_t c0,
-                    int64_t nc, A* out) {
+void combine_parts(const A* part_sums, int64_t parts, int64_t C, int taps, const Grid& g, int64_t c0,
+                   int64_t nc, A* out) {
   A sum[9][kTileChannels] = {};
   const int64_t classes = class_count(taps);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+  for (int64_t part = 0; part < parts; ++part)
     for (int64_t k = 0; k < classes; ++k) {
-      const A* from = partial + (chunk * classes + k) * C + c0;
+      const A* from = part_sums + (part * classes + k) * C + c0;
       for (int64_t c = 0; c < nc; ++c) sum[k][c] += from[c];
     }
   for (int64_t c = 0; c < nc; ++c) {

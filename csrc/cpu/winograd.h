@@ -6,34 +6,41 @@
 
 namespace dsts::cpu {
 
-// One operator: which channels it reads, and its filter as it lies in the caller's memory.
-struct WinogradOperator {
-  const int32_t* channels;  // (count), or null for 0..count-1
-  int64_t count;            // channels it sums over; 0: the operator is absent
-  const void* scale;        // (.., C) in x's dtype, by channel, or null
+// One operator, as Python's Operator: which channels it reads, and its filter as it lies in memory.
+//
+// The weight of output o, summed channel k and tap is
+//   weight[o_list[o] * stride_o + k_list[k] * stride_k + tap * stride_tap];
+// a null list counts 0, 1, ... With `blocked` they lie dense as [o / 16][k][tap][o % 16], zero past the last
+// output, and neither lists nor strides are used.
+struct Operator {
+  void* weight;             // the first weight that is used; a weight gradient is written there
+  DType dtype;              // of weight: float32 or half
+  int64_t k_channels;       // that it sums over; 0: the operator is absent
+  const int32_t* channels;  // [k_channels] of the features, or null for 0..k_channels-1
+  const int32_t* o_list;    // [O], or null
+  const int32_t* k_list;    // [k_channels], or null
+  int64_t stride_o, stride_k, stride_tap;
+  const void* scale;  // [.., C] in the features' dtype, by channel, or null
   int64_t scale_stride_b;
   bool complement;  // multiply by 1 - scale
-  // The weight of output o, summed channel k and tap is weight[rows[o] * stride_o + columns[k] * stride_k +
-  // tap * stride_tap]; a null list counts 0, 1, ... With `blocked` they lie dense as [o / 16][k][tap][o %
-  // 16], zero past the last output, and neither lists nor strides are used.
-  const void* weight;
-  const int32_t* rows;
-  const int32_t* columns;
-  int64_t stride_o, stride_k, stride_tap;
   bool blocked;
 };
 
-// The convolutions of x[samples[i]], finished as in Epilogue, whose zs and zt stay null and whose own samples
-// say where the results go. Float32 arithmetic throughout.
+// Outputs of a tile along each dimension: one of the sizes in winograd_tiles.h.
+struct TileSizes {
+  int t, h, w;
+};
+
+// The convolutions of x[samples[i]], ended by the epilogue, whose own samples say where the results go.
+// Float32 arithmetic throughout; every dtype is float32 or half.
 struct Winograd {
-  const void* x;  // (.., C, T, H, W)
-  Strides x_strides;
-  const int64_t* samples;  // (out.nb), or null for 0..nb-1
-  WinogradOperator spatial, temporal;
-  int tile_t, tile_h, tile_w;  // outputs of a tile: 1 for a dimension of size 1, else 2, 4 or (t only) 8
-  int x_dtype, weight_dtype;   // float32 or half
-  Epilogue out;                // nb, O, T, H, W and threads are read from here too
-  double* seconds;             // (4): time in input, filter, product and output stages, added to; or null
+  Features x;       // [.., C, T, H, W]
+  Samples samples;  // of x
+  Operator spatial, temporal;
+  TileSizes tiles;
+  Epilogue epilogue;
+  int threads;
+  double* stage_seconds;  // [4]: time in input, filter, product and output stages, added to; or null
 };
 
 #ifdef DSTS_ISA

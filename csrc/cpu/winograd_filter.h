@@ -3,13 +3,13 @@
 #pragma once
 
 #include "cpu/tile.h"
-#include "cpu/winograd_plan.h"
+#include "cpu/winograd_blocking.h"
 
 namespace dsts::cpu::DSTS_ISA {
 namespace {
 
-constexpr int64_t kGroup = 16;  // channels loaded at a time
-constexpr int64_t kAhead = 1;   // groups that packed filters are asked for ahead
+constexpr int64_t kLoadChannels = 16;  // loaded at a time
+constexpr int64_t kAhead = 1;          // how many such loads packed filters are asked for ahead
 
 // w[tap][lane] = rows[lane][offset + tap], or in reverse order of taps: a transposition of which only kTaps
 // rows are wanted, a number known at compile time so that the rest of it is never done.
@@ -33,14 +33,14 @@ DSTS_INLINE void load_taps(const T* const* rows, int64_t lanes, int64_t offset, 
     load_taps<T, kTaps, kFirst + kCount>(rows, lanes, offset, reversed, end, w);
 }
 
-// w[channel][tap][kBlock] of up to kGroup channels from k0 on, for one block of outputs from o0 on.
+// w[channel][tap][kBlock] of up to kLoadChannels channels from k0 on, for one block of outputs from o0 on.
 template <class T, int kTaps>
-void load_filters(const WinogradOperator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0,
-                  int64_t n, float* w) {
+void load_filters(const Operator& op, const T* end, int64_t o0, int64_t outputs, int64_t k0, int64_t n,
+                  float* w) {
   const T* rows[kBlock];
   for (int64_t o = 0; o < outputs; ++o)
-    rows[o] = static_cast<const T*>(op.weight) + (op.rows ? op.rows[o0 + o] : o0 + o) * op.stride_o;
-  const auto column = [&](int64_t k) { return (op.columns ? op.columns[k0 + k] : k0 + k) * op.stride_k; };
+    rows[o] = static_cast<const T*>(op.weight) + (op.o_list ? op.o_list[o0 + o] : o0 + o) * op.stride_o;
+  const auto column = [&](int64_t k) { return (op.k_list ? op.k_list[k0 + k] : k0 + k) * op.stride_k; };
   if (op.stride_tap == 1 || op.stride_tap == -1) {
     for (int64_t k = 0; k < n; ++k)
       load_taps<T, kTaps>(rows, outputs, column(k) - (op.stride_tap < 0 ? kTaps - 1 : 0), op.stride_tap < 0,
@@ -81,59 +81,47 @@ void transform_filters(const float* w, int64_t n, float* U, int64_t u_point) {
     }
 }
 
-template <int kH>
-void transform_filters(int tile_w, const float* w, int64_t n, float* U, int64_t u_point) {
-  switch (tile_w) {
-    case 1:
-      return transform_filters<kH, 1>(w, n, U, u_point);
-    case 2:
-      return transform_filters<kH, 2>(w, n, U, u_point);
-    case 4:
-      return transform_filters<kH, 4>(w, n, U, u_point);
-    default:
-      if constexpr (kH == 0) transform_filters<0, 8>(w, n, U, u_point);
-  }
-}
-
-void transform_filters(int tile_h, int tile_w, const float* w, int64_t n, float* U, int64_t u_point) {
-  switch (tile_h) {
-    case 1:
-      return transform_filters<1>(tile_w, w, n, U, u_point);
-    case 2:
-      return transform_filters<2>(tile_w, w, n, U, u_point);
-    default:
-      return transform_filters<4>(tile_w, w, n, U, u_point);
-  }
+template <int kTaps>
+void transform_filters(const Geometry& g, const float* w, int64_t n, float* U, int64_t u_point) {
+  if constexpr (kTaps == 3)
+    with_tile(TemporalTiles{}, g.tile_t,
+              [&](auto frames) { transform_filters<0, decltype(frames)::value>(w, n, U, u_point); });
+  else
+    with_tile(SpatialTiles{}, g.tile_h, [&](auto height) {
+      with_tile(SpatialTiles{}, g.tile_w, [&](auto width) {
+        transform_filters<decltype(height)::value, decltype(width)::value>(w, n, U, u_point);
+      });
+    });
 }
 
 // The end of the weights' memory as far as it is known to be readable.
 template <class T>
-const T* end_of(const WinogradOperator& op, int64_t outputs, int taps) {
-  int64_t row = outputs - 1, column = op.count - 1;
-  if (op.rows)
-    for (int64_t o = row = 0; o < outputs; ++o) row = max64(row, op.rows[o]);
-  if (op.columns)
-    for (int64_t k = column = 0; k < op.count; ++k) column = max64(column, op.columns[k]);
+const T* end_of(const Operator& op, int64_t outputs, int taps) {
+  int64_t row = outputs - 1, column = op.k_channels - 1;
+  if (op.o_list)
+    for (int64_t o = row = 0; o < outputs; ++o) row = max64(row, op.o_list[o]);
+  if (op.k_list)
+    for (int64_t k = column = 0; k < op.k_channels; ++k) column = max64(column, op.k_list[k]);
   const int64_t last_tap = max64(0, (taps - 1) * op.stride_tap);
   return static_cast<const T*>(op.weight) + row * op.stride_o + column * op.stride_k + last_tap + 1;
 }
 
 // One slice's channels for the outputs [o0, o0 + outputs).
 template <class T, int kTaps>
-void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t slice, int64_t o0,
+void filter_slice(const Geometry& g, const Blocking& m, const T* end, int64_t slice, int64_t o0,
                   int64_t outputs, float* U) {
   const int64_t channels = m.channels(slice);
-  alignas(64) float w[kGroup * kTaps * kBlock] = {};
+  alignas(64) float w[kLoadChannels * kTaps * kBlock] = {};
   for (int64_t block = 0; block * kBlock < outputs; ++block) {
     const int64_t lanes = min64(kBlock, outputs - block * kBlock);
     if (lanes < kBlock) memset(w, 0, sizeof w);
-    for (int64_t k = 0; k < channels; k += kGroup) {
-      const int64_t n = min64(kGroup, channels - k);
+    for (int64_t k = 0; k < channels; k += kLoadChannels) {
+      const int64_t n = min64(kLoadChannels, channels - k);
       const float* filters = w;
       const int64_t first = (o0 / kBlock + block) * m.K + slice * m.width + k;
       if (m.op.blocked && same<T, float>) {
         filters = static_cast<const float*>(m.op.weight) + first * kTaps * kBlock;
-        prefetch_row(filters + kAhead * kGroup * kTaps * kBlock, n * kTaps * kBlock);
+        prefetch_row(filters + kAhead * kLoadChannels * kTaps * kBlock, n * kTaps * kBlock);
       } else if (m.op.blocked) {
         const T* from = static_cast<const T*>(m.op.weight) + first * kTaps * kBlock;
         for (int64_t i = 0; i < n * kTaps * kBlock; ++i) w[i] = load(from[i]);
@@ -141,10 +129,7 @@ void filter_slice(const Geometry& g, const Operand& m, const T* end, int64_t sli
         load_filters<T, kTaps>(m.op, end, o0 + block * kBlock, lanes, slice * m.width + k, n, w);
       }
       float* to = U + (block * channels + k) * kBlock;
-      if constexpr (kTaps == 9)
-        transform_filters(g.tile_h, g.tile_w, filters, n, to, m.u_point);
-      else
-        transform_filters<0>(g.tile_t, filters, n, to, m.u_point);
+      transform_filters<kTaps>(g, filters, n, to, m.u_point);
     }
   }
 }

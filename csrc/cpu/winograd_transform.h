@@ -1,12 +1,17 @@
-// Winograd's transforms along one dimension, on vectors of channels: input M + 2 to M + 2, filter 3 to M + 2,
-// output M + 2 to M, and for the gradient of a filter the last two transposed: gradient M to M + 2, weight M
-// + 2 to
-// 3. Two-dimensional tiles take one pass in each dimension. Coefficients are compile-time
-// constants and zeros cost nothing, in the strict arithmetic where 0 * x is not 0.
+// Winograd's transforms along one dimension, on vectors of channels:
+//
+//   input     M + 2 to M + 2
+//   filter    3 to M + 2
+//   output    M + 2 to M
+//   gradient  M to M + 2, the transpose of output: for the gradient of a filter
+//   weight    M + 2 to 3, the transpose of filter: likewise
+//
+// Two-dimensional tiles take one pass in each dimension. Coefficients are compile-time constants and zeros
+// cost nothing, in the strict arithmetic where 0 * x is not 0.
 #pragma once
 
-#include "../winograd.h"
 #include "cpu/transpose.h"
+#include "cpu/winograd_tiles.h"
 
 namespace dsts::cpu::DSTS_ISA {
 namespace {
@@ -152,18 +157,21 @@ void pass(const float* from, float* to, const Lines& l) {
     }
 }
 
-template <Matrix kMatrix, bool kAdd = false>
+template <int kSize>
+struct TileSize {
+  static constexpr int value = kSize;
+};
+
+// f(TileSize<size>) for a size of the list. The binding has refused every other.
+template <class F, int... kSizes>
+DSTS_INLINE void with_tile(TileList<kSizes...>, int size, F f) {
+  const bool listed = ((size == kSizes && (f(TileSize<kSizes>{}), true)) || ...);
+  if (!listed) __builtin_trap();
+}
+
+template <class Tiles, Matrix kMatrix, bool kAdd = false>
 void pass_of(int tile, const float* from, float* to, const Lines& l) {
-  switch (tile) {
-    case 1:
-      return pass<1, kMatrix, kAdd>(from, to, l);
-    case 2:
-      return pass<2, kMatrix, kAdd>(from, to, l);
-    case 4:
-      return pass<4, kMatrix, kAdd>(from, to, l);
-    default:
-      return pass<8, kMatrix, kAdd>(from, to, l);
-  }
+  with_tile(Tiles{}, tile, [&](auto size) { pass<decltype(size)::value, kMatrix, kAdd>(from, to, l); });
 }
 
 inline int64_t inputs_of(int tile) { return tile == 1 ? 1 : tile + 2; }

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 OPS = ("semhash_gate", "tap_sums", "gated_conv3d", "mixing_conv3d", "frozen_layer")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The dtypes that ops run in, and their codes in the native module: csrc/dtypes.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+FLOATS = tuple(DTYPE_CODES)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

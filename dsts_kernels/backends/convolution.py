@@ -5,8 +5,6 @@ A panel holds gathered channels, channels-last: ``(b, T, H, W, c)``. A weight pa
 over ``(T, H*W)`` images, which is the same memory seen differently: nothing is copied. Weight gradients use
 channels-first panels ``(b, c, T, H, W)``, which measure up to three times faster there.
 
-Fast convolution (Winograd) is to take its place beside these three functions.
-
 Large filters are run in blocks: oneDNN loses up to a third of its rate once a filter, or its gradient, falls out
 of the cache that the cores share. The sizes below were measured (docs/performance.md).
 """
@@ -25,9 +23,9 @@ FILTER_BLOCK = 2_400_000  # weights of a filter that runs in one piece
 GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate
 
 
-def filter_blocks(rows: int, weights_a_row: int) -> list[slice]:
-    """``rows`` output (or input) channels cut so that no filter exceeds :data:`FILTER_BLOCK` weights."""
-    return _even_slices(rows, -(-rows * weights_a_row // FILTER_BLOCK))
+def filter_blocks(channels: int, weights_a_channel: int) -> list[slice]:
+    """Output (or input) channels cut so that no filter exceeds :data:`FILTER_BLOCK` weights."""
+    return _even_slices(channels, -(-channels * weights_a_channel // FILTER_BLOCK))
 
 
 def gradient_blocks(channels: int) -> list[slice]:
@@ -80,6 +78,6 @@ def weight_gradient(panel: Tensor, grad: Tensor, kernel: Kernel) -> Tensor:
     """``(b, c, T, H, W)`` and ``(b, O, T, H, W)`` to ``(O, c, *kernel)``."""
     shape = (grad.shape[1], panel.shape[1], *kernel)
     if kernel == TEMPORAL:
-        found = torch.nn.grad.conv2d_weight(panel.flatten(3), (*shape[:3], 1), grad.flatten(3), padding=(1, 0))
-        return found.view(shape)
+        gradient = torch.nn.grad.conv2d_weight(panel.flatten(3), (*shape[:3], 1), grad.flatten(3), padding=(1, 0))
+        return gradient.view(shape)
     return torch.nn.grad.conv3d_weight(panel, shape, grad, padding=tuple(k // 2 for k in kernel))

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .base import FLOATS, accumulate_dtype
-from .direct import DirectBackend
-from .plan import check_neurons
+from .gated import GatedConvolution
+from .grouped import GroupedBackend
+from .groups import check_neurons
+from .passes import Epilogue, GradientPanel
 
 
 def valid_positions(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -22,7 +24,7 @@ def valid_positions(size: int, device: torch.device, dtype: torch.dtype) -> Tens
     return valid
 
 
-class EagerBackend(DirectBackend):
+class EagerBackend(GroupedBackend):
     """Runs everywhere torch does."""
 
     name = "eager"
@@ -33,6 +35,9 @@ class EagerBackend(DirectBackend):
 
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in FLOATS else f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
+
+    def convolution(self, dtype: torch.dtype) -> GatedConvolution:
+        return self.direct
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         q = self._logits_with_noise(logits, neuron, noise)
@@ -79,7 +84,7 @@ class EagerBackend(DirectBackend):
         *,
         scale: Tensor | None = None,
         complement: bool = False,
-        first: bool = False,
+        channels_first: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         def pick(t: Tensor) -> Tensor:
@@ -91,21 +96,11 @@ class EagerBackend(DirectBackend):
             s = pick(scale)[:, :, None, None, None]
             panel = panel * (1 - s if complement else s)
         panel = panel.to(dtype or src.dtype)
-        return (panel if first else panel.permute(0, 2, 3, 4, 1)).contiguous()
+        return (panel if channels_first else panel.permute(0, 2, 3, 4, 1)).contiguous()
 
-    def epilogue(
-        self,
-        zs: Tensor | None,
-        zt: Tensor | None,
-        out: Tensor,
-        *,
-        samples: Tensor | None = None,
-        bias: Tensor | None = None,
-        relu: bool = False,
-        skip: Tensor | None = None,
-        sums: Tensor | None = None,
-    ) -> None:
-        v = zs if zt is None else zt if zs is None else zs + zt
+    def epilogue(self, spatial: Tensor | None, temporal: Tensor | None, epilogue: Epilogue) -> None:
+        out, samples, bias, relu, skip, sums = epilogue
+        v = spatial if temporal is None else temporal if spatial is None else spatial + temporal
         v = v if bias is None else v + bias.to(v.dtype)
         v = (v.relu() if relu else v).permute(0, 4, 1, 2, 3)
         where = slice(None) if samples is None else samples.to(out.device)
@@ -116,9 +111,8 @@ class EagerBackend(DirectBackend):
 
     def gate_merge(
         self,
-        dxs: Tensor | None,
-        dxt: Tensor | None,
-        lists: tuple[Tensor | None, Tensor | None],
+        spatial: GradientPanel,
+        temporal: GradientPanel,
         samples: Tensor | None,
         gate: Tensor,
         x: Tensor,
@@ -126,22 +120,23 @@ class EagerBackend(DirectBackend):
         dgate: Tensor | None,
     ) -> None:
         where = slice(None) if samples is None else samples.to(x.device)
-        by_spatial, by_temporal = (
-            self._all_channels(panel, channels, x.shape[1]) for panel, channels in zip((dxs, dxt), lists, strict=True)
+        through_spatial, through_temporal = (
+            self._all_channels(gradient, x.shape[1]) for gradient in (spatial, temporal)
         )
         if dx is not None:
             g = gate[where].to(x.dtype)[:, :, None, None, None]
-            spatial_part = torch.where(g == 0, 0, g * by_spatial)
-            temporal_part = torch.where(g == 1, 0, (1 - g) * by_temporal)
+            spatial_part = torch.where(g == 0, 0, g * through_spatial)
+            temporal_part = torch.where(g == 1, 0, (1 - g) * through_temporal)
             dx[where] = (spatial_part + temporal_part).to(dx.dtype)
         if dgate is not None:
             wide = accumulate_dtype(x.dtype)
-            product = x[where].to(wide) * (by_spatial - by_temporal)
+            product = x[where].to(wide) * (through_spatial - through_temporal)
             dgate[where] = product.sum((2, 3, 4)).to(dgate.dtype)
 
     @staticmethod
-    def _all_channels(panel: Tensor | None, channels: Tensor | None, count: int) -> Tensor | float:
+    def _all_channels(gradient: GradientPanel, count: int) -> Tensor | float:
         """A panel as ``(b, C, T, H, W)`` with zeros in the channels it does not list."""
+        panel, channels = gradient
         if panel is None:
             return 0.0
         features = panel.permute(0, 4, 1, 2, 3)

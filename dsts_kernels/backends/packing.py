@@ -105,14 +105,14 @@ def places(
     starts: list[int], channels: int, outputs: int, packing: str, dtype: torch.dtype
 ) -> list[tuple[Place, Place]]:
     """Every neuron's spatial and temporal filter; neuron ``n`` has ``starts[n + 1] - starts[n]`` spatial channels."""
-    found, at = [], 0
+    pairs, at = [], 0
     for begin, end in itertools.pairwise(starts):
         pair = []
         for count, taps in ((end - begin, 9), (channels - (end - begin), 3)):
             pair.append(Place(at, count))
             at += packed_size(packing, outputs, taps, count, dtype)
-        found.append(tuple(pair))
-    return found
+        pairs.append(tuple(pair))
+    return pairs
 
 
 def unpack_at(filters: Tensor, place: Place, packing: str, outputs: int, taps: int) -> Tensor:
@@ -146,5 +146,5 @@ def repack_filters(filters: Tensor, starts: list[int], channels: int, outputs: i
 
 def repack_mixing(mixing: Tensor, outputs: int, taps: int, old: Layout, new: Layout) -> Tensor:
     """A layer's mixing kernels ``(N, ...)`` laid out anew."""
-    panels = [unpack_mixing(own, old.packing, outputs, taps).to(new.dtype) for own in mixing]
+    panels = [unpack_mixing(kernel, old.packing, outputs, taps).to(new.dtype) for kernel in mixing]
     return torch.stack([pack_mixing(panel, new.packing) for panel in panels])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsts_kernels.backends import convolution, plan
+from dsts_kernels.backends import convolution, groups
 from dsts_kernels.functional import gated_conv3d
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
 from dsts_kernels.testing import TOLERANCES, assert_close
@@ -222,7 +222,7 @@ def test_calls_stay_within_their_positions(backend, monkeypatch):
     """A large batch on one neuron is cut into calls, with the same result; its weight gradient is not."""
     inputs = list(sample_inputs((5, 12, 3, 5, 4), 9, "all-half", "one"))
     whole = gated_conv3d(*inputs, backend=backend)
-    monkeypatch.setattr(plan, "CALL_POSITIONS", 2 * 60)
+    monkeypatch.setattr(groups, "CALL_POSITIONS", 2 * 60)
     macs = count_macs(monkeypatch)
     inputs[3].requires_grad_()
     out = gated_conv3d(*inputs, backend=backend)

@@ -1,5 +1,6 @@
-// How Winograd's work is cut up. Units are taken in chunks, whose transformed inputs lie in memory together;
-// a task is some units of a chunk and some outputs.
+// How Winograd's work is cut into blocks: of channels (slices), of outputs, and of tiles. A unit is one tile
+// of frames over one row of tiles of the plane. Units are taken in rounds, whose transformed inputs lie in
+// memory together; a task is some units of a round and some outputs.
 #pragma once
 
 #include <time.h>
@@ -13,12 +14,13 @@ namespace {
 
 constexpr int64_t kSliceChannels = 128;  // of a filter that is transformed and used at a time
 constexpr int64_t kTaskOutputs = 64;
-constexpr int64_t kChunkFloats = 5 << 20;  // transformed inputs of a chunk, at most
-constexpr int64_t kCachedFloats =
-    1 << 20;  // and no more than these, unless the chunk has fewer positions than
-constexpr int64_t kEnoughPositions = 2048;  // these: filters are transformed again for every chunk
-constexpr int64_t kTaskFloats = 1 << 19;    // products of a task
-constexpr int64_t kPadding = 16;  // between points: a power of two apart they would share cache sets
+// Transformed inputs of a round: at most kRoundFloats, and no more than kCachedFloats unless the round would
+// have fewer than kEnoughPositions, as filters are transformed again for every round.
+constexpr int64_t kRoundFloats = 5 << 20;
+constexpr int64_t kCachedFloats = 1 << 20;
+constexpr int64_t kEnoughPositions = 2048;
+constexpr int64_t kTaskFloats = 1 << 19;  // products of a task
+constexpr int64_t kPadding = 16;          // between points: a power of two apart they would share cache sets
 
 constexpr int64_t kMacsAnElement = 32;  // of a product, for parallel_for's count of elements
 
@@ -40,16 +42,10 @@ struct Stopwatch {
   }
 };
 
-// Everything but float64, which is not computed in float32.
-template <class F>
-void with_float(int dtype, F f) {
-  dtype == kBFloat16 ? f(Tag<bf16>{}) : dtype == kFloat16 ? f(Tag<f16>{}) : f(Tag<float>{});
-}
-
 // One tile of frames of one sample, over one row of tiles of its plane.
 struct Unit {
   int64_t number, i, t0, frames, y0, rows;
-  int64_t spatial_row, temporal_row;  // its first rows of the chunk's matrices
+  int64_t spatial_row, temporal_row;  // its first rows of the round's matrices
 };
 
 struct Geometry {
@@ -57,13 +53,13 @@ struct Geometry {
   int tile_t, tile_h, tile_w;
   int64_t tiles_t, tiles_y, tiles_x;
 
-  explicit Geometry(const Winograd& a)
-      : T(a.out.T),
-        H(a.out.H),
-        W(a.out.W),
-        tile_t(a.tile_t),
-        tile_h(a.tile_h),
-        tile_w(a.tile_w),
+  Geometry(const Features& out, const TileSizes& tiles)
+      : T(out.T),
+        H(out.H),
+        W(out.W),
+        tile_t(tiles.t),
+        tile_h(tiles.h),
+        tile_w(tiles.w),
         tiles_t(ceil_div(T, tile_t)),
         tiles_y(ceil_div(H, tile_h)),
         tiles_x(ceil_div(W, tile_w)) {}
@@ -86,11 +82,11 @@ struct Geometry {
   }
 };
 
-// One operator's matrices: V[slice][point][row][ld] of a chunk, U[point][block][channel][kBlock] of a
-// slice and M[point][row][blocks * kBlock] of a task. A spatial row is a tile of one frame, a temporal row a
-// position of the plane over a tile of frames.
-struct Operand {
-  const WinogradOperator& op;
+// How one operator's matrices are blocked: V[slice][point][row][ld] of a round,
+// U[point][block][channel][kBlock] of a slice and M[point][row][blocks * kBlock] of a task. A spatial row is
+// a tile of one frame, a temporal row a position of the plane over a tile of frames.
+struct Blocking {
+  const Operator& op;
   int64_t points, K;
   int64_t slices, width;  // K channels in slices of at most `width`
   int64_t ld;             // of V: not a multiple of 512 bytes, whose rows would share cache sets
@@ -98,8 +94,8 @@ struct Operand {
   int64_t v_point = 0, u_point = 0, m_point = 0;
   float* V = nullptr;
 
-  Operand(const WinogradOperator& o, int64_t point_count, int64_t rows)
-      : op(o), points(o.count ? point_count : 0), K(o.count), unit_rows(rows) {
+  Blocking(const Operator& o, int64_t point_count, int64_t rows)
+      : op(o), points(o.k_channels ? point_count : 0), K(o.k_channels), unit_rows(rows) {
     slices = ceil_div(K, kSliceChannels);
     width = slices ? ceil_div(ceil_div(K, slices), kBlock) * kBlock : 0;
     slices = width ? ceil_div(K, width) : 0;
@@ -107,9 +103,9 @@ struct Operand {
   }
   int64_t channels(int64_t slice) const { return min64(width, K - slice * width); }
 
-  // For chunks and tasks of so many units, and outputs.
-  void resize(int64_t chunk, int64_t task, int64_t blocks) {
-    v_point = chunk * unit_rows * ld + kPadding;
+  // For rounds and tasks of so many units, and outputs.
+  void resize(int64_t round_units, int64_t task, int64_t blocks) {
+    v_point = round_units * unit_rows * ld + kPadding;
     u_point = blocks * width * kBlock + kPadding;
     m_point = task * unit_rows * blocks * kBlock + kPadding;
   }

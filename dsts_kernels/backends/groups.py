@@ -57,15 +57,15 @@ def samples_by_neuron(neuron: Tensor, num_neurons: int, positions: int = 0) -> l
 
     With ``positions`` a sample, a neuron comes once for every :data:`CALL_POSITIONS` of them.
     """
-    rows: dict[int, list[int]] = {}
+    chosen: dict[int, list[int]] = {}
     for sample, index in enumerate(check_neurons(neuron, num_neurons)):
-        rows.setdefault(index, []).append(sample)
+        chosen.setdefault(index, []).append(sample)
     batch = neuron.numel()
     most = max(1, CALL_POSITIONS // positions) if positions else max(1, batch)
     return [
-        (index, None if len(own) == batch <= most else torch.tensor(own[start : start + most], device="cpu"))
-        for index, own in sorted(rows.items())
-        for start in range(0, len(own), most)
+        (index, None if len(samples) == batch <= most else torch.tensor(samples[start : start + most], device="cpu"))
+        for index, samples in sorted(chosen.items())
+        for start in range(0, len(samples), most)
     ]
 
 

@@ -1,0 +1,73 @@
+"""How many calls lie between the module and a native kernel: few, so that one reads straight down."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsts_kernels import FusedDSTS
+from dsts_kernels.backends import cpu
+
+from .support import _C
+
+MOST = 14  # frames from FusedDSTS.forward to the launcher, both counted
+KERNELS = (
+    "semhash_forward",
+    "semhash_backward",
+    "tap_sums",
+    "gather_panel",
+    "epilogue",
+    "gate_merge",
+    "winograd",
+    "winograd_weight_gradient",
+)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """By kernel: the functions on the stack when it was last called, the outermost first."""
+    stacks: dict[str, list[str]] = {}
+
+    def spy(name: str) -> Callable[..., None]:
+        def run(*args) -> None:
+            stacks[name] = [f"{f.filename}:{f.name}" for f in traceback.extract_stack()[:-1]]
+            getattr(_C, name)(*args)
+
+        return run
+
+    monkeypatch.setattr(cpu, "_C", SimpleNamespace(**{name: spy(name) for name in KERNELS}))
+    return stacks
+
+
+def frames(stack: list[str], first: str) -> list[str]:
+    """The walk from the outermost function of that name on."""
+    return stack[next(i for i, name in enumerate(stack) if name.endswith(first)) :]
+
+
+def test_from_the_module_to_a_kernel(walks):
+    """In training and in evaluation, and of a frozen module."""
+    x, dsts = torch.randn(3, 16, 4, 7, 7), FusedDSTS(16, num_neurons=2)
+    for call, first in (
+        (dsts, "modules.py:forward"),
+        (dsts.eval(), "modules.py:forward"),
+        (dsts.freeze(), "frozen.py:forward"),
+    ):
+        walks.clear()
+        call(x)
+        assert {"winograd", "tap_sums"} <= set(walks)
+        for name, stack in walks.items():
+            walk = frames(stack, first)
+            assert walk[-1].endswith(f"cpu.py:{name.replace('semhash_forward', 'semhash_gate')}")
+            assert len(walk) <= MOST, walk
+
+
+def test_from_autograd_to_a_kernel(walks):
+    """The way back: from the derivative of an op to each kernel of its backward pass."""
+    FusedDSTS(16, num_neurons=2)(torch.randn(3, 16, 4, 7, 7).requires_grad_()).sum().backward()
+    assert {"semhash_backward", "gate_merge", "winograd", "winograd_weight_gradient"} <= set(walks)
+    for name in ("semhash_backward", "gate_merge", "winograd", "winograd_weight_gradient"):
+        assert len(frames(walks[name], ":_gradients")) <= 8, walks[name]
