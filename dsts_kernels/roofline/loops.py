@@ -33,12 +33,12 @@ def passes(addresses: Iterable[int], width: int) -> int:
     Lanes go together as far as their bytes fill all banks; of those, each bank serves one word at a time.
     """
     lanes, together = list(addresses), ROW // width
-    found = 0
+    count = 0
     for first in range(0, len(lanes), together):
-        words = {(at + more) // WORD for at in lanes[first : first + together] for more in range(0, width, WORD)}
+        words = {(at + byte) // WORD for at in lanes[first : first + together] for byte in range(0, width, WORD)}
         banks = [word % BANKS for word in words]
-        found += max(map(banks.count, set(banks)))
-    return found
+        count += max(map(banks.count, set(banks)))
+    return count
 
 
 def pitch_of(capability: int, by_k: bool, element: int) -> int:
@@ -66,17 +66,17 @@ def load_passes(capability: int, dtype: str, kernel: str) -> dict[int, tuple[flo
     if capability >= 75 or dtype == "float32":
         return {}
     by_k = kernel != "weight_gradient", kernel in ("by_k", "data_gradient")
-    found: dict[int, tuple[float, float]] = {}
+    by_width: dict[int, tuple[float, float]] = {}
     for side in range(2):
         width = 8 if by_k[side] else 16
-        own = quad_load(side == 0, by_k[side], pitch_of(capability, by_k[side], 2))
-        other = found.get(width, (width / WORD,) * 2)
-        found[width] = (own, other[1]) if side == 0 else (other[0], own)
-    return found
+        load = quad_load(side == 0, by_k[side], pitch_of(capability, by_k[side], 2))
+        left, right = by_width.get(width, (width / WORD,) * 2)
+        by_width[width] = (load, right) if side == 0 else (left, load)
+    return by_width
 
 
 def store_passes(by_k: bool, pitch: int, element: int) -> int:
-    """Passes of a block to write one operand's tile of a step, 16 bytes a thread, in the order of ``Copies``."""
+    """Passes of a block to write one operand's tile of a step, 16 bytes a thread, in the order of ``CopyPlan``."""
     across = (STEP if by_k else TILE * element) // 16
     rows = [lane // 4 % 2 * 4 + lane // 8 if by_k else lane // across for lane in LANES]
     instructions = TILE * STEP // 16 // len(LANES)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.gpu import dtypes
 from .cases import SHAPES, Case, literal_flop
 from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, alone, backend_on, predict
 from .steps import STEPS
@@ -44,7 +45,7 @@ def run_on(case: Case, chip: Chip) -> Case:
     """The case as ``chip`` can run it: before compute capability 8.0 there is neither bfloat16 nor tf32."""
     if chip.capability >= 80:
         return case
-    dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+    dtype = case.dtype if dtypes.why_not(case.dtype, chip.capability) is None else torch.float16
     return case._replace(dtype=dtype, kind="ieee" if case.kind == "tf32" else case.kind)
 
 
@@ -130,12 +131,12 @@ def span(sums: Total) -> str:
     return f"{sums.graph:.3f}" + (f" (to {sums.worst:.3f})" if sums.worst > sums.graph else "")
 
 
-def sum_row(step: str, case: Case, chip: Chip, backend: str, found: Total) -> list[str]:
-    shares = ", ".join(f"{bound} {share:.0%}" for bound, share in found.shares.items())
-    most = f"{found.worst:.3f}" if found.worst > found.graph else "-"
-    times = [f"{found.kernels:.3f}", f"{found.graph:.3f}", most, f"{found.launched:.3f}", f"{found.floor:.3f}"]
+def sum_row(step: str, case: Case, chip: Chip, backend: str, summed: Total) -> list[str]:
+    bounds = ", ".join(f"{bound} {share:.0%}" for bound, share in summed.shares.items())
+    most = f"{summed.worst:.3f}" if summed.worst > summed.graph else "-"
+    times = [f"{summed.kernels:.3f}", f"{summed.graph:.3f}", most, f"{summed.launched:.3f}", f"{summed.floor:.3f}"]
     name = f"{step} {label(case)}"
-    return [name, chip.title, backend, dtype_name(case), *times, f"{found.floor / found.graph:.0%}", shares]
+    return [name, chip.title, backend, dtype_name(case), *times, f"{summed.floor / summed.graph:.0%}", bounds]
 
 
 def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], wanted: str | None = None) -> str:
@@ -147,19 +148,19 @@ def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], w
     for step, given, chip in itertools.product(steps, cases, chips):
         case, backend = run_on(given, chip), backend_on(chip, wanted)
         launches = STEPS[step](case, chip, backend)
-        found = total(launches, case.kind, chip)
+        summed = total(launches, case.kind, chip)
         rows = [launch_row(one, times, case.kind, chip) for one, times in Counter(launches).items()]
         title = (
             f"{step}  {label(case)} {dtype_name(case)} on {chip.title}, {backend}: {case.layers} layers, "
             f"{case.neurons} neurons, {case.share:.0%} of channels spatial (predicted)"
         )
         ends = (
-            f"sum: {found.kernels:.3f} ms of kernels, {span(found)} in a CUDA graph, {found.launched:.3f} "
+            f"sum: {summed.kernels:.3f} ms of kernels, {span(summed)} in a CUDA graph, {summed.launched:.3f} "
             f"launched one by one; as written literally {literal_flop(case) / 1e12:.2f} TFLOP an evaluation, "
             f"here {sum(one.flop for one in launches) / 1e12:.2f}"
         )
         blocks.append("\n".join((title, table(LAUNCH_HEAD, rows), ends)))
-        sums.append(sum_row(step, case, chip, backend, found))
+        sums.append(sum_row(step, case, chip, backend, summed))
     blocks.append("predicted\n" + table(SUM_HEAD, sums))
     old = [chip for chip in chips if chip.capability < 80]
     if old:

@@ -1,4 +1,4 @@
-"""Features as kernels take them: how far apart their elements lie, in rows, and new ones."""
+"""Features as kernels take them: how far apart their elements lie, channels last, and new ones."""
 
 from __future__ import annotations
 

@@ -109,13 +109,14 @@ class Kernels(Protocol):
         groups: Groups,
         listed: Tensor | None,  # (S, C) int8
         reader: int,
-        first: int,
-        taps: int,
+        first_tap: int,
+        all_taps: int,
         by_channel: bool,
     ) -> Tensor:
-        """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``, from tap ``first`` of ``taps`` on.
+        """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``.
 
-        Zero where ``listed`` does not name ``reader`` (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
+        Its taps begin at ``first_tap`` of ``all_taps``. Zero where ``listed`` does not name ``reader``
+        (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
         """
 
     def conv_grid(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:

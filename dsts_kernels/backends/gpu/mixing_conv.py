@@ -16,46 +16,39 @@ class MixingConv:
 
     kernels: Kernels
 
-    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-        return mix(self.kernels, z, neuron, mixing, "stored")
+    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor, form: str = "stored") -> Tensor:
+        """``z (B, O, T, H, W)`` mixed; ``form`` "transposed" turns the filters round, which gives the gradient of it.
+
+        A 1x1x1 kernel serves as it is stored; of another the chosen neurons' are laid out tap by tap.
+        """
+        kernels, (neurons, outputs), kernel = self.kernels, mixing.shape[:2], tuple(mixing.shape[3:])
+        out, index, taps = features.empty_features(z, outputs), neuron.contiguous(), math.prod(kernel)
+        if not out.numel():
+            return out
+        with features.on_device(z):
+            if taps == 1:
+                filters, slots = mixing.to(z.dtype).reshape(neurons, outputs, outputs).contiguous(), neurons
+            else:
+                groups = kernels.group_samples(index, neurons)
+                filters = kernels.pack_filters([mixing], groups.neuron_of, z.dtype, False)
+                index, slots = groups.slots, groups.neuron_of.shape[0]
+            grid = kernels.conv_grid(z, outputs, outputs, taps, 0)
+            kernels.conv(
+                features.as_ndhwc(z), filters, form, index, out, grid,
+                kernel=kernel, with_temporal=False, sign=1 if form == "stored" else -1, k_channels=outputs, slots=slots,
+            )  # fmt: skip
+        return out
 
     def mixing_conv3d_backward(
         self, grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        dz = mix(self.kernels, grad, neuron, mixing, "transposed") if needs[0] else None
+        dz = self.mixing_conv3d(grad, neuron, mixing, "transposed") if needs[0] else None
         if not needs[1]:
             return dz, None
         if not grad.numel():
             return dz, torch.zeros_like(mixing)
         with features.on_device(z):
             return dz, mixing_gradient(self.kernels, features.as_ndhwc(grad), features.as_ndhwc(z), neuron, mixing)
-
-
-def mixing_filters(kernels: Kernels, mixing: Tensor, neuron: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """A mixing kernel ``(matrices, O, O)``, what indexes it by sample, and how many sets of taps it has.
-
-    A 1x1x1 kernel serves as it is stored; of another the chosen neurons' are laid out tap by tap.
-    """
-    neurons, outputs = mixing.shape[:2]
-    if mixing.shape[3:].numel() == 1:
-        return mixing.to(dtype).reshape(neurons, outputs, outputs).contiguous(), neuron, neurons
-    groups = kernels.group_samples(neuron, neurons)
-    return kernels.pack_filters([mixing], groups.neuron_of, dtype, False), groups.slots, groups.neuron_of.shape[0]
-
-
-def mix(kernels: Kernels, z: Tensor, neuron: Tensor, mixing: Tensor, form: str) -> Tensor:
-    """``z (B, O, T, H, W)`` mixed by filters read as ``stored``; ``transposed`` turns them round, for the gradient."""
-    outputs, kernel = mixing.shape[1], tuple(mixing.shape[3:])
-    out, neuron = features.empty_features(z, outputs), neuron.contiguous()
-    if out.numel():
-        with features.on_device(z):
-            filters, index, slots = mixing_filters(kernels, mixing, neuron, z.dtype)
-            grid = kernels.conv_grid(z, outputs, outputs, math.prod(kernel), 0)
-            kernels.conv(
-                features.as_ndhwc(z), filters, form, index, out, grid,
-                kernel=kernel, with_temporal=False, sign=1 if form == "stored" else -1, k_channels=outputs, slots=slots,
-            )  # fmt: skip
-    return out
 
 
 def mixing_gradient(

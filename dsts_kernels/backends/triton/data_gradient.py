@@ -68,7 +68,7 @@ def write_gradients(
     temporal,
     position,
     valid,
-    own,
+    channel,
     listed,
     b,
     box,
@@ -82,18 +82,18 @@ def write_gradients(
     stride,
     INDEX_64: tl.constexpr,
 ):
-    """The epilogue of channels ``own`` of a tile. A neuron out of range (not ``has_slot``) shows as NaN."""
+    """The epilogue of some channels of a tile. A neuron out of range (not ``has_slot``) shows as NaN."""
     mask = valid[:, None] & listed[None, :]
     if INDEX_64:
-        offsets = position[:, None] + (own.to(tl.int64) * stride.c)[None, :]
+        offsets = position[:, None] + (channel.to(tl.int64) * stride.c)[None, :]
     else:
-        offsets = position[:, None] + (own * stride.c)[None, :]
+        offsets = position[:, None] + (channel * stride.c)[None, :]
     if dgate is not None:
         v = tl.load(x + b.to(tl.int64) * stride.b + offsets, mask=mask, other=0.0).to(tl.float32)
         products = tl.where(has_slot, tl.sum(v * (spatial - temporal), 0), float("nan"))
-        tl.store(dgate + (b * boxes + box).to(tl.int64) * channels + own, products, mask=listed)
+        tl.store(dgate + (b * boxes + box).to(tl.int64) * channels + channel, products, mask=listed)
     if dx is not None:
-        g = tl.load(gate + b.to(tl.int64) * channels + own, mask=listed, other=0.0).to(tl.float32)
+        g = tl.load(gate + b.to(tl.int64) * channels + channel, mask=listed, other=0.0).to(tl.float32)
         g = tl.where(has_slot, g, float("nan"))[None, :]
         v = tl.where(g == 0.0, 0.0, g * spatial) + tl.where(g == 1.0, 0.0, (1.0 - g) * temporal)
         tl.store(dx + b.to(tl.int64) * stride.b + offsets, v.to(dx.dtype.element_ty), mask=mask)
@@ -132,8 +132,8 @@ def data_gradient_kernel(
     c0 = tl.program_id(0) % across * BN
     start = box_start(box, size, BOX)
     t0, h0, w0 = start
-    own_slot = plan_field(plans, b, FILTERS)
-    slot = tl.maximum(own_slot, 0)
+    filters_slot = plan_field(plans, b, FILTERS)
+    slot = tl.maximum(filters_slot, 0)
     blocks = tl.cdiv(outputs, BK)
     spatial_steps = 9 * blocks
     temporal_steps = 3 * blocks
@@ -167,13 +167,13 @@ def data_gradient_kernel(
     else:
         position = t * stride.t + h * stride.h + w * stride.w
     for part in tl.static_range(PARTS):
-        own = c0 + part * (BN // PARTS) + tl.arange(0, BN // PARTS)
-        listed = own < channels
+        channel = c0 + part * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        listed = channel < channels
         if LISTED:
-            own = tl.load(row + own, mask=listed, other=0)
+            channel = tl.load(row + channel, mask=listed, other=0)
         write_gradients(
-            part_of(spatial, part, PARTS, BM, BN), part_of(temporal, part, PARTS, BM, BN), position, valid, own, listed,
-            b, box, boxes, own_slot >= 0, gate, x, dx, dgate, channels, stride, INDEX_64,
+            part_of(spatial, part, PARTS, BM, BN), part_of(temporal, part, PARTS, BM, BN), position, valid,
+            channel, listed, b, box, boxes, filters_slot >= 0, gate, x, dx, dgate, channels, stride, INDEX_64,
         )  # fmt: skip
 
 

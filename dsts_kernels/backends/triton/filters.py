@@ -107,13 +107,13 @@ def pack_filters(
     taps = [weight[0, 0, 0].numel() for weight in weights]
     slots, shape = neuron_of.shape[0], (channels, outputs) if by_channel else (outputs, channels)
     filters = torch.empty((slots * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
-    first = 0
+    first_tap = 0
     for weight, count in zip(weights, taps, strict=True):
         pack_filters_kernel[filter_grid(outputs, channels, count, slots)](
-            weight.contiguous(), filters, neuron_of, outputs, channels, first, sum(taps),
+            weight.contiguous(), filters, neuron_of, outputs, channels, first_tap, sum(taps),
             TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
         )  # fmt: skip
-        first += count
+        first_tap += count
     return filters
 
 
@@ -123,8 +123,8 @@ def unpack_filters(
     groups: Groups,
     listed: Tensor | None,  # (S, C) int8
     reader: int,
-    first: int,
-    taps: int,
+    first_tap: int,
+    all_taps: int,
     by_channel: bool,
 ) -> Tensor:
     """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``."""
@@ -132,7 +132,7 @@ def unpack_filters(
     weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     count = like[0, 0, 0].numel()
     unpack_filters_kernel[filter_grid(outputs, channels, count, neurons)](
-        filters, weight, groups.slot_of, listed, outputs, channels, first, taps, reader,
+        filters, weight, groups.slot_of, listed, outputs, channels, first_tap, all_taps, reader,
         TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
     )  # fmt: skip
     return weight
