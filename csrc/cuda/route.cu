@@ -45,13 +45,13 @@ __device__ int best_neuron(const RouteParams& p, int b, float* values, float* sc
 template <class T>
 __device__ SampleLists route(const RouteParams& p, int b, float* scratch, bool writes) {
   constexpr int kBlock = PanelTile<T>::kBlock;
-  const int channels = p.gather.channels;
+  const GatherParams& gather = p.gather;
   float* scores = scratch + kScoreTile;
   const int neuron = best_neuron(p, b, scratch, scores);
   const int split = static_cast<int>(p.starts[neuron + 1] - p.starts[neuron]);
-  const SampleLists lists = {p.channels_of + static_cast<int64>(neuron) * channels,
+  const SampleLists lists = {p.channels_of + static_cast<int64>(neuron) * gather.channels,
                              ceil_div(split, kBlock),
-                             ceil_div(channels - split, kBlock),
+                             ceil_div(gather.channels - split, kBlock),
                              split,
                              split,
                              true};
@@ -60,8 +60,8 @@ __device__ SampleLists route(const RouteParams& p, int b, float* scratch, bool w
     int filters = 0;  // K blocks of the neurons before
     for (int n = 0; n < neuron; ++n) {
       const int spatial = static_cast<int>(p.starts[n + 1] - p.starts[n]);
-      filters +=
-          kSpatialTaps * ceil_div(spatial, kBlock) + kTemporalTaps * ceil_div(channels - spatial, kBlock);
+      filters += kSpatialTaps * ceil_div(spatial, kBlock) +
+                 kTemporalTaps * ceil_div(gather.channels - spatial, kBlock);
     }
     p.plan[b] = {filters, lists.spatial_blocks, lists.temporal_blocks, split, split, neuron};
     p.neuron[b] = neuron;

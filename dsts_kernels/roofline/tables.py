@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.gpu import dtypes
 from .cases import SHAPES, Case, literal_flop
 from .chips import GAP_US, HOST_TORCH_US, HOST_US, SUSTAINED, Chip, Launch, alone, backend_on, predict
 from .steps import STEPS
@@ -44,7 +45,7 @@ def run_on(case: Case, chip: Chip) -> Case:
     """The case as ``chip`` can run it: before compute capability 8.0 there is neither bfloat16 nor tf32."""
     if chip.capability >= 80:
         return case
-    dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+    dtype = case.dtype if dtypes.why_not(case.dtype, chip.capability) is None else torch.float16
     return case._replace(dtype=dtype, kind="ieee" if case.kind == "tf32" else case.kind)
 
 

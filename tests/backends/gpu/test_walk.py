@@ -1,0 +1,66 @@
+"""How many functions of ours lie between a module and the launch of a kernel: a reader walks through all of them."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsts_kernels
+
+from .support import KERNELS, SIZE, emulated, pair
+
+pytestmark = emulated
+PACKAGE = str(Path(dsts_kernels.__file__).parent)
+LAUNCHERS = (
+    "semhash_gate", "partial_tap_sums", "group_samples", "list_channels", "gather_panel", "route_and_gather",
+    "pack_filters", "conv",
+)  # fmt: skip
+
+
+@pytest.fixture
+def depths(monkeypatch) -> dict[str, int]:
+    """Frames of this package that each launcher was called through, the launcher's own included."""
+    found: dict[str, int] = {}
+
+    def watch(name: str) -> None:
+        launcher = getattr(KERNELS, name)
+
+        def counted(*args, **kwargs):
+            frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
+            found[name] = max(found.get(name, 0), len(frames) + 1)
+            return launcher(*args, **kwargs)
+
+        monkeypatch.setattr(KERNELS, name, counted)
+
+    for name in LAUNCHERS:
+        watch(name)
+    return found
+
+
+@pytest.mark.parametrize("mixing_kernel", [(1, 1, 1), (3, 1, 1)], ids=str)
+def test_evaluation(mixing_kernel, depths):
+    """``FusedDSTS.forward``, a layer's, its part, the op in three, the backend's method, the launcher."""
+    _, fused = pair(8, mixing_kernel=mixing_kernel)
+    with torch.inference_mode():
+        fused.eval()(torch.randn(2, 8, *SIZE))
+    assert set(depths) == set(LAUNCHERS) - {"route_and_gather"}
+    assert max(depths.values()) <= 9, depths
+
+
+def test_training(depths):
+    """One more, in which autograd keeps what the backward pass needs."""
+    _, fused = pair(8)
+    fused.train()(torch.randn(2, 8, *SIZE))
+    assert max(depths.values()) <= 10, depths
+
+
+def test_frozen(depths):
+    _, fused = pair(8)
+    fast = fused.eval().freeze()
+    with torch.inference_mode():
+        fast(torch.randn(2, 8, *SIZE))
+    assert set(depths) == {"partial_tap_sums", "route_and_gather", "conv"}
+    assert max(depths.values()) <= 9, depths
