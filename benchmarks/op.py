@@ -184,7 +184,7 @@ def floor_lines(facts: dict[str, Any], matrix: float, copied: float) -> tuple[fl
 def time_line(name: str, facts: dict[str, Any], seconds: Sequence[float], floor: float) -> str:
     median = statistics.median(seconds)
     return (
-        f"{name}: {unit(median)} (least {unit(min(seconds))}, {floor / median:.0%} of the floor's rate), "
+        f"{name}: {unit(median)} (least {unit(min(seconds))}, {median / floor:.3g} times the floor), "
         f"backend {facts['backend']}, relative error {facts['error']:.1e}"
     )
 
@@ -207,10 +207,9 @@ def report(case: Case, runners: dict[str, Runner], rounds: int) -> list[str]:
     if len(seconds) == 2:
         ratios = [one / other for one, other in zip(*seconds, strict=True)]
         low, high = interval(ratios)
-        verdict = "no difference shown" if low <= 1 <= high else "slower" if low > 1 else "faster"
         names = " / ".join(runners)
         median = statistics.median(ratios)
-        lines.append(f"{names}: {median:.3f} (95%: {low:.3f} to {high:.3f}, {rounds} rounds): {verdict}")
+        lines.append(f"{names}: {median:.3f} (95%: {low:.3f} to {high:.3f}, {rounds} rounds)")
     return lines
 
 
