@@ -1,7 +1,7 @@
 // What each CUDA kernel is given: one struct by value, of addresses, sizes and strides. Read by the kernels,
-// by their launchers and by benchmarks/compiled/bare, so it knows neither torch nor the standard library. Sizes are in
-// elements; rows of panels and of filters by tap are padded to whole 16 bytes, so a `pitch` apart, with zeros
-// where they are summed over.
+// by their launchers and by benchmarks/compiled/bare, so it knows neither torch nor the standard library.
+// Sizes are in elements; rows of panels and of filters by tap are padded to whole 16 bytes, so a `pitch`
+// apart, with zeros where they are summed over.
 //
 // A *list row* is one order of a sample's (or slot's) channels: those that only the first operator reads,
 // those that both read, those that only the second reads. A *plan* is six ints a row: first K block or slot
