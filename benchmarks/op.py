@@ -27,9 +27,9 @@ import torch
 
 import dsts_kernels
 from benchmarks import ROOT
-from benchmarks.gpu.timing import rotation_count
+from benchmarks.gpu import timing
 from benchmarks.registry import FACTOR, OPS, Inputs, op_flop
-from benchmarks.report.machine import describe, synchronise
+from benchmarks.report import machine
 from benchmarks.shapes import Problem, parse_shape
 from dsts_kernels.backends import BACKENDS, choose
 from dsts_kernels.testing import TOLERANCES, relative_error
@@ -81,7 +81,7 @@ class Timed:
         copies = 1
         if self.device.type == "cuda":
             l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-            copies = rotation_count(torch.Size(case.problem.feature_shape).numel() * dtype.itemsize, l2_bytes)
+            copies = timing.rotation_count(torch.Size(case.problem.feature_shape).numel() * dtype.itemsize, l2_bytes)
         inputs, run = Inputs(case.problem, dtype, self.device, copies), OPS[case.op].run
         self.steps: list[Callable[[], object]] = [lambda x=x: run(inputs, x, backend) for x in inputs.xs]
         self.facts = {
@@ -96,11 +96,11 @@ class Timed:
     def seconds(self, calls: int) -> float:
         """Of a call, over a round that ends when the device is done; one call before it is not timed."""
         self.steps[-1]()
-        synchronise(self.device)
+        machine.synchronise(self.device)
         start = time.perf_counter()
         for i in range(calls):
             self.steps[i % len(self.steps)]()
-        synchronise(self.device)
+        machine.synchronise(self.device)
         return (time.perf_counter() - start) / calls
 
 
@@ -156,14 +156,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """GFLOP/s of the best large product, and GB/s of a large copy."""
     if device.type == "cuda":
-        from benchmarks.gpu.timing import copy_rate, matrix_rate
-
-        products, copied = matrix_rate(device, dtype), copy_rate(device)
+        products, copied = timing.matrix_rate(device, dtype), timing.copy_rate(device)
     else:
-        from benchmarks.cpu.stages import copy_rate
-        from benchmarks.report.machine import matrix_rate
-
-        products, copied = matrix_rate(device, dtype), copy_rate()
+        products, copied = machine.matrix_rate(device, dtype), machine.copy_rate()
     return float(products[products["best"]]), copied
 
 
@@ -184,7 +179,7 @@ def floor_lines(facts: dict[str, Any], matrix: float, copied: float) -> tuple[fl
 def time_line(name: str, facts: dict[str, Any], seconds: Sequence[float], floor: float) -> str:
     median = statistics.median(seconds)
     return (
-        f"{name}: {unit(median)} (least {unit(min(seconds))}, {floor / median:.0%} of the floor's rate), "
+        f"{name}: {unit(median)} (least {unit(min(seconds))}, {median / floor:.3g} times the floor), "
         f"backend {facts['backend']}, relative error {facts['error']:.1e}"
     )
 
@@ -192,7 +187,7 @@ def time_line(name: str, facts: dict[str, Any], seconds: Sequence[float], floor:
 def report(case: Case, runners: dict[str, Runner], rounds: int) -> list[str]:
     """Times all runners, the first of which is this tree."""
     device = torch.device(case.device)
-    facts = describe(device)
+    facts = machine.describe(device)
     where = ", ".join(f"{facts[key]}" for key in ("device", "isa") if facts[key])
     lines = [
         f"{case.op}, {case.problem.label}, {case.dtype}",
@@ -207,10 +202,9 @@ def report(case: Case, runners: dict[str, Runner], rounds: int) -> list[str]:
     if len(seconds) == 2:
         ratios = [one / other for one, other in zip(*seconds, strict=True)]
         low, high = interval(ratios)
-        verdict = "no difference shown" if low <= 1 <= high else "slower" if low > 1 else "faster"
         names = " / ".join(runners)
         median = statistics.median(ratios)
-        lines.append(f"{names}: {median:.3f} (95%: {low:.3f} to {high:.3f}, {rounds} rounds): {verdict}")
+        lines.append(f"{names}: {median:.3f} (95%: {low:.3f} to {high:.3f}, {rounds} rounds)")
     return lines
 
 

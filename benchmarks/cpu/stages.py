@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.features import make_features
-from benchmarks.report.machine import best_seconds, describe, matrix_rate
+from benchmarks.report.machine import copy_rate, describe, matrix_rate
 from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference, training_step
 from dsts_kernels import backends
@@ -31,7 +31,6 @@ FAST = {
 }
 CONVOLUTIONS = ("forward", "data_gradient", "weight_gradient")
 ROUNDS = 7
-COPY_BYTES = 64 << 20
 
 
 def tensor_bytes(*values: object) -> int:
@@ -55,13 +54,13 @@ def fast_work(
     spatial = (SPATIAL_TILES[tile_h] * SPATIAL_TILES[tile_w], batch * t * -(-h // tile_h) * -(-w // tile_w), 9)
     temporal = (TEMPORAL_TILES[tile_t], batch * -(-t // tile_t) * h * w, 3)
     work: dict[str, float] = defaultdict(float)
-    for operator, (count, tiles, taps) in zip(operators, (spatial, temporal), strict=True):
+    for operator, (count, rows, taps) in zip(operators, (spatial, temporal), strict=True):
         if operator is not None:
             filters = operator.k_channels * outputs
-            work["flop"] += 2 * count * tiles * filters
-            work["features"] += 4 * operator.k_channels * (batch * t * h * w + count * tiles)
+            work["flop"] += 2 * count * rows * filters
+            work["features"] += 4 * operator.k_channels * (batch * t * h * w + count * rows)
             work["filters"] += filters * (taps * operator.weight.element_size() + count * 4)
-            work["outputs"] += 4 * count * tiles * outputs
+            work["outputs"] += 4 * count * rows * outputs
     return work
 
 
@@ -149,13 +148,6 @@ class Clock:
                 delattr(backend, name)
 
         return detach
-
-
-def copy_rate() -> float:
-    """GB/s of a large copy, read and written bytes counted."""
-    source = torch.ones(COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source), source.device) / 1e9
 
 
 def measure(mode: str, problem: Problem) -> tuple[Clock, float]:

@@ -1,6 +1,6 @@
-"""The machine beside the numbers: its name, its versions, and how fast it multiplies matrices.
+"""The machine beside the numbers: its name, its versions, how fast it multiplies matrices and copies memory.
 
-The rate is the yardstick for the kernels' own efficiency, so it is the best that torch offers on this machine
+The matrix rate is the yardstick for the kernels' own efficiency, so it is the best that torch offers on this machine
 and in this run: a large ``torch.mm`` or a large 1x1 convolution, whichever is faster. On CPUs where the BLAS
 library does not use the widest vector instructions, oneDNN's convolution can be more than twice as fast.
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-__all__ = ["describe", "matrix_rate", "synchronise"]
+__all__ = ["copy_rate", "describe", "matrix_rate", "synchronise"]
 
 MATRIX = 2048
 RATE_ROUNDS = 7
+COPY_BYTES = 64 << 20
 
 
 def synchronise(device: torch.device) -> None:
@@ -56,6 +57,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float | s
     }
     best = max(rates, key=lambda name: rates[name])
     return {**rates, "best": best}
+
+
+def copy_rate() -> float:
+    """GB/s of a large copy on the CPU, read and written bytes counted."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source), source.device) / 1e9
 
 
 def device_name(device: torch.device) -> str:

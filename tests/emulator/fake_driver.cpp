@@ -1,5 +1,5 @@
-// Stands in for libcuda.so.1: the functions that benchmarks/compiled/bare uses, on the CPU, with the convolution that
-// the emulator runs behind cuLaunchKernel. With FAKE_DRIVER_IDLE set a launch does nothing.
+// Stands in for libcuda.so.1: the functions that benchmarks/compiled/bare uses, on the CPU, with the
+// convolution that the emulator runs behind cuLaunchKernel. With FAKE_DRIVER_IDLE set a launch does nothing.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
