@@ -226,7 +226,7 @@ __device__ __forceinline__ int read_plan(const ConvParams& p, int b, WorkTile* t
   Reduction& reduction = tile->reduction;
   int base, temporal_blocks = 0;
   if (p.plan) {
-    const Plan& plan = p.plan[b];
+    const Plan& plan = plan_at(p.plan, b);
     temporal_blocks = plan.temporal_blocks, base = max(plan.filters, 0);  // without a slot the panel is NaN
     tile->has_neuron = true, tile->bias_row = plan.row;
     reduction.spatial_blocks = plan.spatial_blocks, reduction.spatial_channels = plan.spatial_channels;
@@ -298,9 +298,9 @@ __device__ void conv_body(const ConvParams& p) {
   Schedule schedule = {p.num_ctas, p.waves, per_sample, 0, nullptr, nullptr};
   schedule.build<Mma::kThreads>(
       [&](int b) {
-        return p.plan
-                   ? p.plan[b].spatial_blocks * p.spatial_taps + p.plan[b].temporal_blocks * p.temporal_taps
-                   : ceil_div(p.width, kBlock) * p.spatial_taps;
+        return p.plan ? plan_at(p.plan, b).spatial_blocks * p.spatial_taps +
+                            plan_at(p.plan, b).temporal_blocks * p.temporal_taps
+                      : ceil_div(p.width, kBlock) * p.spatial_taps;
       },
       p.batch * per_sample, reinterpret_cast<int*>(&storage + 1));
 

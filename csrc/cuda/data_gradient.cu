@@ -101,7 +101,7 @@ __device__ void data_gradient_body(const DataGradientParams& p) {
   const int tiles = ceil_div(p.extent.positions, kTile), across = ceil_div(p.channels, kTile);
   const int b = blockIdx.x / (tiles * across), tile = blockIdx.x / across % tiles;
   const int p0 = tile * kTile, c0 = blockIdx.x % across * kTile, width = min(kTile, p.channels - c0);
-  const Plan& plan = p.plans[b];
+  const Plan& plan = plan_at(p.plans, b);
   const bool has_neuron = plan.filters >= 0;
   const Implicit<T> in = {static_cast<const T*>(p.grad),
                           static_cast<const T*>(p.filters),

@@ -6,8 +6,7 @@ namespace dsts::cuda {
 
 __device__ __forceinline__ SampleLists lists_of(const GatherPanelParams& p, int b) {
   const int list = p.slots ? max(p.slots[b], 0) : b;
-  constexpr int kInts = sizeof(Plan) / sizeof(int);  // an offset in 32 bits takes fewer registers
-  const Plan& plan = *reinterpret_cast<const Plan*>(reinterpret_cast<const int*>(p.plans) + list * kInts);
+  const Plan& plan = plan_at(p.plans, list);
   const int64 neuron = p.neuron[b];
   return {p.order + static_cast<int64>(list) * p.gather.channels,
           plan.spatial_blocks,

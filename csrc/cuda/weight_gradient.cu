@@ -97,7 +97,7 @@ __device__ void weight_gradient_body(const WeightGradientParams& p) {
   const Taps taps = {p.kt, p.kh, p.kw, p.spatial_taps, p.temporal_taps, p.sign};
   int count = p.rows, list_start = 0, column = j0;
   if (p.plans) {
-    const Plan& plan = p.plans[slot];
+    const Plan& plan = plan_at(p.plans, slot);
     list_start = spatial ? 0 : plan.temporal_start;
     count = spatial ? plan.spatial_channels : p.rows - list_start;
     column += spatial ? 0 : plan.spatial_blocks * kBlock;

@@ -58,10 +58,13 @@ def uses_tf32(x: Tensor) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+_resident = functools.cache(grids.resident_ctas)
+
+
 def resident(x: Tensor) -> int:
     """CTAs of a product that a multiprocessor holds."""
     exact = x.dtype == torch.float32 and not uses_tf32(x)
-    return grids.resident_ctas(chip(x.device).capability, exact)
+    return _resident(chip(x.device).capability, exact)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -18,9 +18,9 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     if sums.numel():
         launch.native().tap_sums(
             x=address(x),  # [B, C, T, H, W]
+            sums=address(sums),  # [B, parts, C, taps]
             size=(t, h, w),
             x_strides=x.stride(),
-            sums=address(sums),  # [B, parts, C, taps]
             batch=b,
             channels=c,
             parts=parts,

@@ -114,7 +114,7 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"dgate": HERE}, "dgate is given with listed; dgate needs every channel"
     if name in ("conv", "weight_gradient"):
         for bad in ((3, 3, 3), (0, 3, 3), (-1, -3, 3), (1, 5, 1)):
-            yield {"kernel": bad}, f"the kernel is {'x'.join(map(str, bad))}; wanted sides of 1 or 3"
+            yield {"kernel": bad}, f"kernel is {'x'.join(map(str, bad))}; wanted sides of 1 or 3"
     if name == "pack_filters":
         yield {"weight_dtype": 3, "dtype": 2}, r"weight_dtype is 3; wanted dtype \(2\) or 0 \(float32\)"
     if name == "conv":
@@ -169,10 +169,38 @@ def test_too_large_a_grid():
 
 @pytest.mark.parametrize("name", GOOD)
 def test_arguments_go_by_name(name):
-    """None can be taken for another."""
+    """In any order, all of them, and nothing else."""
     module = launch.native()
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        getattr(module, name)(*GOOD[name].values(), module.Target(0, BACKEND.arch // 10, 0))
+    target, function = module.Target(3, BACKEND.arch // 10, 0), getattr(module, name)
+    with pytest.raises(RuntimeError, match="cudaSetDevice"):
+        function(target=target, **dict(reversed(GOOD[name].items())))
+    with pytest.raises(TypeError, match=rf"cuda\.{name}: wanted its arguments by keyword only"):
+        function(*GOOD[name].values(), target)
+    for key in (*GOOD[name], "target"):
+        others = {other: value for other, value in (GOOD[name] | {"target": target}).items() if other != key}
+        with pytest.raises(TypeError, match=rf"cuda\.{name}: {key} is missing"):
+            function(**others)
+    count = len(GOOD[name]) + 1
+    with pytest.raises(ValueError, match=rf"cuda\.{name}: got {count + 1} arguments, wanted {count}"):
+        function(**GOOD[name], target=target, other=1)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"batch": 1 << 40}, "batch is 1099511627776; wanted 32 bits"),
+        ({"size": (1, 2)}, "size has 2 numbers; wanted 3"),
+    ],
+)
+def test_numbers(changed, said):
+    with pytest.raises(ValueError, match=rf"cuda\.tap_sums: {said}"):
+        call("tap_sums", changed)
+
+
+def test_types():
+    for changed in ({"batch": "1"}, {"size": 3}, {"x": -1}):
+        with pytest.raises((TypeError, OverflowError)):
+            call("tap_sums", changed)
 
 
 def test_tables():

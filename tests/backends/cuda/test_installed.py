@@ -26,4 +26,4 @@ def test_there_where_the_build_says_so():
     built = _C.build_info()["cuda"] is not None
     assert hasattr(_C, "cuda") == built
     if built:
-        assert functions(_C.cuda) == set(re.findall(r'm\.def\("(\w+)"', BINDINGS.read_text()))
+        assert functions(_C.cuda) == set(re.findall(r'define\(m, "(\w+)"\)', BINDINGS.read_text()))
