@@ -33,14 +33,14 @@ std::string type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; 
 // The codes of dtypes, by their name after the last dot: "torch.float32".
 int element_named(const std::string& name) {
   const std::string last = name.substr(name.rfind('.') + 1);
-  for (const NamedDType& known : kDTypes)
+  for (const DTypeFacts& known : kDTypes)
     if (last == known.name) return known.dtype;
   return last == "int32" ? kInt32 : last == "int64" ? kInt64 : last == "bool" ? kBool : -1;
 }
 
 std::string wanted_dtypes() {
   std::string names;
-  for (const NamedDType& known : kDTypes) names += (names.empty() ? "" : ", ") + std::string(known.name);
+  for (const DTypeFacts& known : kDTypes) names += (names.empty() ? "" : ", ") + std::string(known.name);
   return names;
 }
 
@@ -52,10 +52,10 @@ std::string element_name(int element) {
 
 }  // namespace
 
-const char* name_of(DType dtype) {
-  for (const NamedDType& known : kDTypes)
-    if (known.dtype == dtype) return known.name;
-  return "unknown";
+const DTypeFacts& facts_of(DType dtype) {
+  for (const DTypeFacts& known : kDTypes)
+    if (known.dtype == dtype) return known;
+  throw std::logic_error("a dtype is not in the table");
 }
 
 int64_t Tensor::elements() const {
@@ -87,7 +87,7 @@ int Arguments::element_of(const char* name, py::handle dtype) const {
   return element;
 }
 
-Tensor Arguments::tensor(const char* name, py::handle value, int ndim, bool optional) const {
+Tensor Arguments::read(const char* name, py::handle value, int ndim, bool optional) const {
   static const AttributeNames names;
   Tensor t;
   if (value.is_none()) {
@@ -123,32 +123,35 @@ Tensor Arguments::tensor(const char* name, py::handle value, int ndim, bool opti
   return t;
 }
 
-Tensor Arguments::dense(const char* name, py::handle value, int ndim, bool optional) const {
-  const Tensor t = tensor(name, value, ndim, optional);
-  if (!t.dense()) require(false, name, " has gaps; wanted a contiguous tensor");
+Tensor Arguments::tensor(const char* name, py::handle value, int ndim, bool optional) const {
+  const Tensor t = read(name, value, ndim, optional);
   if (t.element >= kInt32)
     require(false, name, " has dtype ", element_name(t.element), "; wanted one of ", wanted_dtypes());
   return t;
 }
 
-Tensor Arguments::dense(const char* name, py::handle value, int ndim, Integer element, bool optional) const {
+Tensor Arguments::dense(const char* name, py::handle value, int ndim, bool optional) const {
   const Tensor t = tensor(name, value, ndim, optional);
-  if (!t.dense()) require(false, name, " has gaps; wanted a contiguous tensor");
-  if (t.given() && t.element != element)
-    require(false, name, " has dtype ", element_name(t.element), "; wanted ", element_name(element));
+  require(t.dense(), name, " has gaps; wanted a contiguous tensor");
+  return t;
+}
+
+Tensor Arguments::integers(const char* name, py::handle value, int ndim, Integer kind, bool optional) const {
+  const Tensor t = read(name, value, ndim, optional);
+  require(t.dense(), name, " has gaps; wanted a contiguous tensor");
+  if (t.given() && t.element != kind)
+    require(false, name, " has dtype ", element_name(t.element), "; wanted ", element_name(kind));
   return t;
 }
 
 Features Arguments::features(const char* name, py::handle value, bool optional) const {
   const Tensor t = tensor(name, value, 5, optional);
-  if (t.element >= kInt32)
-    require(false, name, " has dtype ", element_name(t.element), "; wanted one of ", wanted_dtypes());
   const int64_t *n = t.sizes, *s = t.strides;
   return {t.data, n[0], n[1], n[2], n[3], n[4], {s[0], s[1], s[2], s[3], s[4]}, t.dtype()};
 }
 
 Samples Arguments::samples(const char* name, py::handle value, int64_t batch) const {
-  const Tensor t = dense(name, value, 1, kInt64, true);
+  const Tensor t = integers(name, value, 1, kInt64, true);
   if (!t.given()) return {nullptr, batch};
   const int64_t* index = static_cast<const int64_t*>(t.data);
   for (int64_t i = 0; i < t.sizes[0]; ++i)
@@ -159,7 +162,7 @@ Samples Arguments::samples(const char* name, py::handle value, int64_t batch) co
 
 const int32_t* Arguments::list(const char* name, py::handle value, int64_t start, int64_t count) const {
   if (value.is_none()) return nullptr;
-  const Tensor t = dense(name, value, kAnyDimensions, kInt32);
+  const Tensor t = integers(name, value, kAnyDimensions, kInt32);
   if (start < 0 || start + count > t.elements())
     require(false, name, " has ", t.elements(), " channels; wanted ", count, " from ", start, " on");
   return static_cast<const int32_t*>(t.data) + start;

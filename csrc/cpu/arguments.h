@@ -41,12 +41,13 @@ class Arguments {
     if (!ok) fail((text(parts) + ...));
   }
 
-  // Any tensor of `ndim` dimensions, or of any number; `optional`: or None.
+  // A tensor of `ndim` dimensions, or of any number, in one of the dtypes of the table; `optional`: or None.
   Tensor tensor(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
-  // Likewise, row-major without gaps, of one of the dtypes that kernels compute in, or of `element`.
+  // Likewise, row-major without gaps.
   Tensor dense(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
-  Tensor dense(const char* name, pybind11::handle value, int ndim, Integer element,
-               bool optional = false) const;
+  // Likewise, of integers.
+  Tensor integers(const char* name, pybind11::handle value, int ndim, Integer kind,
+                  bool optional = false) const;
 
   Features features(const char* name, pybind11::handle value, bool optional = false) const;
   // Indices of samples of a batch; None is the whole of it.
@@ -72,6 +73,7 @@ class Arguments {
   static std::string text(const std::string& part) { return part; }
   static std::string text(int64_t part) { return std::to_string(part); }
   [[noreturn]] void fail(const std::string& reason) const;
+  Tensor read(const char* name, pybind11::handle value, int ndim, bool optional) const;
   int element_of(const char* name, pybind11::handle dtype) const;
   const char* op_;
 };
@@ -106,7 +108,8 @@ class FieldNames {
 };
 
 inline DType accumulate_dtype(DType dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
-inline bool is_half(DType dtype) { return dtype == kBFloat16 || dtype == kFloat16; }
-const char* name_of(DType dtype);
+const DTypeFacts& facts_of(DType dtype);
+inline const char* name_of(DType dtype) { return facts_of(dtype).name; }
+inline bool is_half(DType dtype) { return facts_of(dtype).bytes == 2; }
 
 }  // namespace dsts::cpu

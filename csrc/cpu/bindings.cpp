@@ -39,7 +39,7 @@ struct Logits {
   Logits(const Arguments& check, py::handle logits_, py::handle neuron_, py::handle noise_,
          const Tensor& gate)
       : logits(check.dense("logits", logits_, 2)),
-        neuron(check.dense("neuron", neuron_, 1, kInt64, true)),
+        neuron(check.integers("neuron", neuron_, 1, kInt64, true)),
         noise(check.dense("noise", noise_, 2, true)) {
     const int64_t batch = gate.sizes[0];
     check.size_is("logits", "C", logits.sizes[1], gate.sizes[1]);
@@ -58,7 +58,7 @@ struct Logits {
 void semhash_forward_py(py::handle logits, py::handle neuron, py::handle noise, py::handle hard,
                         py::handle gate, int threads) {
   const Arguments check("semhash_forward");
-  const Tensor out = check.dense("gate", gate, 2), hards = check.dense("hard", hard, 1, kBool, true);
+  const Tensor out = check.dense("gate", gate, 2), hards = check.integers("hard", hard, 1, kBool, true);
   const Logits in(check, logits, neuron, noise, out);
   if (hards.given()) check.size_is("hard", "B", hards.sizes[0], out.sizes[0]);
   run(check, kernels().semhash_forward,
@@ -110,7 +110,7 @@ void gather_panel_py(py::handle src, py::handle samples, py::handle channels, py
   GatherPanel a{};
   a.src = check.features("src", src), a.out = check.features("out", out);
   a.samples = check.samples("samples", samples, a.src.B);
-  const Tensor list = check.dense("channels", channels, 1, kInt32, true);
+  const Tensor list = check.integers("channels", channels, 1, kInt32, true);
   a.channels = static_cast<const int32_t*>(list.data),
   a.num_channels = list.given() ? list.sizes[0] : a.src.C;
   const Tensor scales = by_channel(check, "scale", scale, a.src.dtype, true);
@@ -197,7 +197,7 @@ struct ListedPanel {
     static FieldNames names(kGradientPanelFields);
     const auto [data, channels] = names.read<kGradientPanelFields.size()>(check, name, value);
     panel = panel_of(check, name, data, batch, x);
-    const Tensor list = check.dense("channels", channels, 1, kInt32, true);
+    const Tensor list = check.integers("channels", channels, 1, kInt32, true);
     if (!list.given()) {
       check.require(width() == x.C || width() == 0, name, " has ", width(),
                     " channels and no list; wanted all channels then");
@@ -257,9 +257,9 @@ Operator operator_of(const Arguments& check, const char* name, py::handle value,
   op.k_channels = check.integer("k_channels", k_channels, 0);
   const Tensor filter = check.tensor("weight", weight, kAnyDimensions);
   check.float_or_half("weight", filter.dtype());
-  const int64_t size = is_half(filter.dtype()) ? 2 : 4;
   op.dtype = filter.dtype();
-  op.weight = static_cast<char*>(filter.data) + check.integer("weight_start", weight_start, 0) * size;
+  op.weight = static_cast<char*>(filter.data) +
+              check.integer("weight_start", weight_start, 0) * facts_of(op.dtype).bytes;
   op.channels =
       check.list("channels", channels, check.integer("channels_start", channels_start, 0), op.k_channels);
   op.o_list = check.list("o_list", o_list, 0, O);
@@ -376,7 +376,7 @@ void bind(py::module_& m) {
         "temporal"_a, "add"_a, "tiles"_a, "threads"_a, "stage_seconds"_a);
 
   py::dict codes;
-  for (const NamedDType& known : kDTypes) codes[known.name] = static_cast<int>(known.dtype);
+  for (const DTypeFacts& known : kDTypes) codes[known.name] = static_cast<int>(known.dtype);
   m.attr("dtypes") = codes;   // codes by name
   m.attr("winograd_tiles") =  // multiplications along one dimension, by tile size
       py::dict("spatial"_a = points_by_tile<SpatialTiles>(), "temporal"_a = points_by_tile<TemporalTiles>());

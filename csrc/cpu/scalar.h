@@ -111,8 +111,9 @@ struct Flag {
 // f(Tag<element type>). The binding has refused every code that is not in the table.
 template <class F>
 DSTS_INLINE Status with_dtype(DType dtype, F f) {
-#define DSTS_CASE(name, constant, code, type) \
-  case constant:                              \
+#define DSTS_CASE(name, constant, code, bytes, type)      \
+  case constant:                                          \
+    static_assert(sizeof(type) == bytes, "see dtypes.h"); \
     return f(Tag<type>{});
   switch (dtype) { DSTS_DTYPES(DSTS_CASE) }
 #undef DSTS_CASE

@@ -3,9 +3,22 @@
 // compile.
 #pragma once
 
+#include <cstdint>
+
 #include "../winograd.h"
 
 namespace dsts::cpu {
+
+// Whether the points of F(M, 3) are 0 and then pairs of p and -p, which the transforms build on.
+template <int M>
+constexpr bool has_paired_points() {
+  if constexpr (M > 1) {
+    if (WinogradPoints<M>::at[0] != 0) return false;
+    for (int i = 1; i < M; i += 2)
+      if (WinogradPoints<M>::at[i] != -WinogradPoints<M>::at[i + 1]) return false;
+  }
+  return true;
+}
 
 // A list of tile sizes: outputs of a tile along one dimension. A size of 1 is for a dimension of size 1.
 template <int... kSizes>
@@ -27,17 +40,18 @@ struct TileList {
       if (n / sizes[i] * inputs[i] > most) most = n / sizes[i] * inputs[i];
     return most;
   }
-  // Ascending from 1; even from there on, as points come in pairs of p and -p.
+  // Ascending from 1, and even from there on.
   static constexpr bool valid() {
     for (int i = 1; i < kCount; ++i)
       if (sizes[i] <= sizes[i - 1] || sizes[i] % 2 || inputs[i] != sizes[i] + 2) return false;
-    return sizes[0] == 1 && inputs[0] == 1;
+    return sizes[0] == 1 && inputs[0] == 1 && (has_paired_points<kSizes>() && ...);
   }
 };
 
 using SpatialTiles = TileList<1, 2, 4>;  // along the height and along the width
 using TemporalTiles = TileList<1, 2, 4, 8>;
 
-static_assert(SpatialTiles::valid() && TemporalTiles::valid(), "tiles: 1, then even sizes, ascending");
+static_assert(SpatialTiles::valid() && TemporalTiles::valid(),
+              "tiles: 1, then even sizes, ascending; points: 0, then pairs of p and -p");
 
 }  // namespace dsts::cpu

@@ -15,7 +15,7 @@ namespace dsts::cpu::DSTS_ISA {
 namespace {
 
 constexpr int64_t kGradientFloats = 1 << 20;  // transformed gradients of a task
-constexpr int64_t kGradientChannels = 128;    // of a filter gradient that is made and written at a time
+constexpr int64_t kGradientChannels = 128;    // of a weight gradient that is made and written at a time
 
 // Outputs of a task: fewer where there are few, so that threads have something to share.
 int64_t outputs_of_task(int64_t O) { return O >= 512 ? 64 : O >= 128 ? 32 : kBlock; }

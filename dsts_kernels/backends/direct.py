@@ -11,7 +11,7 @@ from .convolution import SPATIAL, TEMPORAL, Kernel
 from .gated import GatedConvolution
 from .groups import DIRECT_COSTS, Group
 from .packing import Place, unpack_at, unpack_mixing
-from .passes import Epilogue, GradientPanel, Passes, compute_dtype, feature_panel, weight_panel
+from .passes import Epilogue, GradientPanel, Passes, as_filters, compute_dtype, feature_panel, weight_panel
 
 
 class DirectConvolution(GatedConvolution):
@@ -24,32 +24,20 @@ class DirectConvolution(GatedConvolution):
 
     def gated_conv(self, x: Tensor, gate: Tensor, group: Group, spatial: Tensor, temporal: Tensor, out: Tensor) -> None:
         operators = ((spatial, group.spatial, SPATIAL), (temporal, group.temporal, TEMPORAL))
-        panels = [self._gated_panel(x, gate, group, channels, kernel) for _, channels, kernel in operators]
-        epilogue = Epilogue(out, group.samples)
+        gather, epilogue = self.passes.gather_panel, Epilogue(out, group.samples)
+        panels = []
+        for _, channels, kernel in operators:
+            listed = channels.numel() > 0
+            panels.append(gather(x, group.samples, channels, **gating(x, gate, group, kernel)) if listed else None)
         for block in operator_blocks(out.shape[1], group.spatial.numel(), group.temporal.numel()):
-            results = [
-                None
-                if panel is None
-                else convolution.forward(panel, weight_panel(self.passes, weight[block], channels, panel), kernel)
-                for panel, (weight, channels, kernel) in zip(panels, operators, strict=True)
-            ]
+            results = []
+            for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
+                result = None
+                if panel is not None:
+                    filters = as_filters(gather(weight[block], None, channels, dtype=compute_dtype(weight)), panel)
+                    result = convolution.forward(panel, filters, kernel)
+                results.append(result)
             self.passes.epilogue(*results, epilogue.of_outputs(block))
-
-    def _gated_panel(
-        self, x: Tensor, gate: Tensor, group: Group, channels: Tensor, kernel: Kernel, channels_first: bool = False
-    ) -> Tensor | None:
-        """The gated input of one operator on some of its channels; ``None`` where there are none."""
-        if not channels.numel():
-            return None
-        return self.passes.gather_panel(
-            x,
-            group.samples,
-            channels,
-            scale=gate.to(x.dtype) if group.scaled else None,
-            complement=kernel == TEMPORAL,
-            channels_first=channels_first,
-            dtype=compute_dtype(x),
-        )
 
     def data_gradient(
         self,
@@ -90,7 +78,8 @@ class DirectConvolution(GatedConvolution):
         for total, channels, kernel in ((dspatial, group.spatial, SPATIAL), (dtemporal, group.temporal, TEMPORAL)):
             for block in convolution.gradient_blocks(channels.numel()) if total is not None else ():
                 listed = channels[block]
-                panel_first = self._gated_panel(x, gate, group, listed, kernel, channels_first=True)
+                options = gating(x, gate, group, kernel)
+                panel_first = self.passes.gather_panel(x, group.samples, listed, channels_first=True, **options)
                 gradient = convolution.weight_gradient(panel_first, grad_first, kernel).to(total.dtype)
                 listed = listed.to(total.device, torch.long)  # lists are on the CPU
                 total.index_add_(1, listed, gradient) if add else total.index_copy_(1, listed, gradient)
@@ -106,10 +95,10 @@ class DirectConvolution(GatedConvolution):
     ) -> None:
         outputs = epilogue.out.shape[1]
         split = places[0].channels
-        panels = [
-            self.passes.gather_panel(x, epilogue.samples, listed, dtype=compute_dtype(x)) if listed.numel() else None
-            for listed in (weights.channels[neuron, :split], weights.channels[neuron, split:])
-        ]
+        panels = []
+        for listed in (weights.channels[neuron, :split], weights.channels[neuron, split:]):
+            some, dtype = listed.numel() > 0, compute_dtype(x)
+            panels.append(self.passes.gather_panel(x, epilogue.samples, listed, dtype=dtype) if some else None)
         filters = [
             unpack_at(weights.filters, place, options.packing, outputs, taps)
             for place, taps in zip(places, (9, 3), strict=True)
@@ -131,6 +120,12 @@ class DirectConvolution(GatedConvolution):
         taps = kernel[0] * kernel[1] * kernel[2]
         mixing = unpack_mixing(weights.mixing[neuron], options.packing, outputs, taps)
         self.passes.epilogue(convolution.forward(z, mixing.to(z.dtype), kernel), None, epilogue)
+
+
+def gating(x: Tensor, gate: Tensor, group: Group, kernel: Kernel) -> dict[str, object]:
+    """How a gather makes the gated input of one operator."""
+    scale = gate.to(x.dtype) if group.scaled else None
+    return {"scale": scale, "complement": kernel == TEMPORAL, "dtype": compute_dtype(x)}
 
 
 def operator_blocks(channels: int, spatial: int, temporal: int) -> list[slice]:

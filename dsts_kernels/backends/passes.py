@@ -119,5 +119,9 @@ def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: 
     """One neuron's filter ``(O, C, *kernel)`` as ``(O, taps, c)`` of its listed channels, in the dtype of ``like``."""
     if channels is None and weight.shape[2:].numel() == 1 and weight.dtype == like.dtype:
         return weight.reshape(weight.shape[0], 1, -1)
-    panel = passes.gather_panel(weight, None, channels, dtype=compute_dtype(weight)).to(like.dtype)
-    return panel.view(panel.shape[0], -1, panel.shape[-1])
+    return as_filters(passes.gather_panel(weight, None, channels, dtype=compute_dtype(weight)), like)
+
+
+def as_filters(gathered: Tensor, like: Tensor) -> Tensor:
+    """A gathered filter ``(O, *kernel, c)`` as ``(O, taps, c)``, in the dtype of ``like``."""
+    return gathered.to(like.dtype).view(gathered.shape[0], -1, gathered.shape[-1])

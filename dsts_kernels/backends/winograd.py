@@ -1,4 +1,4 @@
-"""Fast convolution: Winograd's minimal filtering in place of the library's direct convolution (DESIGN 2.4).
+"""Fast convolution: Winograd's minimal filtering in place of the library's direct convolution (docs/design.md).
 
 One native pass gathers channels, transforms, multiplies, transforms back, sums both operators and ends in the epilogue,
 so no panel is written. It runs in float32, half precision being a storage format, and takes every shape:
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .gated import GatedConvolution
 from .groups import WINOGRAD_COSTS, Group, in_calls
 from .packing import Place
 from .passes import Epilogue, GradientPanel, as_features, empty_ndhwc, positions_of
+
+if TYPE_CHECKING:
+    from .cpu import CpuBackend
 
 # Multiplications along one dimension, by the outputs of a tile: the kernels' own table, csrc/cpu/winograd_tiles.h.
 SPATIAL_TILES: dict[int, int] = {} if _C is None else _C.winograd_tiles["spatial"]
@@ -107,46 +110,12 @@ def taps_of(kernel: Kernel) -> int:
     return kernel[0] * kernel[1] * kernel[2]
 
 
-class WinogradKernels(Protocol):
-    """The launchers that :class:`WinogradConvolution` calls: see :class:`.cpu.CpuBackend`."""
-
-    def winograd(
-        self,
-        x: Tensor,
-        spatial: Operator | None,
-        temporal: Operator | None,
-        epilogue: Epilogue,
-        x_samples: Tensor | None = None,
-    ) -> None: ...
-
-    def winograd_weight_gradient(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        samples: Tensor | None,
-        spatial: Operator | None,
-        temporal: Operator | None,
-        add: bool = False,
-    ) -> None: ...
-
-    def gate_merge(
-        self,
-        spatial: GradientPanel,
-        temporal: GradientPanel,
-        samples: Tensor | None,
-        gate: Tensor,
-        x: Tensor,
-        dx: Tensor | None,
-        dgate: Tensor | None,
-    ) -> None: ...
-
-
 class WinogradConvolution(GatedConvolution):
     """Every gated convolution and weight gradient is one native call; a data gradient one for each operator."""
 
     costs = WINOGRAD_COSTS
 
-    def __init__(self, kernels: WinogradKernels) -> None:
+    def __init__(self, kernels: CpuBackend) -> None:
         self.kernels = kernels
 
     @staticmethod

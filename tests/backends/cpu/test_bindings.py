@@ -92,6 +92,7 @@ def test_bad_lists_and_samples():
         ({"samples": torch.tensor([0])}, "out has B = 2; wanted 1"),
         ({"src": torch.zeros(2, 3, 1, 3, 2)}, "out has H = 2; wanted 3"),
         ({"scale": torch.zeros(2, 6)[:, ::2]}, "scale has gaps; wanted channels side by side"),
+        ({"scale": torch.zeros(2, 3, dtype=torch.bool)}, "scale has dtype bool; wanted one of float32"),
     ):
         with pytest.raises(ValueError, match=message):
             gather(**arguments)

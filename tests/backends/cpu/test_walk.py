@@ -48,9 +48,12 @@ def frames(stack: list[str], first: str) -> list[str]:
     return stack[next(i for i, name in enumerate(stack) if name.endswith(first)) :]
 
 
-def test_from_the_module_to_a_kernel(walks):
-    """In training and in evaluation, and of a frozen module."""
-    x, dsts = torch.randn(3, 16, 4, 7, 7), FusedDSTS(16, num_neurons=2)
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.float32, "winograd"), (torch.float64, "gather_panel")], ids=["fast", "direct"]
+)
+def test_from_the_module_to_a_kernel(walks, dtype, kernel):
+    """In training and in evaluation, and of a frozen module; by fast convolution and by the library's."""
+    x, dsts = torch.randn(3, 16, 4, 7, 7, dtype=dtype), FusedDSTS(16, num_neurons=2, dtype=dtype)
     for call, first in (
         (dsts, "modules.py:forward"),
         (dsts.eval(), "modules.py:forward"),
@@ -58,7 +61,7 @@ def test_from_the_module_to_a_kernel(walks):
     ):
         walks.clear()
         call(x)
-        assert {"winograd", "tap_sums"} <= set(walks)
+        assert {kernel, "tap_sums"} <= set(walks)
         for name, stack in walks.items():
             walk = frames(stack, first)
             assert walk[-1].endswith(f"cpu.py:{name.replace('semhash_forward', 'semhash_gate')}")
