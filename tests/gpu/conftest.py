@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_workload import exact_float32
-
-from .support import GPU_BACKENDS, HALF, why_not
+from ..support.targets import GPU_BACKENDS, HALF, exact_float32
+from .support import why_not
 
 
 @pytest.fixture(params=GPU_BACKENDS)

@@ -11,22 +11,11 @@ import torch
 from dsts_kernels import FrozenDSTS, FusedDSTS
 from dsts_kernels.testing import assert_close
 
-from .support import (
-    DEVICE,
-    DTYPES,
-    FORMATS,
-    HALF,
-    LAYOUTS,
-    assert_same_routing,
-    enliven,
-    features_for,
-    gpu_only,
-    pair,
-    randn,
-    reference_output,
-)
+from ..support.inputs import FORMATS, LAYOUTS
+from ..support.modules import assert_same_routing, enliven, features_for, reference_output
+from .support import DEVICE, DTYPES, HALF, pair, randn
 
-pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
 
 SIZE = (5, 40, 3, 6, 5)
 OPTIONS = {

@@ -8,26 +8,20 @@ import torch
 from dsts_kernels import FusedDSTS
 from dsts_kernels.testing import assert_close
 
-from .support import (
-    DEVICE,
-    DTYPES,
-    FORMATS,
-    HALF,
-    LAYOUTS,
+from ..support.inputs import FORMATS, LAYOUTS
+from ..support.modules import (
     RELU_GRADIENTS,
     assert_same_gradients,
     assert_same_routing,
     draws_for,
     features_for,
-    gpu_only,
-    pair,
-    randn,
     reference_output,
     reference_step,
     training_step,
 )
+from .support import DEVICE, DTYPES, HALF, pair, randn
 
-pytestmark = [*gpu_only, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore")]
 
 SIZE = (5, 40, 3, 6, 5)
 OPTIONS = {

@@ -10,7 +10,7 @@ from dsts_kernels.ops import mixing_conv3d
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
 from dsts_kernels.testing import assert_close
 
-from ..support.checks import GATED, MIXING, assert_same_bits, check, noise_like, opcheck
+from ..support.checks import GATED, MIXING, assert_same_bits, check, noise_like, opcheck, opchecked
 from ..support.inputs import GATES, LAYOUTS, NEURONS, every_second, gated_inputs, mixing_inputs, randn
 from ..support.oracles import literal_gated, literal_gradients, literal_mixing, wide
 from ..support.targets import dtypes, large
@@ -266,7 +266,8 @@ def test_repeats_bit_for_bit(target, dtype, in_any_order):
 
 def test_opcheck(target):
     """Schema, fakes and dispatch of both ops."""
-    inputs = gated_inputs(2, 8, 4, (1, 2, 3), torch.float32, neurons=2, device=target.device)
+    dtype, size = opchecked(target)
+    inputs = gated_inputs(2, 8, 4, size, dtype, neurons=2, device=target.device)
     opcheck(target, forward_op, *inputs)
     grad = noise_like(inputs[0], 4)
     for needs in ([True, True, False, True], *([] if target.stand_in else ([True] * 4, [True, False, False, True]))):

@@ -9,7 +9,7 @@ from dsts_kernels.ops import mixing_conv3d
 from dsts_kernels.ops.mixing_conv import MIXING_KERNELS, backward_op, forward_op
 from dsts_kernels.testing import assert_close
 
-from ..support.checks import MIXING, assert_same_bits, check, opcheck
+from ..support.checks import MIXING, assert_same_bits, check, opcheck, opchecked
 from ..support.inputs import LAYOUTS, every_second, mixing_inputs, randn
 from ..support.oracles import literal_gradients, literal_mixing, wide
 from ..support.targets import dtypes, large
@@ -136,7 +136,8 @@ def test_repeats_bit_for_bit(target, in_any_order):
 
 def test_opcheck(target):
     """Schema, fakes and dispatch of both ops."""
-    z, neuron, mixing = mixing_inputs(2, 8, (1, 2, 3), (3, 1, 1), torch.float32, neurons=2, device=target.device)
+    dtype, size = opchecked(target)
+    z, neuron, mixing = mixing_inputs(2, 8, size, (3, 1, 1), dtype, neurons=2, device=target.device)
     opcheck(target, forward_op, z, neuron, mixing)
     for needs in ([True, False], *([] if target.stand_in else ([True, True],))):
         opcheck(target, backward_op, torch.randn_like(z), z, neuron, mixing, needs)

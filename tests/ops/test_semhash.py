@@ -12,7 +12,7 @@ from dsts_kernels.functional import saturating_sigmoid, semhash_gate
 from dsts_kernels.ops.semhash import backward_op, gate_op
 from dsts_kernels.testing import assert_close
 
-from ..support.checks import assert_same_bits, opcheck
+from ..support.checks import assert_same_bits, opcheck, opchecked
 from ..support.inputs import every_second
 from ..support.oracles import literal_semhash, literal_semhash_gradient, soft
 from ..support.targets import Target, dtypes, large
@@ -163,11 +163,13 @@ def test_gradient_repeats_bit_for_bit(target, in_any_order):
 
 def test_opcheck(target):
     """Schema, fakes and dispatch of both ops."""
-    logits, neuron, noise, hard = sample_inputs(target, 4, 3, 6, torch.float32)
+    dtype, _ = opchecked(target)
+    logits, neuron, noise, hard = sample_inputs(target, 4, 3, 6, dtype)
+    grad = target.randn(4, 6, dtype=dtype)
     opcheck(target, gate_op, logits, neuron, noise, hard)
     opcheck(target, gate_op, logits, None, None, None)
-    opcheck(target, backward_op, target.randn(4, 6, dtype=torch.float32), logits, neuron, noise)
-    opcheck(target, backward_op, target.randn(4, 6, dtype=torch.float32), logits, neuron, None)
+    opcheck(target, backward_op, grad, logits, neuron, noise)
+    opcheck(target, backward_op, grad, logits, neuron, None)
 
 
 def test_gradcheck_soft(backend):

@@ -11,7 +11,7 @@ from dsts_kernels.ops import tap_sums
 from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.testing import TOLERANCES, assert_close
 
-from ..support.checks import assert_same_bits, opcheck
+from ..support.checks import assert_same_bits, opcheck, opchecked
 from ..support.inputs import LAYOUTS
 from ..support.oracles import literal_tap_sums
 from ..support.targets import dtypes, large
@@ -128,7 +128,8 @@ def test_threads_do_not_change_bits():
 
 def test_opcheck(target):
     """Schema, fake and dispatch."""
-    opcheck(target, tap_sums_op, target.randn(2, 3, 2, 4, 5, dtype=torch.float32), 9)
+    dtype, size = opchecked(target)
+    opcheck(target, tap_sums_op, target.randn(2, 3, *size, dtype=dtype), 9)
 
 
 def test_bad_input():

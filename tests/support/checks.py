@@ -79,6 +79,12 @@ def noise_like(x: Tensor, outputs: int, layout: str = "channels-first") -> Tenso
     return LAYOUTS[layout](randn(x.shape[0], outputs, *x.shape[2:], dtype=x.dtype, device=x.device))
 
 
+def opchecked(target: Target) -> tuple[torch.dtype, tuple[int, int, int]]:
+    """Dtype and size for :func:`opcheck`: half precision on a GPU, and small where one is stood in for."""
+    dtype = torch.float32 if target.device.type == "cpu" else target.half
+    return dtype, (1, 2, 3) if target.stand_in else target.size
+
+
 def opcheck(target: Target, op: object, *arguments: object) -> None:
     """Schema, fakes (strides too) and dispatch; where a GPU is stood in for, not the traced graphs, which take long."""
     tests = {"test_utils": ("test_schema", "test_faketensor")} if target.stand_in else {}

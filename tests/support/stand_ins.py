@@ -14,18 +14,11 @@ from torch import Tensor
 
 from dsts_kernels import FusedDSTS, reference
 from dsts_kernels.backends import BACKENDS, GpuBackend
-from dsts_kernels.backends.triton import unusable
 
 from . import checks, modules
 from .emulation import EmulatedBackend
 from .inputs import SIZE
-from .targets import DTYPES, INTERPRETED
-
-
-def require_triton() -> None:
-    """Skips where there is no triton that serves: an old torch names an old one."""
-    if (reason := unusable()) is not None:
-        pytest.skip(reason, allow_module_level=True)
+from .targets import DTYPES, INTERPRETED, require_triton
 
 
 def triton_backend() -> GpuBackend:

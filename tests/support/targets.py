@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dsts_kernels.backends import BACKENDS, GpuBackend
+from dsts_kernels.backends.triton import unusable
 
 from .emulation import ARCHS, EmulatedBackend
 from .inputs import SIZE, TILES, randn
@@ -77,6 +78,12 @@ class Target:
         if not self.stand_in:
             return []
         return [pytest.mark.filterwarnings("ignore:invalid value"), *([] if INTERPRETED else [pytest.mark.emulated])]
+
+
+def require_triton() -> None:
+    """Skips where there is no triton that serves: an old torch names an old one."""
+    if (reason := unusable()) is not None:
+        pytest.skip(reason, allow_module_level=True)
 
 
 def half() -> torch.dtype:

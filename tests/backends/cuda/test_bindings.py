@@ -10,11 +10,11 @@ import torch
 
 from dsts_kernels.backends.cuda import kernels
 
-from ..conftest import TRITON
-from ..gpu.support import BACKEND, emulated
+from ...support.stand_ins import BACKEND, emulated
+from ...support.targets import INTERPRETED
 from .test_installed import functions
 
-if TRITON:
+if INTERPRETED:
     pytest.skip("these kernels are emulated, not interpreted: unset TRITON_INTERPRET", allow_module_level=True)
 pytestmark = emulated
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.emulator import build
 
-from ..conftest import TRITON
+from ...support.targets import INTERPRETED
 
 SUITE = ["tests/backends/gpu", "tests/backends/cuda/test_tiles.py"]
 # Every kernel and every branch of it, once.
@@ -44,7 +44,7 @@ SITES = [
 
 pytestmark = [
     pytest.mark.emulated,
-    pytest.mark.skipif(TRITON or build.unavailable() is not None, reason=str(build.unavailable())),
+    pytest.mark.skipif(INTERPRETED or build.unavailable() is not None, reason=str(build.unavailable())),
 ]
 
 
