@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+from dsts_kernels import FusedDSTS, reference
+
 from ..support import inputs, modules
 from ..support.targets import CUDA as DEVICE
 from ..support.targets import DTYPES, GPU_BACKENDS, HALF, on_gpu
@@ -14,8 +16,12 @@ from ..support.targets import DTYPES, GPU_BACKENDS, HALF, on_gpu
 __all__ = ["DEVICE", "DTYPES", "GPU_BACKENDS", "HALF", "gated_inputs", "needs_memory", "pair", "randn", "why_not"]
 
 gated_inputs = functools.partial(inputs.gated_inputs, device=DEVICE)
-pair = functools.partial(modules.pair, device=DEVICE)
 randn = functools.partial(inputs.randn, device=DEVICE)
+
+
+def pair(backend: str | None, channels: int, dtype: torch.dtype, **options) -> tuple[reference.DSTS, FusedDSTS]:
+    """:func:`.modules.pair` on the GPU."""
+    return modules.pair(channels, dtype, backend, DEVICE, **dict(num_neurons=4, score_reduction="mean") | options)
 
 
 def why_not(backend: str, dtype: torch.dtype) -> str | None:

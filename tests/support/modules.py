@@ -13,7 +13,7 @@ from dsts_kernels import Draws, FusedDSTS, Routing, reference
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
-from .inputs import Device
+from .inputs import Device, drawn_in
 from .oracles import products
 
 POSITIONS = 100  # of a small sample, roughly
@@ -37,10 +37,14 @@ def enliven(module: nn.Module) -> None:
 
 
 def pair(
-    backend: str | None, channels: int, dtype: torch.dtype, device: Device = "cpu", **options
+    channels: int = 12,
+    dtype: torch.dtype = torch.float64,
+    backend: str | None = None,
+    device: Device = "cpu",
+    **options,
 ) -> tuple[reference.DSTS, FusedDSTS]:
     """A reference in float64 and a module in ``dtype`` with the same, rounded weights; ``None`` lets it choose."""
-    options = dict(num_neurons=4, score_reduction="mean") | options
+    options = dict(num_neurons=3) | options
     ref = reference.DSTS(channels, dtype=torch.float64, device=device, **options)
     fused = FusedDSTS(channels, dtype=dtype, device=device, backend=backend, **options)
     enliven(ref)
@@ -61,10 +65,19 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(before[name])
 
 
-def draws_for(ref: reference.DSTS, x: Tensor, dtype: torch.dtype, hard_fraction: float = 0.5, **options) -> Draws:
+def draws_for(
+    ref: reference.DSTS, x: Tensor, dtype: torch.dtype, hard_fraction: float = 0.5, noise_std: float = 1.0
+) -> Draws:
     """Draws that any dtype holds exactly and that leave no scores of the reference nearly tied."""
-    neurons, layers = ref.layers[0].gate.shape[0], len(ref.layers)
-    draws = sample_draws(*x.shape[:2], neurons, layers, hard_fraction=hard_fraction, device=x.device, **options)
+    draws = sample_draws(
+        *x.shape[:2],
+        ref.layers[0].gate.shape[0],
+        len(ref.layers),
+        noise_std=noise_std,
+        hard_fraction=hard_fraction,
+        dtype=drawn_in(dtype),
+        device=x.device,
+    )
     draws = draws._replace(noise=draws.noise.to(dtype).to(draws.noise.dtype))
 
     def routing(draws: Draws) -> Routing:

@@ -44,7 +44,7 @@ def check_gated(
 
 def pair(channels: int, dtype: torch.dtype = torch.float32, **options) -> tuple[reference.DSTS, FusedDSTS]:
     """:func:`.modules.pair` on this backend, of few layers and neurons."""
-    return modules.pair(BACKEND.name, channels, dtype, **dict(num_neurons=3, num_layers=2) | options)
+    return modules.pair(channels, dtype, BACKEND.name, **dict(num_layers=2, score_reduction="mean") | options)
 
 
 def everything(x: Tensor, inputs: list[Tensor], fast: torch.nn.Module) -> list[Tensor]:
