@@ -69,6 +69,14 @@ def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(request.config.getoption("--seed"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_goes_back() -> Iterator[None]:
+    """Files that run in processes of their own share one GPU."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poison():
     """Uninitialised memory is NaN."""

@@ -124,7 +124,7 @@ NEEDS = [
 @pytest.mark.parametrize("needs", NEEDS)
 def test_only_what_is_needed(target, needs, gate, dtype):
     """Each side alone: a data gradient without gates runs by lists; what nobody needs is not returned."""
-    inputs = gated_inputs(2, 40, 12, target.size, dtype, gate, device=target.device)
+    inputs = gated_inputs(2, 40, target.outputs, target.size, dtype, gate, device=target.device)
     wanted = [side in needs.split() for side in SIDES]
     check(GATED, inputs, wanted, forward=False, backend=target.backend)
     if any(wanted) and not target.stand_in:
@@ -140,7 +140,7 @@ def test_groups(target, neuron, neurons):
 
 def test_unrouted_neurons_get_zero(target):
     """Stacked weights: a neuron nobody chose has a gradient, and it is exactly zero."""
-    inputs = gated_inputs(4, 12, 9, target.size, target.dtype, "mixed", [2, 0, 2, 2], device=target.device)
+    inputs = gated_inputs(4, 40, target.outputs, target.size, target.dtype, neuron=[2, 0, 2, 2], device=target.device)
     for gradient in check(GATED, inputs, [False, False, True, True], backend=target.backend)[1:]:
         assert gradient[1].count_nonzero() == 0 and gradient[2].count_nonzero() > 0
 
@@ -193,8 +193,8 @@ def test_autocast(target):
 @pytest.mark.parametrize("gate", ["hard", "mixed"])
 def test_samples_stay_apart(target, gate, neuron, dtype):
     """NaN and Inf in one sample, its gate or its gradient reach no other."""
-    inputs = gated_inputs(3, 40, 12, target.size, dtype, gate, neuron, device=target.device)
-    grad, needs = noise_like(inputs[0], 12), [True, True, False, False]
+    inputs = gated_inputs(3, 40, target.outputs, target.size, dtype, gate, neuron, device=target.device)
+    grad, needs = noise_like(inputs[0], target.outputs), [True, True, False, False]
 
     def run() -> list[torch.Tensor]:
         return [

@@ -63,6 +63,11 @@ class Target:
         """Frames, rows and columns of several tiles where kernels are small, ragged on every side."""
         return TILES if self.stand_in else (3, 6, 5)
 
+    @property
+    def outputs(self) -> int:
+        """Channels of an output: whole 16 bytes of any dtype on a GPU, fewer where one is stood in for."""
+        return 12 if self.stand_in else 40
+
     def randn(self, *size: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
         """Normal noise where this target computes."""
         return randn(*size, dtype=dtype or self.dtype, device=self.device, scale=scale)
