@@ -13,7 +13,7 @@ from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.packing import PACKINGS
 from dsts_kernels.testing import assert_close
 
-from .test_modules import pair
+from .support.modules import pair
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -15,7 +15,7 @@ from dsts_kernels.backends.packing import channel_lists
 from dsts_kernels.learning import RoutingMonitor
 from dsts_kernels.testing import assert_close
 
-from .test_modules import pair
+from .support.modules import pair
 
 pytestmark = pytest.mark.usefixtures("poison")
 

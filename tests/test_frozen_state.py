@@ -18,8 +18,8 @@ from dsts_kernels.backends.packing import PACKINGS
 from dsts_kernels.frozen_state import EXTRA
 from dsts_kernels.testing import assert_close
 
+from .support.modules import pair
 from .test_frozen_source import one_process
-from .test_modules import pair
 
 pytestmark = pytest.mark.usefixtures("poison")
 

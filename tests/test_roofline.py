@@ -34,7 +34,7 @@ from dsts_kernels.roofline import (
 from dsts_kernels.roofline.launches import conv_grid, gather, route_and_gather
 from dsts_kernels.roofline.tables import run_on
 
-from .conftest import require_triton
+from .support.targets import require_triton
 
 TPN, SWIN = (Case(*SHAPES[name]) for name in ("tpn", "swin"))
 CASES = {

@@ -122,7 +122,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
     one_thread = {"OMP_NUM_THREADS": "2"} if workers(cores // 2) else {}
     return [
         Step("build", "pip install -e .", [*pip, "-e", "."], 10, 300),
-        Step("tests", "pytest -m gpu tests/gpu", [*pytest, "-m", "gpu", "tests/gpu", *workers(gpu_workers)], 60, 300),
+        Step("tests", "pytest -m gpu tests", [*pytest, "-m", "gpu", "tests", *workers(gpu_workers)], 60, 300),
         *sanitize_steps(),
         Step(
             "bench",

@@ -67,8 +67,8 @@ GRIDS = {"tpn": (2, 3, 3), "swin": (3, 2, 2)}
 @pytest.fixture(params=[700, 800], ids=["sm_70", "sm_80"])
 def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CUDA backend on CPU tensors, as on either architecture."""
-    from tests.backends.gpu.emulation import EmulatedBackend
     from tests.emulator import build
+    from tests.support.emulation import EmulatedBackend
 
     if (reason := build.unavailable()) is not None:
         pytest.skip(reason)

@@ -1,13 +1,11 @@
-"""Every test of the GPU suite: backends in turn, float32 means float32, and memory goes back when a file is done."""
+"""Every test of the GPU suite: backends in turn, and float32 means float32."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from benchmarks.gpu.workload import exact_float32
-
-from .support import GPU_BACKENDS, HALF, why_not
+from ..support.targets import GPU_BACKENDS, HALF, exact_float32
+from .support import why_not
 
 
 @pytest.fixture(params=GPU_BACKENDS)
@@ -24,11 +22,3 @@ def float32_is_exact():
     """No TF32 unless a test asks for it."""
     with exact_float32():
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory_goes_back():
-    """Files run in processes of their own share one GPU."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -7,9 +7,9 @@ import torch
 
 from dsts_kernels.backends.cuda import native_targets, runs_on
 
-from .support import HALF, gpu_only, why_not
+from .support import HALF, why_not
 
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 
 def test_triton_can_run_on_ampere_and_later():

@@ -10,26 +10,19 @@ from dsts_kernels.backends import BACKENDS, OPS, choose, explain, use_backend
 from dsts_kernels.backends.gpu.measured import winner
 from dsts_kernels.testing import assert_close
 
-from .support import (
-    DEVICE,
-    DTYPES,
-    GPU_BACKENDS,
-    HALF,
+from ..support.modules import (
     assert_same_gradients,
     assert_same_routing,
     draws_for,
     features_for,
-    gpu_only,
-    pair,
-    randn,
     reference_output,
     reference_step,
     training_step,
-    why_not,
     wide_draws,
 )
+from .support import DEVICE, DTYPES, GPU_BACKENDS, HALF, pair, randn, why_not
 
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 SIZE = (4, 40, 3, 6, 5)
 TRAINING_OPS = (

@@ -9,17 +9,12 @@ from dsts_kernels import functional
 from dsts_kernels.backends import use_backend
 from dsts_kernels.ops import mixing_conv3d, tap_sums
 from dsts_kernels.ops.frozen_layer import frozen_layer_op
-from dsts_kernels.ops.gated_conv import backward_op, forward_op
-from dsts_kernels.ops.mixing_conv import backward_op as mixing_backward_op
-from dsts_kernels.ops.mixing_conv import forward_op as mixing_op
-from dsts_kernels.ops.semhash import backward_op as gate_backward_op
-from dsts_kernels.ops.semhash import gate_op
-from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.testing import assert_close
 
-from .support import DEVICE, HALF, draws_for, gated_inputs, gpu_only, pair, randn, training_step, why_not
+from ..support.modules import draws_for, training_step
+from .support import DEVICE, HALF, gated_inputs, pair, randn, why_not
 
-pytestmark = [*gpu_only, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
 SIZE = (3, 24, 3, 6, 5)
 
@@ -49,7 +44,7 @@ OPS = {
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_op_is_one_graph(gpu_backend, op):
     """Values and gradients of the compiled op are those of the op, with no graph break."""
-    x, gate, neuron, spatial, temporal = gated_inputs(SIZE, 24, torch.float32)
+    x, gate, neuron, spatial, temporal = gated_inputs(3, 24, 24, SIZE[2:], torch.float32)
     w = dict(spatial=spatial, temporal=temporal, mixing=randn(3, 24, 24, 1, 3, 3), scoring=randn(2, 4, 24, 1, 3, 3))
     w |= dict(noise=torch.zeros(3, 24, device=DEVICE), hard=torch.tensor([True, False, True], device=DEVICE))
     leaves = [x.requires_grad_(), gate.requires_grad_()]
@@ -84,25 +79,6 @@ def test_frozen_compiles(gpu_backend, options):
     fast = pair(gpu_backend, SIZE[1], HALF, **options)[1].eval().freeze()
     x = randn(*SIZE, dtype=HALF)
     assert_close(torch.compile(fast, fullgraph=True, backend=compiler(not options))(x), fast(x))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_opcheck(gpu_backend, dtype):
-    """Schema, fakes (strides too) and dispatch of every op."""
-    inputs = gated_inputs(SIZE, 24, dtype)
-    x, gate, neuron = inputs[:3]
-    grad, every = torch.randn_like(x), [True, True, True, True]
-    check = torch.library.opcheck
-    check(forward_op.overload, (*inputs, gpu_backend))
-    check(backward_op.overload, (grad, *inputs, every, gpu_backend))
-    check(backward_op.overload, (grad, *inputs, [True, False, False, True], gpu_backend))
-    mixing = randn(3, 24, 24, 3, 1, 1, dtype=dtype, scale=0.1)
-    check(mixing_op.overload, (x, neuron, mixing, gpu_backend))
-    check(mixing_backward_op.overload, (grad, x, neuron, mixing, [True, True], gpu_backend))
-    logits, hard = randn(3, 24, dtype=dtype), torch.tensor([True, False, True], device=DEVICE)
-    check(gate_op.overload, (logits, neuron, gate, hard, gpu_backend))
-    check(gate_backward_op.overload, (gate, logits, neuron, gate, gpu_backend))
-    check(tap_sums_op.overload, (x, 9, gpu_backend))
 
 
 @pytest.mark.parametrize("options", [{}, {"mixing_kernel": (1, 3, 3)}], ids=["default", "mixing-1x3x3"])

@@ -9,22 +9,11 @@ from dsts_kernels.functional import gated_conv3d, semhash_gate
 from dsts_kernels.ops import mixing_conv3d, tap_sums
 from dsts_kernels.testing import assert_close
 
-from .support import (
-    DEVICE,
-    HALF,
-    features_for,
-    gated_conv,
-    gated_inputs,
-    gpu_only,
-    mixing_conv,
-    needs_memory,
-    pair,
-    randn,
-    reference_output,
-    widened,
-)
+from ..support.modules import features_for, reference_output
+from ..support.oracles import literal_gated, literal_mixing, soft, wide
+from .support import DEVICE, HALF, gated_inputs, needs_memory, pair, randn
 
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 LIMIT = 2**31
 CHANNELS, GRID = 64, (8, 64, 64)
@@ -63,7 +52,7 @@ def test_tap_sums(gpu_backend, taps):
 def test_gated_conv3d(gpu_backend, last):
     """Forward, data gradient and gate gradient at both ends of a batch, in either memory format."""
     needs_memory(36)
-    x, gate, neuron, spatial, temporal = gated_inputs((BATCH, CHANNELS, 1, 1, 1), CHANNELS, HALF)
+    x, gate, neuron, spatial, temporal = gated_inputs(BATCH, CHANNELS, CHANNELS, (1, 1, 1), HALF)
     x = fill((BATCH, CHANNELS, *GRID))
     x = x if last else x.contiguous()
     x.requires_grad_()
@@ -71,12 +60,12 @@ def test_gated_conv3d(gpu_backend, last):
     out = gated_conv3d(x, gate, neuron, spatial, temporal, backend=gpu_backend)
     grad = out.detach()  # any features do
     dx, dgate = torch.autograd.grad(out, (x, gate), grad)
-    wide = widened([x[WATCHED], gate[WATCHED], neuron[WATCHED], spatial, temporal])
-    wide[0].requires_grad_()
-    wide[1].requires_grad_()
-    ref = gated_conv(*wide)
+    doubles = wide([x[WATCHED], gate[WATCHED], neuron[WATCHED], spatial, temporal])
+    doubles[0].requires_grad_()
+    doubles[1].requires_grad_()
+    ref = literal_gated(*doubles)
     assert_close(out[WATCHED], ref, name="output")
-    wanted = torch.autograd.grad(ref, wide[:2], grad[WATCHED].double())
+    wanted = torch.autograd.grad(ref, doubles[:2], grad[WATCHED].double())
     assert_close(dx[WATCHED], wanted[0], name="gradient of x", factor=2)
     assert_close(dgate[WATCHED], wanted[1], name="gradient of gate", factor=2)
 
@@ -84,18 +73,18 @@ def test_gated_conv3d(gpu_backend, last):
 def test_weight_gradient(gpu_backend):
     """Features beyond the limit, summed into the operators of a neuron that only the last samples chose."""
     needs_memory(24)
-    _, gate, _, spatial, temporal = gated_inputs((1, CHANNELS, 1, 1, 1), 16, HALF, "hard", neurons=2)
+    _, gate, _, spatial, temporal = gated_inputs(1, CHANNELS, 16, (1, 1, 1), HALF, "hard", neurons=2)
     neuron = torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
     neuron[-2:] = 1  # these two lie beyond the limit
     x, gate = fill((BATCH, CHANNELS, *GRID)), gate.expand(BATCH, -1).contiguous()
     out = gated_conv3d(x, gate, neuron, spatial.requires_grad_(), temporal.requires_grad_(), backend=gpu_backend)
     grad = torch.randn_like(out)
     mine = torch.autograd.grad(out, (spatial, temporal), grad)
-    wide = [
+    doubles = [
         t.requires_grad_() if i > 2 else t
-        for i, t in enumerate(widened([x[-2:], gate[-2:], neuron[-2:], spatial, temporal]))
+        for i, t in enumerate(wide([x[-2:], gate[-2:], neuron[-2:], spatial, temporal]))
     ]
-    theirs = torch.autograd.grad(gated_conv(*wide), wide[3:], grad[-2:].double())
+    theirs = torch.autograd.grad(literal_gated(*doubles), doubles[3:], grad[-2:].double())
     for g, h in zip(mine, theirs, strict=True):
         assert_close(g[1], h[1], dtype=HALF, factor=2)
         assert torch.isfinite(g[0]).all() and g[0].count_nonzero() > 0
@@ -109,10 +98,10 @@ def test_mixing_conv3d(gpu_backend):
     mixing = randn(3, CHANNELS, CHANNELS, 1, 1, 1, dtype=HALF, scale=CHANNELS**-0.5)
     out = mixing_conv3d(z, neuron, mixing, backend=gpu_backend)
     (dz,) = torch.autograd.grad(out, z, out.detach())
-    wide = z[WATCHED].detach().double().requires_grad_()
-    ref = mixing_conv(wide, neuron[WATCHED], mixing.double())
+    doubles = z[WATCHED].detach().double().requires_grad_()
+    ref = literal_mixing(doubles, neuron[WATCHED], mixing.double())
     assert_close(out[WATCHED], ref)
-    assert_close(dz[WATCHED], torch.autograd.grad(ref, wide, out[WATCHED].detach().double())[0], factor=2)
+    assert_close(dz[WATCHED], torch.autograd.grad(ref, doubles, out[WATCHED].detach().double())[0], factor=2)
 
 
 def test_stacked_weights(gpu_backend):
@@ -120,7 +109,7 @@ def test_stacked_weights(gpu_backend):
     needs_memory(32)
     channels, neurons = 4096, 16
     assert neurons * channels * channels * 9 > LIMIT
-    x, gate, _, spatial, temporal = gated_inputs((2, channels, 1, 4, 4), channels, HALF, "hard", neurons=1)
+    x, gate, _, spatial, temporal = gated_inputs(2, channels, channels, (1, 4, 4), HALF, "hard", neurons=1)
     stacks = []
     for weight in (spatial, temporal):
         stack = torch.full((neurons, *weight.shape[1:]), float("nan"), dtype=HALF, device=DEVICE)
@@ -128,11 +117,11 @@ def test_stacked_weights(gpu_backend):
         stacks.append(stack.requires_grad_())
     neuron = torch.full((2,), neurons - 1, device=DEVICE)
     out = gated_conv3d(x, gate, neuron, *stacks, backend=gpu_backend)
-    wide = [t.requires_grad_() if i > 2 else t for i, t in enumerate(widened([x, gate, neuron * 0, spatial, temporal]))]
-    ref = gated_conv(*wide)
+    doubles = [t.requires_grad_() if i > 2 else t for i, t in enumerate(wide([x, gate, neuron * 0, spatial, temporal]))]
+    ref = literal_gated(*doubles)
     assert_close(out, ref)
     grad = torch.randn_like(out)
-    mine, theirs = torch.autograd.grad(out, stacks, grad), torch.autograd.grad(ref, wide[3:], grad.double())
+    mine, theirs = torch.autograd.grad(out, stacks, grad), torch.autograd.grad(ref, doubles[3:], grad.double())
     for g, h in zip(mine, theirs, strict=True):
         assert_close(g[-1], h[0], dtype=HALF, factor=2)
         assert g[0].count_nonzero() == 0 and g[-2].count_nonzero() == 0
@@ -159,4 +148,4 @@ def test_semhash_gate(gpu_backend):
     hard = torch.zeros(b, dtype=torch.bool, device=DEVICE)
     gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=gpu_backend)
     q = logits[neuron[-2:]].double() + noise[-2:].double()
-    assert_close(gate[-2:], (1.2 * torch.sigmoid(q) - 0.1).clamp(0, 1))
+    assert_close(gate[-2:], soft(q))

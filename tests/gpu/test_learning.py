@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from dsts_kernels.learning import RoutingMonitor, UpstreamDownstream
 from tests.learning.support import Net, batch, everything, learner, same, sgd
 
-from .support import gpu_only
-
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 
 def to_gpu(pair: tuple) -> tuple:

@@ -12,25 +12,21 @@ from benchmarks.shapes import NAMED_SHAPES
 from dsts_kernels import FusedDSTS, reference
 from dsts_kernels.testing import assert_close
 
-from .support import (
-    DEVICE,
-    HALF,
+from ..support.modules import (
     RELU_GRADIENTS,
     assert_same_gradients,
     assert_same_routing,
     draws_for,
     enliven,
     features_for,
-    gpu_only,
     kept_statistics,
-    needs_memory,
-    randn,
     reference_output,
     reference_step,
     training_step,
 )
+from .support import DEVICE, HALF, needs_memory, randn
 
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 CHANNELS, NEURONS = 1024, 10
 OPTIONS = dict(num_neurons=NEURONS, score_reduction="mean")

@@ -11,11 +11,14 @@ import torch
 
 from benchmarks.gpu.timing import captured, device_events
 from dsts_kernels import FusedDSTS
-from dsts_kernels.testing import assert_close
+from dsts_kernels.functional import gated_conv3d
+from dsts_kernels.testing import assert_close, relative_error
 
-from .support import DEVICE, HALF, draws_for, enliven, gpu_only, pair, randn, training_step
+from ..support.modules import draws_for, enliven, training_step
+from ..support.oracles import literal_gated, wide
+from .support import DEVICE, HALF, gated_inputs, pair, randn
 
-pytestmark = gpu_only
+pytestmark = pytest.mark.gpu
 
 CHANNELS, SIZE = 256, (4, 256, 8, 7, 7)
 LAST = torch.channels_last_3d
@@ -174,3 +177,17 @@ def test_other_device(gpu_backend):
     for name in here[2]:
         assert_close(there[2][name].to("cuda:0"), here[2][name], factor=5)
     assert_close(other.eval().freeze()(moved[0]).to("cuda:0"), frozen)
+
+
+def test_float32_precision_setting(gpu_backend):
+    """``torch.set_float32_matmul_precision("high")`` allows TF32 where a GPU has it: about 1e-3, then float32 again."""
+    inputs = gated_inputs(2, 256, 128, (4, 16, 16))
+    ref = literal_gated(*wide(inputs))
+    exact = relative_error(gated_conv3d(*inputs, backend=gpu_backend), ref)
+    torch.set_float32_matmul_precision("high")
+    loose = relative_error(gated_conv3d(*inputs, backend=gpu_backend), ref)
+    torch.set_float32_matmul_precision("highest")
+    again = relative_error(gated_conv3d(*inputs, backend=gpu_backend), ref)
+    assert exact == again < 1e-5
+    has_tf32 = torch.cuda.get_device_capability() >= (8, 0)
+    assert 1e-5 < loose < 3e-3 if has_tf32 else loose == exact

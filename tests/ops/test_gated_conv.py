@@ -1,134 +1,279 @@
-"""Gated convolution against dense masked convolutions, forward and backward, over every shape of gate."""
+"""Gated convolution against dense masked convolutions in float64, forward and every gradient, on every target."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from dsts_kernels.backends import convolution, groups
 from dsts_kernels.functional import gated_conv3d
+from dsts_kernels.ops import mixing_conv3d
 from dsts_kernels.ops.gated_conv import backward_op, forward_op
-from dsts_kernels.testing import TOLERANCES, assert_close
+from dsts_kernels.testing import assert_close
+
+from ..support.checks import GATED, assert_same_bits, check, noise_like, opcheck, opchecked
+from ..support.inputs import GATES, LAYOUTS, NEURONS, every_second, gated_inputs, mixing_inputs, randn
+from ..support.oracles import literal_gated, literal_gradients, literal_mixing, wide
+from ..support.targets import dtypes, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-
-def hard_gate(b: int, c: int) -> torch.Tensor:
-    return (torch.rand(b, c) < 0.5).double()
-
-
-def mixed_gate(b: int, c: int) -> torch.Tensor:
-    """Half the samples hard, the others soft with saturated channels."""
-    soft = (torch.rand(b, c, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
-    return torch.where(torch.arange(b)[:, None] % 2 == 0, hard_gate(b, c), soft)
-
-
-GATES = {
-    "mixed": mixed_gate,
-    "hard": hard_gate,
-    "all-spatial": lambda b, c: torch.ones(b, c, dtype=torch.float64),
-    "all-temporal": lambda b, c: torch.zeros(b, c, dtype=torch.float64),
-    "all-half": lambda b, c: torch.full((b, c), 0.5, dtype=torch.float64),
-}
-NEURONS = {
-    "any": lambda b, n: torch.randint(n, (b,)),
-    "one": lambda b, n: torch.full((b,), n - 1),
-}
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
-    "strided": lambda x: x.repeat(1, 2, 1, 1, 2)[:, ::2, :, :, ::2],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
-SIZES = [
-    pytest.param((4, 12, 3, 5, 4), 9, id="ragged"),
-    pytest.param((2, 48, 8, 7, 7), 32, id="swin-plane"),
-    pytest.param((3, 17, 1, 1, 1), 5, id="one-position"),
-    pytest.param((2, 8, 4, 1, 6), 8, id="one-row"),
-    pytest.param((5, 1, 2, 3, 1), 1, id="one-channel"),
-    pytest.param((0, 6, 2, 3, 3), 4, id="empty-batch"),
+HOST_SIZES = [
+    pytest.param(4, 12, 9, (3, 5, 4), id="ragged"),
+    pytest.param(2, 48, 32, (8, 7, 7), id="swin-plane"),
+    pytest.param(3, 17, 5, (1, 1, 1), id="one-position"),
+    pytest.param(2, 8, 8, (4, 1, 6), id="one-row"),
+    pytest.param(5, 1, 1, (2, 3, 1), id="one-channel"),
+    pytest.param(0, 6, 4, (2, 3, 3), id="empty-batch"),
 ]
 
 
-def sample_inputs(size=(4, 12, 3, 5, 4), outputs=9, gate="mixed", neurons="any", dtype=torch.float64):
-    b, c = size[:2]
-    return (
-        torch.randn(size, dtype=torch.float64).to(dtype),
-        GATES[gate](b, c).to(dtype),
-        NEURONS[neurons](b, 3),
-        (torch.randn(3, outputs, c, 1, 3, 3, dtype=torch.float64) / c**0.5).to(dtype),
-        (torch.randn(3, outputs, c, 3, 1, 1, dtype=torch.float64) / c**0.5).to(dtype),
-    )
-
-
-def literal(x, gate, neuron, spatial, temporal):
-    """One sample at a time, all channels under a mask."""
-    rows = []
-    for b, n in enumerate(neuron.tolist()):
-        g = gate[b, :, None, None, None]
-        s = F.conv3d((g * x[b])[None], spatial[n], padding=(0, 1, 1))
-        rows.append(s + F.conv3d(((1 - g) * x[b])[None], temporal[n], padding=(1, 0, 0)))
-    return torch.cat(rows) if rows else x.new_empty(0, spatial.shape[1], *x.shape[2:])
-
-
-def check(inputs, backend: str, dtype: torch.dtype) -> None:
-    """Output and all four gradients against the literal ones in float64."""
-    wide = [t.double() if t.is_floating_point() else t for t in inputs]
-    for tensors in (inputs, wide):
-        for index in (0, 1, 3, 4):
-            tensors[index].requires_grad_()
-    out, ref = gated_conv3d(*inputs, backend=backend), literal(*wide)
-    assert out.dtype == dtype
-    assert out.is_contiguous(memory_format=torch.channels_last_3d) or out.numel() == 0
-    assert_close(out, ref, name="output")
-    grad = torch.randn(ref.shape, dtype=torch.float64).to(dtype)
-    names = ("x", "gate", "spatial", "temporal")
-    mine = torch.autograd.grad(out, [inputs[i] for i in (0, 1, 3, 4)], grad)
-    if not out.numel():
-        assert all(g.count_nonzero() == 0 for g in mine)
-        return
-    theirs = torch.autograd.grad(ref, [wide[i] for i in (0, 1, 3, 4)], grad.double())
-    for name, g, h in zip(names, mine, theirs, strict=True):
-        assert_close(g, h, dtype=dtype, name=f"gradient of {name}", factor=2)
-
-
-@pytest.mark.parametrize("neurons", NEURONS)
+@pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("size, outputs", SIZES)
-def test_values_and_gradients(backend, size, outputs, gate, neurons):
-    """All gates and groupings, ragged channels, planes of one row, an empty batch."""
-    check(list(sample_inputs(size, outputs, gate, neurons)), backend, torch.float64)
+@pytest.mark.parametrize("batch, channels, outputs, size", HOST_SIZES)
+def test_every_gate_in_every_size(backend, batch, channels, outputs, size, gate, neuron):
+    """All gates and groupings, ragged channels, planes of one row, an empty batch, in float64."""
+    check(GATED, gated_inputs(batch, channels, outputs, size, torch.float64, gate, neuron), backend=backend)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_dtypes(backend, dtype):
-    """Every dtype within its tolerance of float64."""
-    check(list(sample_inputs((3, 40, 4, 6, 5), 24, dtype=dtype)), backend, dtype)
+@dtypes
+@pytest.mark.parametrize("neuron", [(2, 0, 2), pytest.param("one", marks=large)], ids=["two", "one"])
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(target, gate, neuron, dtype):
+    """Every kind of gate over two K blocks; three neurons, one of them unrouted, or all on one."""
+    channels = 72 if dtype.itemsize == 2 else 40
+    inputs = gated_inputs(3, channels, 24, target.tiles, dtype, gate, neuron, device=target.device)
+    check(GATED, inputs, backend=target.backend)
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "channels, outputs", [(1, 1), (5, 9), (33, 40), (40, 33), pytest.param(20, 33, marks=large)], ids=str
+)
+def test_ragged_channels(target, channels, outputs, dtype):
+    """Channels that fill no block, and that tensor descriptors cannot describe; outputs that are not channels."""
+    inputs = gated_inputs(2, channels, outputs, target.size, dtype, device=target.device)
+    check(GATED, inputs, backend=target.backend)
+
+
+FLAT = {"one-frame": (1, 5, 4), "one-row": (3, 1, 4), "one-column": (3, 5, 1), "one-position": (1, 1, 1)}
+
+
+@pytest.mark.parametrize("size", FLAT.values(), ids=FLAT)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=str)
+def test_sizes_of_one(target, size, dtype):
+    """A single frame, row, column or position."""
+    check(GATED, gated_inputs(2, 12, 20, size, dtype, device=target.device), backend=target.backend)
+
+
+SIZES = [
+    pytest.param(1, 33, 20, (3, 6, 5), id="batch-1"),
+    pytest.param(8, 64, 64, (8, 7, 7), id="batch-8-swin-plane"),
+    pytest.param(2, 100, 100, (4, 16, 16), id="tpn-plane"),
+    pytest.param(32, 16, 24, (3, 6, 5), id="batch-32"),
+    pytest.param(2, 300, 280, (3, 9, 11), id="many-blocks"),
+]
+
+
+@large
+@pytest.mark.parametrize("batch, channels, outputs, size", SIZES)
+def test_sizes(target, batch, channels, outputs, size):
+    """Batches of 1, 8 and 32, both planes of the paper, channels that no tile divides."""
+    inputs = gated_inputs(batch, channels, outputs, size, target.half, device=target.device)
+    check(GATED, inputs, backend=target.backend)
+
+
+@large
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("batch, channels, outputs, size", [SIZES[1], SIZES[4]])
+def test_sizes_in_other_dtypes(target, batch, channels, outputs, size, dtype):
+    """The largest of them."""
+    inputs = gated_inputs(batch, channels, outputs, size, dtype, device=target.device)
+    check(GATED, inputs, backend=target.backend)
+
+
+@pytest.mark.parametrize(
+    "grad_layout", ["channels-first", *(pytest.param(name, marks=large) for name in ("channels-last", "expanded"))]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    """Any stride order of the features, in and out of the backward pass."""
-    inputs = list(sample_inputs())
-    inputs[0] = LAYOUTS[layout](inputs[0]).detach()
-    check(inputs, backend, torch.float64)
+def test_layouts(target, layout, grad_layout):
+    """Any stride order of the features and of the gradient that comes back; theirs is laid out like them."""
+    inputs = gated_inputs(2, 12, 9, target.size, target.dtype, device=target.device)
+    inputs[0] = LAYOUTS[layout](inputs[0])
+    grad = noise_like(inputs[0], 9, grad_layout)
+    check(GATED, inputs, backend=target.backend, grad=grad)
+    dx, *_ = backward_op(grad, *inputs, [True, False, False, False], target.backend)
+    assert dx.stride() == torch.empty_like(inputs[0]).stride()
 
 
-def test_strided_weights_and_gradient(backend):
-    """Weights that are slices of larger ones, and a gradient that is an expanded scalar."""
-    x, gate, neuron, spatial, temporal = sample_inputs()
-    spatial = torch.randn(3, 9, 24, 1, 3, 3, dtype=torch.float64)[:, :, ::2].requires_grad_()
-    out = gated_conv3d(x, gate, neuron, spatial, temporal, backend=backend)
-    ref = literal(x, gate, neuron, spatial, temporal)
-    assert_close(out, ref)
-    mine, theirs = (torch.autograd.grad(t.sum(), spatial)[0] for t in (out, ref))
-    assert_close(mine, theirs)
+SIDES = ("x", "gate", "spatial", "temporal")
+NEEDS = [
+    "x", "gate", "x gate", "spatial", "temporal", "spatial temporal", "x spatial temporal", "gate temporal", "nothing",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gate, dtype",
+    [
+        ("hard", torch.float32),
+        ("mixed", torch.float32),
+        pytest.param("mixed", torch.float16, marks=large),
+        pytest.param("mixed", torch.bfloat16, marks=large),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("needs", NEEDS)
+def test_only_what_is_needed(target, needs, gate, dtype):
+    """Each side alone: a data gradient without gates runs by lists; what nobody needs is not returned."""
+    inputs = gated_inputs(2, 40, target.outputs, target.size, dtype, gate, device=target.device)
+    wanted = [side in needs.split() for side in SIDES]
+    check(GATED, inputs, wanted, forward=False, backend=target.backend)
+    if any(wanted) and not target.stand_in:
+        check(GATED, inputs, wanted, backend=target.backend)
+
+
+@pytest.mark.parametrize("neuron, neurons", [([1], 2), ([0, 0, 0], 1), ([16, 3, 16, 0], 17)], ids=str)
+def test_groups(target, neuron, neurons):
+    """A batch of one, all samples on one neuron, more neurons than samples."""
+    inputs = gated_inputs(len(neuron), 12, 8, target.size, target.dtype, "mixed", neuron, neurons, target.device)
+    check(GATED, inputs, backend=target.backend)
+
+
+def test_unrouted_neurons_get_zero(target):
+    """Stacked weights: a neuron nobody chose has a gradient, and it is exactly zero."""
+    inputs = gated_inputs(4, 40, target.outputs, target.size, target.dtype, neuron=[2, 0, 2, 2], device=target.device)
+    for gradient in check(GATED, inputs, [False, False, True, True], backend=target.backend)[1:]:
+        assert gradient[1].count_nonzero() == 0 and gradient[2].count_nonzero() > 0
+
+
+def test_strided_operands(target):
+    """Neurons, weights, gates and gradients that are slices, and a gradient that is one number."""
+    inputs = gated_inputs(3, 12, 8, target.size, target.dtype, "mixed", [1, 2, 1], device=target.device)
+    for index, dim in ((1, 1), (2, 0), (3, 2), (4, 2)):
+        inputs[index] = every_second(inputs[index], dim)
+    assert not any(inputs[index].is_contiguous() for index in (1, 2, 3, 4))
+    check(GATED, inputs, backend=target.backend)
+    whole = noise_like(inputs[0], 8)
+    for grad in (every_second(whole, 1), whole.new_ones(()).expand(whole.shape)):
+        check(GATED, inputs, forward=False, backend=target.backend, grad=grad)
+
+
+@pytest.mark.parametrize("features, gates", [("float32", "float64"), ("float16", "float32"), ("float32", "float16")])
+def test_gates_in_another_dtype(target, features, gates):
+    """A gate's gradient comes in the gate's dtype."""
+    inputs = gated_inputs(2, 12, 8, target.size, getattr(torch, features), device=target.device)
+    inputs[1] = inputs[1].to(getattr(torch, gates))
+    check(GATED, inputs, backend=target.backend)
+
+
+def test_autocast(target):
+    """float32 weights and features under autocast: products in float16, gradients of weights in float32."""
+    inputs = gated_inputs(3, 12, 12, target.size, torch.float32, device=target.device)
+    inputs.append(mixing_inputs(3, 12, dtype=torch.float32, device=target.device)[2])
+    trained = [t.requires_grad_() for t in inputs if t.is_floating_point()]
+    with torch.autocast(target.device.type, torch.float16):
+        z = gated_conv3d(*inputs[:5], backend=target.backend)
+        out = mixing_conv3d(z, inputs[2], inputs[5], backend=target.backend)
+    assert z.dtype == out.dtype == torch.float16
+    grad = randn(*out.shape, dtype=torch.float16, device=target.device)
+    ours = torch.autograd.grad(out, trained, grad)
+
+    def literal(*t):
+        return literal_mixing(literal_gated(*t[:5]), t[2], t[5])
+
+    assert_close(out, literal(*wide(inputs)))
+    for g, h, t in zip(ours, literal_gradients(literal, inputs, grad), trained, strict=True):
+        assert g.dtype == t.dtype
+        assert_close(g, h, dtype=torch.float16, factor=2)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(half, marks=large) for half in (torch.float16, torch.bfloat16))], ids=str
+)
+@pytest.mark.parametrize("neuron", [(1, 1, 0), pytest.param((1, 1, 1), marks=large)], ids=["two-share", "all-share"])
+@pytest.mark.parametrize("gate", ["hard", "mixed"])
+def test_samples_stay_apart(target, gate, neuron, dtype):
+    """NaN and Inf in one sample, its gate or its gradient reach no other."""
+    inputs = gated_inputs(3, 40, target.outputs, target.size, dtype, gate, neuron, device=target.device)
+    grad, needs = noise_like(inputs[0], target.outputs), [True, True, False, False]
+
+    def run() -> list[torch.Tensor]:
+        return [
+            gated_conv3d(*inputs, backend=target.backend),
+            *backward_op(grad, *inputs, needs, target.backend)[:2],
+        ]
+
+    clean = run()
+    inputs[0][1, 2], inputs[0][1, 3], inputs[1][1, 4], grad[1, 0, 0] = torch.nan, torch.inf, torch.nan, torch.nan
+    for before, after in zip(clean, run(), strict=True):
+        # Not bit for bit: a list grows, and the work is shared otherwise.
+        assert_close(after[[0, 2]], before[[0, 2]], factor=2)
+        assert after[1].isnan().any()
+
+
+@pytest.mark.parametrize("neuron", [[1, 3, 0], [1, -1, 0], [3, 9, -7]], ids=str)
+def test_a_neuron_out_of_range(gpu_target, neuron):
+    """Its sample is NaN, all of it; the others are right, and so are the gradients of their neurons' weights."""
+    inputs = gated_inputs(3, 12, 12, gpu_target.size, torch.float32, "mixed", neuron, device=gpu_target.device)
+    known = [b for b, n in enumerate(neuron) if 0 <= n < 3]
+    strays = [b for b in range(3) if b not in known]
+    z = gated_conv3d(*inputs, backend=gpu_target.backend)
+    grad = noise_like(inputs[0], 12)
+    gradients = backward_op(grad, *inputs, [True] * 4, gpu_target.backend)
+    by_lists, *_ = backward_op(grad, *inputs, [True, False, False, False], gpu_target.backend)
+    for result in (z, *gradients[:2], by_lists):
+        assert result[strays].isnan().all() and result[known].isfinite().all()
+    if not known:
+        assert all(g.count_nonzero() == 0 for g in gradients[2:])
+        return
+    few = [t[known] if i < 3 else t for i, t in enumerate(inputs)]
+    assert_close(z[known], literal_gated(*wide(few)))
+    theirs = literal_gradients(literal_gated, few, grad[known])
+    for g, h in zip((gradients[0][known], gradients[1][known], *gradients[2:]), theirs, strict=True):
+        assert_close(g, h, factor=2)
+    assert_close(by_lists[known], theirs[0], factor=2)
+
+
+def test_an_empty_batch(target):
+    """Nothing comes out of nothing, and weights have gradients of zero."""
+    inputs = gated_inputs(0, 6, 4, target.size, target.dtype, neuron=[], device=target.device)
+    for i in GATED.trained.values():
+        inputs[i].requires_grad_()
+    out = gated_conv3d(*inputs, backend=target.backend)
+    assert out.shape == (0, 4, *target.size)
+    leaves = [inputs[i] for i in GATED.trained.values()]
+    for gradient, like in zip(torch.autograd.grad(out.sum(), leaves), leaves, strict=True):
+        assert gradient.shape == like.shape and gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(half, marks=large) for half in (torch.float16, torch.bfloat16))], ids=str
+)
+def test_repeats_bit_for_bit(target, dtype, in_any_order):
+    """The same bits again: five times on a large batch, or twice with blocks of every launch in another order."""
+    batch, channels, outputs, size = (3, 40, 12, (2, 4, 5)) if target.stand_in else (8, 96, 80, (8, 7, 7))
+    inputs = gated_inputs(batch, channels, outputs, size, dtype, device=target.device)
+    grad, runs = noise_like(inputs[0], outputs), []
+    for again in range(2 if target.device.type == "cpu" else 5):
+        if again:
+            in_any_order()
+        out = gated_conv3d(*inputs, backend=target.backend)
+        runs.append([out, *backward_op(grad, *inputs, [True] * 4, target.backend)])
+    assert_same_bits(runs)
+
+
+def test_opcheck(target):
+    """Schema, fakes and dispatch of both ops."""
+    dtype, size = opchecked(target)
+    inputs = gated_inputs(2, 8, 4, size, dtype, neurons=2, device=target.device)
+    opcheck(target, forward_op, *inputs)
+    grad = noise_like(inputs[0], 4)
+    for needs in ([True, True, False, True], *([] if target.stand_in else ([True] * 4, [True, False, False, True]))):
+        opcheck(target, backward_op, grad, *inputs, needs)
 
 
 def test_gradcheck(backend):
     """Finite differences on soft gates, which are smooth."""
-    x, _, neuron, spatial, temporal = sample_inputs((2, 3, 2, 3, 2), 2)
+    x, _, neuron, spatial, temporal = gated_inputs(2, 3, 2, (2, 3, 2), torch.float64)
     gate = torch.rand(2, 3, dtype=torch.float64) * 0.8 + 0.1
     tensors = [t.requires_grad_() for t in (x, gate, spatial, temporal)]
     assert torch.autograd.gradcheck(
@@ -136,133 +281,9 @@ def test_gradcheck(backend):
     )
 
 
-def test_unrouted_neurons_get_zero(backend):
-    """Stacked weights: a neuron nobody chose has a gradient, and it is exactly zero."""
-    x, gate, _, spatial, temporal = sample_inputs()
-    spatial.requires_grad_()
-    temporal.requires_grad_()
-    gated_conv3d(x, gate, torch.tensor([2, 0, 2, 2]), spatial, temporal, backend=backend).sum().backward()
-    assert spatial.grad[1].count_nonzero() == 0 and temporal.grad[1].count_nonzero() == 0
-    assert spatial.grad[2].count_nonzero() > 0
-
-
-@pytest.mark.parametrize("neurons", NEURONS)
-def test_samples_stay_apart(backend, neurons):
-    """NaN and Inf in one sample, or in its gradient, never reach another sample's result."""
-    inputs = list(sample_inputs(neurons=neurons, dtype=torch.float32))
-    inputs[0][1, 2] = float("nan")
-    inputs[0][1, 3] = float("inf")
-    inputs[0].requires_grad_()
-    inputs[1].requires_grad_()
-    out = gated_conv3d(*inputs, backend=backend)
-    grad = torch.randn_like(out)
-    grad[1] = float("nan")
-    dx, dgate = torch.autograd.grad(out, inputs[:2], grad)
-    for result in (out, dx, dgate):
-        assert torch.isfinite(result[[0, 2, 3]]).all()
-
-
-def test_repeats_bit_for_bit(backend):
-    """Same input, same output and gradients, every time."""
-    runs = []
-    for _ in range(2):
-        inputs = [t.clone() for t in self_seeded()]
-        for i in (0, 1, 3, 4):
-            inputs[i].requires_grad_()
-        out = gated_conv3d(*inputs, backend=backend)
-        runs.append([out, *torch.autograd.grad(out.square().sum(), [inputs[i] for i in (0, 1, 3, 4)])])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def self_seeded():
-    torch.manual_seed(5)
-    return sample_inputs((3, 64, 4, 8, 8), 48, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("gate", ["hard", "all-spatial", "all-temporal"])
-def test_a_hard_gate_costs_only_its_taps(backend, gate, monkeypatch):
-    """Counted, not timed: forward and weight gradients touch 9 taps of a spatial channel, 3 of a temporal one."""
-    macs = count_macs(monkeypatch)
-    x, g, neuron, spatial, temporal = sample_inputs((1, 16, 2, 4, 4), 8, gate)
-    spatial.requires_grad_()
-    temporal.requires_grad_()
-    gated_conv3d(x, g, neuron, spatial, temporal, backend=backend).sum().backward()
-    taps = 9 * int(g.sum()) + 3 * int((1 - g).sum())
-    assert macs == {"forward": taps * 8 * 32, "data_gradient": 0, "weight_gradient": taps * 8 * 32}
-
-
-@pytest.mark.parametrize(
-    "trains, data, weights",
-    [("x", "listed", 0), ("gate", "all", 0), ("x gate", "all", 0), ("operators", None, "listed")],
-)
-def test_a_frozen_side_costs_nothing(backend, trains, data, weights, monkeypatch):
-    """Frozen gates need listed channels only, frozen operators no weight gradient, frozen input no data gradient."""
-    macs = count_macs(monkeypatch)
-    x, g, neuron, spatial, temporal = sample_inputs((1, 16, 2, 4, 4), 8, "hard")
-    for tensor, name in ((x, "x"), (g, "gate"), (spatial, "operators"), (temporal, "operators")):
-        tensor.requires_grad_(name in trains)
-    gated_conv3d(x, g, neuron, spatial, temporal, backend=backend).sum().backward()
-    taps = {"listed": 9 * int(g.sum()) + 3 * int((1 - g).sum()), "all": 12 * 16, None: 0, 0: 0}
-    assert macs["data_gradient"] == taps[data] * 8 * 32
-    assert macs["weight_gradient"] == taps[weights] * 8 * 32
-
-
-def test_samples_of_a_neuron_share_a_call(backend, monkeypatch):
-    """Equal gates and neuron: one convolution for the batch, not one a sample."""
-    calls = []
-    original = convolution.forward
-    monkeypatch.setattr(convolution, "forward", lambda *a: calls.append(a[0].shape[0]) or original(*a))
-    x, _, _, spatial, temporal = sample_inputs()
-    gate = hard_gate(1, 12).expand(4, -1)
-    gated_conv3d(x, gate, torch.zeros(4, dtype=torch.int64), spatial, temporal, backend=backend)
-    assert calls == [4, 4]
-
-
-def test_calls_stay_within_their_positions(backend, monkeypatch):
-    """A large batch on one neuron is cut into calls, with the same result; its weight gradient is not."""
-    inputs = list(sample_inputs((5, 12, 3, 5, 4), 9, "all-half", "one"))
-    whole = gated_conv3d(*inputs, backend=backend)
-    monkeypatch.setattr(groups, "CALL_POSITIONS", 2 * 60)
-    macs = count_macs(monkeypatch)
-    inputs[3].requires_grad_()
-    out = gated_conv3d(*inputs, backend=backend)
-    assert_close(out, whole)
-    out.sum().backward()
-    assert macs["forward"] == 12 * 12 * 9 * 5 * 60 and macs["weight_gradient"] == 9 * 12 * 9 * 5 * 60
-
-
-def count_macs(monkeypatch) -> dict[str, int]:
-    """Multiply-adds of every library convolution, by what it is for."""
-    macs = dict.fromkeys(("forward", "data_gradient", "weight_gradient"), 0)
-
-    def spy(name, original):
-        def run(a, b, kernel):
-            taps = kernel[0] * kernel[1] * kernel[2]
-            if name == "weight_gradient":  # (b, c, T, H, W), (b, O, T, H, W)
-                macs[name] += a.numel() * b.shape[1] * taps
-            else:  # (b, T, H, W, c), (O, taps, c)
-                macs[name] += a[..., 0].numel() * b.numel()
-            return original(a, b, kernel)
-
-        return run
-
-    for name in macs:
-        monkeypatch.setattr(convolution, name, spy(name, getattr(convolution, name)))
-    return macs
-
-
-def test_opcheck(backend):
-    """Schema, fakes and dispatch of both ops."""
-    inputs = sample_inputs(dtype=torch.float32)
-    torch.library.opcheck(forward_op.overload, (*inputs, backend))
-    grad = torch.randn(4, 9, 3, 5, 4)
-    torch.library.opcheck(backward_op.overload, (grad, *inputs, [True, True, True, True], backend))
-    torch.library.opcheck(backward_op.overload, (grad, *inputs, [True, False, False, True], backend))
-
-
 def test_double_backward_is_refused(backend):
     """A second derivative is an error, not a silent zero."""
-    inputs = list(sample_inputs((1, 3, 2, 3, 2), 2))
+    inputs = gated_inputs(1, 3, 2, (2, 3, 2), torch.float64)
     inputs[0].requires_grad_()
     (dx,) = torch.autograd.grad(gated_conv3d(*inputs, backend=backend).square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="gated_conv3d_backward has no derivative"):

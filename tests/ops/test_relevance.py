@@ -1,4 +1,4 @@
-"""Relevance scores against real scoring convolutions."""
+"""Relevance scores on every target, against the scoring convolutions that they stand for."""
 
 from __future__ import annotations
 
@@ -10,56 +10,74 @@ from dsts_kernels.functional import relevance_scores
 from dsts_kernels.ops.relevance import spread_op
 from dsts_kernels.testing import TOLERANCES, assert_close
 
+from ..support.oracles import literal_gradients, literal_relevance, wide
+from ..support.targets import Target, dtypes, large
+
 pytestmark = pytest.mark.usefixtures("poison")
+kernels = pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
+reductions = pytest.mark.parametrize("reduction", ["sum", "mean"])
 
 
-def literal(x: torch.Tensor, scoring: torch.Tensor, reduction: str) -> torch.Tensor:
-    n, width, c, *kernel = scoring.shape
+def check(target: Target, size: tuple[int, ...], kernel: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    """Float32 scores (float64 of float64) of features in any dtype, as exact as what they add; and both gradients."""
+    x = target.randn(*size, dtype=dtype)
+    scoring = target.randn(4, 6, size[1], *kernel, dtype=dtype, scale=0.1)
+    ours = [x.requires_grad_(), scoring.requires_grad_()]
+    scores = relevance_scores(*ours, reduction=reduction, backend=target.backend)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    assert scores.dtype == kind and scores.shape == (size[0], 4)
+    ref = literal_relevance(*wide(ours), reduction)
+    terms = literal_relevance(*(t.abs() for t in wide(ours)), reduction)
+    assert ((scores.double() - ref).abs() <= TOLERANCES[kind] * terms).all()
+    if size[0]:
+        grad = target.randn(*scores.shape, dtype=kind)
+        theirs = literal_gradients(lambda *t: literal_relevance(*t, reduction), ours, grad)
+        for g, h in zip(torch.autograd.grad(scores, ours, grad), theirs, strict=True):
+            assert_close(g, h, dtype=dtype, factor=2)
+
+
+SIZES = [
+    (3, 7, 2, 5, 4),
+    *(pytest.param(size, marks=large) for size in ((1, 33, 4, 7, 7), (2, 4, 3, 1, 1), (0, 4, 2, 3, 3))),
+]
+
+
+@reductions
+@kernels
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(target, size, kernel, reduction):
+    """Scores and both gradients are those of the convolutions, summed."""
+    check(target, size, kernel, reduction, target.dtype)
+
+
+@large
+@dtypes
+@reductions
+@kernels
+def test_dtypes(target, kernel, reduction, dtype):
+    """Half features and kernels give float32 scores, as exact as float32 is."""
+    check(target, (5, 36, 4, 7, 7), kernel, reduction, dtype)
+
+
+@reductions
+@kernels
+def test_oracle_is_the_reference(kernel, reduction):
+    """The literal scores are those of the literal module."""
+    x, scoring = torch.randn(3, 7, 2, 5, 4).double(), torch.randn(4, 6, 7, *kernel).double()
     layer = reference.DSTSLayer(
-        c, width, num_neurons=n, scoring_kernel=tuple(kernel), score_reduction=reduction, dtype=x.dtype
+        7, 6, num_neurons=4, scoring_kernel=kernel, score_reduction=reduction, dtype=torch.float64
     )
     del layer.scoring
     layer.scoring = scoring
-    return layer.scores(x)
+    assert_close(literal_relevance(x, scoring, reduction), layer.scores(x))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
-@pytest.mark.parametrize("size", [(3, 7, 2, 5, 4), (1, 33, 4, 7, 7), (2, 4, 3, 1, 1), (0, 4, 2, 3, 3)], ids=str)
-def test_values_and_gradients(backend, size, kernel, reduction):
-    """Scores and both gradients are those of ten convolutions summed."""
-    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
-    scoring = torch.randn(4, 6, size[1], *kernel, dtype=torch.float64, requires_grad=True)
-    scores = relevance_scores(x, scoring, reduction=reduction, backend=backend)
-    expected = literal(x, scoring, reduction)
-    assert_close(scores, expected)
-    if size[0]:
-        grad = torch.randn_like(scores)
-        for mine, theirs in zip(
-            torch.autograd.grad(scores, (x, scoring), grad),
-            torch.autograd.grad(expected, (x, scoring), grad),
-            strict=True,
-        ):
-            assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_scores_are_float32(backend, dtype):
-    """Half features and kernels give float32 scores, as exact as float32 is."""
-    x, scoring = torch.randn(2, 16, 4, 7, 7).to(dtype), torch.randn(3, 16, 16, 1, 1, 1).to(dtype)
-    scores = relevance_scores(x, scoring, backend=backend)
-    assert scores.dtype == torch.float32
-    terms = x.double().abs().sum((2, 3, 4)) @ scoring.double().abs().sum(1).flatten(1).t()
-    error = (scores.double() - literal(x.double(), scoring.double(), "sum")).abs()
-    assert (error <= TOLERANCES[torch.float32] * terms).all()
-
-
-def test_autocast_leaves_scores_alone(backend):
+def test_autocast_leaves_scores_alone(target):
     """Routing must not flip because somebody turned autocast on."""
-    x, scoring = torch.randn(2, 8, 2, 4, 4), torch.randn(3, 8, 8, 1, 3, 3)
-    plain = relevance_scores(x, scoring, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(relevance_scores(x, scoring, backend=backend), plain)
+    x, scoring = target.randn(2, 8, 2, 4, 4, dtype=torch.float32), target.randn(3, 8, 8, 1, 3, 3, dtype=torch.float32)
+    plain = relevance_scores(x, scoring, backend=target.backend)
+    with torch.autocast(target.device.type, target.half):
+        assert torch.equal(relevance_scores(x, scoring, backend=target.backend), plain)
 
 
 BAD = {

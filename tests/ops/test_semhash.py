@@ -1,72 +1,175 @@
-"""SemHash gates: values, the straight-through gradient against its formula, and rows that stay apart."""
+"""SemHash gates on every target: values, the straight-through gradient against its formula, samples that stay apart."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from dsts_kernels.functional import saturating_sigmoid, semhash_gate
 from dsts_kernels.ops.semhash import backward_op, gate_op
-from dsts_kernels.testing import TOLERANCES, assert_close
+from dsts_kernels.testing import assert_close
+
+from ..support.checks import assert_same_bits, opcheck, opchecked
+from ..support.inputs import every_second
+from ..support.oracles import literal_semhash, literal_semhash_gradient, soft
+from ..support.targets import Target, dtypes, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 SIZES = [
-    pytest.param(6, 4, 17, id="ragged"),
-    pytest.param(3, 10, 1024, id="paper"),
-    pytest.param(0, 3, 8, id="empty-batch"),
-    pytest.param(5, 1, 1, id="one-channel"),
+    pytest.param(4, 5, 1, id="one-channel"),
+    pytest.param(4, 5, 70, id="ragged"),
+    pytest.param(4, 5, 1100, id="several-blocks"),
+    *(
+        pytest.param(*size, id=name, marks=large)
+        for name, size in {
+            "paper": (8, 10, 1024),
+            "batch-32": (32, 10, 100),
+            "one": (1, 1, 1),
+            "empty-batch": (0, 3, 8),
+            "many-channels": (3, 2, 70_001),
+        }.items()
+    ),
 ]
 
 
-def sample_inputs(b: int, n: int, c: int, dtype: torch.dtype = torch.float64):
-    logits = (torch.randn(n, c, dtype=torch.float64) * 2).to(dtype)
-    noise = torch.randn(b, c, dtype=torch.float64).to(dtype)
-    return logits, noise, torch.rand(b) < 0.5, torch.randint(n, (b,))
+def sample_inputs(target: Target, b: int, n: int, c: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Logits, neuron, noise, hard; none within rounding of where a soft gate saturates and its gradient jumps."""
+    neuron = torch.randint(n, (b,), device=target.device)
+    hard = torch.rand(b, device=target.device) < 0.5
+    logits, noise = target.randn(n, c, dtype=dtype, scale=2), target.randn(b, c, dtype=dtype)
+    near = ((logits[neuron].double() + noise.double()).abs() - math.log(11)).abs() < 1e-3
+    return [logits, neuron, torch.where(near, noise + 0.125, noise), hard]
 
 
-def soft(q: torch.Tensor) -> torch.Tensor:
-    return (1.2 * torch.sigmoid(q) - 0.1).clamp(0, 1)
+def run(
+    target: Target,
+    logits: Tensor,
+    neuron: Tensor | None = None,
+    noise: Tensor | None = None,
+    hard: Tensor | None = None,
+) -> Tensor:
+    return semhash_gate(logits, noise, hard, neuron=neuron, backend=target.backend)
 
 
-def slope(q: torch.Tensor) -> torch.Tensor:
-    s = torch.sigmoid(q)
-    r = 1.2 * s - 0.1
-    return torch.where((r > 0) & (r < 1), 1.2 * s * (1 - s), 0.0)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@dtypes
 @pytest.mark.parametrize("b, n, c", SIZES)
-def test_values(backend, b, n, c, dtype):
-    """Gathered logits plus noise, hard or soft by sample, in every dtype."""
-    logits, noise, hard, neuron = sample_inputs(b, n, c, dtype)
-    q = logits[neuron].double() + noise.double()
-    gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=backend)
-    assert gate.dtype == dtype
-    assert_close(gate, torch.where(hard[:, None], (q > 0).double(), soft(q)))
+def test_values_and_gradient(target, b, n, c, dtype):
+    """Hard, soft and mixed batches; hard and soft samples get the same gradient, added into their neurons' rows."""
+    logits, neuron, noise, hard = sample_inputs(target, b, n, c, dtype)
+    for is_hard in (hard, ~hard):
+        gate = run(target, logits.requires_grad_(), neuron, noise, is_hard)
+        assert gate.dtype == dtype
+        wanted = literal_semhash(logits.detach(), neuron, noise, is_hard)
+        assert_close(gate, wanted)
+        assert torch.equal(gate[is_hard].double(), wanted[is_hard])
+    grad = target.randn(b, c, dtype=dtype)
+    (gradient,) = torch.autograd.grad(gate, logits, grad)
+    assert gradient.dtype == dtype
+    assert_close(gradient, literal_semhash_gradient(grad, logits.detach(), neuron, noise), dtype=dtype, factor=2)
+    unrouted = torch.ones(n, dtype=torch.bool, device=target.device).index_fill_(0, neuron, False)
+    assert gradient[unrouted].count_nonzero() == 0
 
 
-def test_evaluation_is_hard_and_zero_is_closed(backend):
+@dtypes
+@pytest.mark.parametrize("c", [1, 70, 1100])
+def test_without_neuron_noise_or_hard(target, c, dtype):
+    """What is left out: rows as they are, no noise, every sample hard; and the gradients without."""
+    logits, neuron, *_ = sample_inputs(target, 4, 5, c, dtype)
+    logits = torch.where((logits.abs() - math.log(11)).abs() < 1e-2, logits + 0.25, logits)
+    closed = torch.zeros(5, dtype=torch.bool, device=target.device)
+    assert_close(run(target, logits, neuron), literal_semhash(logits, neuron, None, None))
+    assert_close(run(target, logits, None, None, closed), literal_semhash(logits, None, None, closed))
+    grad = target.randn(4, c, dtype=dtype)
+    for rows, chosen in ((logits[:4], None), (logits, neuron)):
+        ours = backward_op(grad, rows, chosen, None, target.backend)
+        assert_close(ours, literal_semhash_gradient(grad, rows, chosen, None), dtype=dtype, factor=2)
+
+
+@dtypes
+def test_evaluation_is_hard_and_zero_is_closed(target, dtype):
     """Without noise and ``hard`` every gate is hard, and ``q == 0`` gives 0."""
-    logits = torch.tensor([[-1.0, -0.0, 0.0, 1e-30, 5.0]])
-    assert semhash_gate(logits, backend=backend).tolist() == [[0, 0, 0, 1, 1]]
+    logits = torch.tensor([[-1.0, -0.0, 0.0, 2**-14, 5.0]], device=target.device).to(dtype)
+    assert run(target, logits).tolist() == [[0, 0, 0, 1, 1]]
 
 
-def test_saturation_is_exact(backend):
-    """Far logits give exactly 0 and 1: only then do their channels leave an operator's list."""
-    assert saturating_sigmoid(torch.tensor([-3.0, 3.0, -200.0, 200.0]), backend=backend).tolist() == [0, 1, 0, 1]
+def test_saturation_is_exact(target):
+    """Far logits give exactly 0 and 1, in a tensor of any shape: only then do channels leave an operator's list."""
+    far = torch.tensor([[-3.0, 3.0], [-200.0, 200.0]], device=target.device)
+    assert saturating_sigmoid(far, backend=target.backend).tolist() == [[0, 1], [0, 1]]
+    x = target.randn(3, 5, 4, 7)
+    assert_close(saturating_sigmoid(x, backend=target.backend), soft(x.double()))
 
 
-def test_straight_through_gradient(backend):
-    """Hard and soft samples get the same gradient, scattered to their neurons; others get exactly 0."""
-    logits, noise, hard, _ = sample_inputs(6, 5, 33)
-    neuron = torch.tensor([1, 4, 1, 1, 0, 4])
-    grad = torch.randn(6, 33, dtype=torch.float64)
-    expected = torch.zeros_like(logits).index_add_(0, neuron, grad * slope(logits[neuron] + noise))
-    logits.requires_grad_()
-    semhash_gate(logits, noise, hard, neuron=neuron, backend=backend).backward(grad)
-    assert_close(logits.grad, expected)
-    assert logits.grad[[2, 3]].count_nonzero() == 0
+def test_strided_operands(target):
+    """Transposed logits, and slices of everything, are read through their strides."""
+    logits, neuron, noise, hard = sample_inputs(target, 4, 5, 20)
+    transposed = target.randn(20, 8).t()[::2]
+    closed = torch.zeros(4, dtype=torch.bool, device=target.device)
+    assert_close(run(target, transposed, None, None, closed), soft(transposed.double()))
+    strided = [every_second(logits), every_second(neuron), every_second(noise)]
+    hard = torch.stack((hard, ~hard), 1)[:, 0]
+    assert_close(run(target, *strided, hard), literal_semhash(*strided, hard))
+    grad = every_second(target.randn(4, 20))
+    ours = backward_op(grad, *strided, target.backend)
+    assert_close(ours, literal_semhash_gradient(grad, *strided), factor=2)
+
+
+def test_a_neuron_out_of_range(gpu_target):
+    """It gives NaN for its sample, hard or soft, and no gradient."""
+    logits, _, noise, hard = sample_inputs(gpu_target, 3, 5, 20, torch.float32)
+    far = torch.tensor([0, 5, -1], device=gpu_target.device)
+    for is_hard in (None, hard, ~hard):
+        gate = run(gpu_target, logits, far, noise, is_hard)
+        assert gate[0].isfinite().all() and gate[1:].isnan().all()
+    grad = gpu_target.randn(3, 20, dtype=torch.float32)
+    ours = backward_op(grad, logits, far, noise, gpu_target.backend)
+    assert_close(ours, literal_semhash_gradient(grad[:1], logits, far[:1], noise[:1]), dtype=torch.float32, factor=2)
+
+
+def test_nan_stays_in_its_sample(target):
+    """NaN noise in one sample reaches neither another gate nor another neuron's gradient."""
+    logits, _, noise, _ = sample_inputs(target, 3, 3, 90)
+    noise[1] = torch.nan
+    closed = torch.zeros(3, dtype=torch.bool, device=target.device)
+    gate = run(target, logits.requires_grad_(), torch.arange(3, device=target.device), noise, closed)
+    (gradient,) = torch.autograd.grad(gate.sum(), logits)
+    assert gate[[0, 2]].isfinite().all() and gate[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+def test_an_empty_batch(target):
+    """No samples: no gates, and a gradient of zero."""
+    logits, neuron = target.randn(3, 6).requires_grad_(), torch.zeros(0, dtype=torch.int64, device=target.device)
+    gate = run(target, logits, neuron)
+    assert gate.shape == (0, 6)
+    assert torch.autograd.grad(gate.sum(), logits)[0].count_nonzero() == 0
+
+
+def test_gradient_repeats_bit_for_bit(target, in_any_order):
+    """Many samples add into one neuron's row in a fixed order."""
+    b, c = (6, 40) if target.stand_in else (32, 1000)
+    logits, _, noise, _ = sample_inputs(target, b, 3, c)
+    neuron, grad, runs = torch.ones(b, dtype=torch.int64, device=target.device), target.randn(b, c), []
+    for again in range(2 if target.stand_in else 5):
+        if again:
+            in_any_order()
+        runs.append([backward_op(grad, logits, neuron, noise, target.backend)])
+    assert_same_bits(runs)
+
+
+def test_opcheck(target):
+    """Schema, fakes and dispatch of both ops."""
+    dtype, _ = opchecked(target)
+    logits, neuron, noise, hard = sample_inputs(target, 4, 3, 6, dtype)
+    grad = target.randn(4, 6, dtype=dtype)
+    opcheck(target, gate_op, logits, neuron, noise, hard)
+    opcheck(target, gate_op, logits, None, None, None)
+    opcheck(target, backward_op, grad, logits, neuron, noise)
+    opcheck(target, backward_op, grad, logits, neuron, None)
 
 
 def test_gradcheck_soft(backend):
@@ -75,31 +178,6 @@ def test_gradcheck_soft(backend):
     hard = torch.zeros(3, dtype=torch.bool)
     assert torch.autograd.gradcheck(lambda g: semhash_gate(g, None, hard, backend=backend), (logits,))
     assert torch.autograd.gradcheck(lambda g: saturating_sigmoid(g, backend=backend), (logits,))
-
-
-def test_nan_stays_in_its_sample(backend):
-    """NaN noise in one sample reaches neither another gate nor another neuron's gradient."""
-    logits, noise, _, _ = sample_inputs(3, 3, 9)
-    noise[1] = float("nan")
-    logits.requires_grad_()
-    gate = semhash_gate(logits, noise, torch.zeros(3, dtype=torch.bool), neuron=torch.arange(3), backend=backend)
-    gate.sum().backward()
-    assert torch.isfinite(gate[[0, 2]]).all() and torch.isnan(gate[1]).all()
-    assert torch.isfinite(logits.grad[[0, 2]]).all()
-
-
-def test_strided_logits(backend):
-    """Transposed and sliced logits are read through their strides."""
-    logits = torch.randn(9, 8, dtype=torch.float64).t()[::2]
-    assert_close(semhash_gate(logits, None, torch.zeros(4, dtype=torch.bool), backend=backend), soft(logits))
-
-
-def test_opcheck(backend):
-    """Schema, fakes and dispatch of both ops."""
-    logits, noise, hard, neuron = sample_inputs(4, 3, 6, torch.float32)
-    torch.library.opcheck(gate_op.overload, (logits, neuron, noise, hard, backend))
-    torch.library.opcheck(gate_op.overload, (logits, None, None, None, backend))
-    torch.library.opcheck(backward_op.overload, (torch.randn(4, 6), logits, neuron, noise, backend))
 
 
 BAD = {

@@ -1,52 +1,85 @@
-"""Tap sums against the definition: a convolution with a one-hot kernel, summed over all positions."""
+"""Tap sums on every target, against what each tap of a zero-padded kernel meets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from dsts_kernels.backends import BACKENDS, available
 from dsts_kernels.ops import tap_sums
 from dsts_kernels.ops.tap_sums import tap_sums_op
 from dsts_kernels.testing import TOLERANCES, assert_close
 
+from ..support.checks import assert_same_bits, opcheck, opchecked
+from ..support.inputs import LAYOUTS
+from ..support.oracles import literal_tap_sums
+from ..support.targets import dtypes, large
+
 pytestmark = pytest.mark.usefixtures("poison")
 
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
-    "strided": lambda x: x.repeat(1, 2, 1, 1, 2)[:, ::2, :, :, ::2],
-    "transposed": lambda x: x.permute(4, 0, 3, 1, 2).contiguous().permute(1, 3, 4, 2, 0),
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
-SIZES = [(2, 17, 3, 5, 4), (1, 64, 8, 16, 16), (3, 5, 2, 1, 7), (2, 3, 4, 6, 1), (2, 3, 1, 1, 1), (0, 4, 2, 3, 3)]
+SIZES = [(2, 37, 3, 5, 4), (2, 37, 1, 1, 1), (2, 37, 2, 1, 70), (2, 37, 5, 9, 1)]
+LARGE = [
+    (1, 64, 8, 16, 16),
+    (8, 100, 16, 7, 7),
+    (1, 1024, 8, 16, 16),
+    (32, 33, 2, 4, 4),
+    (3, 5, 2, 1, 7),
+    (0, 4, 2, 3, 3),
+]
 
 
-def literal(x: torch.Tensor, taps: int) -> torch.Tensor:
-    """One channel at a time, one real convolution a tap."""
-    side = 3 if taps == 9 else 1
-    kernels = torch.eye(taps, dtype=x.dtype).view(taps, 1, 1, side, side)
-    planes = x.flatten(0, 1)[:, None]
-    return F.conv3d(planes, kernels, padding=(0, side // 2, side // 2)).sum((2, 3, 4)).view(*x.shape[:2], taps)
+def assert_sums(sums: Tensor, x: Tensor, taps: int) -> None:
+    """As exact as what accumulates them, of the sizes that they add: they may cancel themselves."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    assert sums.dtype == dtype and sums.shape == (*x.shape[:2], taps)
+    wanted = literal_tap_sums(x.double(), taps)
+    error = (sums.double() - wanted).abs()
+    assert (error <= TOLERANCES[dtype] * literal_tap_sums(x.double().abs(), taps) + 1e-30).all()
 
 
-@pytest.mark.parametrize("taps", [1, 9])
+@dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_values(backend, size, layout, taps):
-    """Every stride order, and planes of one row or column where a tap meets nothing."""
-    x = LAYOUTS[layout](torch.randn(size, dtype=torch.float64))
-    assert_close(tap_sums(x, taps, backend=backend), literal(x, taps))
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_values(target, size, layout, dtype):
+    """Every stride order, dtype, and planes of one row or column where a tap meets nothing; the same bits again."""
+    x = LAYOUTS[layout](target.randn(*size, dtype=dtype))
+    for taps in (1, 9):
+        sums = tap_sums(x, taps, backend=target.backend)
+        assert_sums(sums, x, taps)
+        assert_close(sums, literal_tap_sums(x.double(), taps), dtype=sums.dtype)
+        assert torch.equal(sums, tap_sums(x, taps, backend=target.backend))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_half_accumulates_in_float32(backend, dtype):
+@large
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize("size", LARGE, ids=lambda size: "x".join(map(str, size)))
+def test_sizes(target, size, layout):
+    """Batches of 0, 1, 8 and 32, the planes of the paper."""
+    x = LAYOUTS[layout](target.randn(*size))
+    for taps in (1, 9):
+        assert_sums(tap_sums(x, taps, backend=target.backend), x, taps)
+
+
+@large
+@dtypes
+def test_half_accumulates_in_float32(target, dtype):
     """A half sum loses nothing to its own dtype: the error is that of float32."""
-    x = torch.rand(2, 8, 8, 16, 16, dtype=torch.float64).to(dtype)
-    sums = tap_sums(x, 1, backend=backend)
-    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_close(sums, x.double().sum((2, 3, 4))[..., None], dtype=sums.dtype)
+    x = torch.rand(2, 8, 8, 16, 16, dtype=torch.float64, device=target.device).to(dtype)
+    assert_sums(tap_sums(x, 1, backend=target.backend), x, 1)
+
+
+@large
+@pytest.mark.parametrize("taps", [1, 9])
+@dtypes
+def test_gradient(target, dtype, taps):
+    """The broadcast gradient is the true one."""
+    x = target.randn(3, 20, 2, 5, 4, dtype=dtype)
+    leaf = x.double().requires_grad_()
+    sums, ref = tap_sums(x.requires_grad_(), taps, backend=target.backend), literal_tap_sums(leaf, taps)
+    grad = target.randn(*sums.shape, dtype=sums.dtype)
+    (ours,), (theirs,) = torch.autograd.grad(sums, x, grad), torch.autograd.grad(ref, leaf, grad.double())
+    assert_close(ours, theirs, dtype=dtype)
 
 
 @pytest.mark.parametrize("taps", [1, 9])
@@ -57,13 +90,24 @@ def test_gradcheck(backend, taps):
         assert torch.autograd.gradcheck(lambda t: tap_sums(t, taps, backend=backend), (x,))
 
 
-def test_samples_stay_apart(backend):
+def test_samples_stay_apart(target):
     """NaN and Inf in one sample leave the sums of the others finite."""
-    x = torch.randn(3, 20, 2, 4, 4)
-    x[1, 3] = float("nan")
-    x[1, 4] = float("inf")
+    x = target.randn(3, 20, 2, 4, 4)
+    x[1, 3] = torch.nan
+    x[1, 4] = torch.inf
     for taps in (1, 9):
-        assert torch.isfinite(tap_sums(x, taps, backend=backend)[[0, 2]]).all()
+        assert torch.isfinite(tap_sums(x, taps, backend=target.backend)[[0, 2]]).all()
+
+
+def test_repeats_bit_for_bit(target, in_any_order):
+    """The same bits every time, of a sample that several blocks add up."""
+    x = target.randn(*((3, 12, 2, 4, 5) if target.stand_in else (3, 200, 8, 16, 16)))
+    runs = []
+    for again in range(2 if target.stand_in else 5):
+        if again:
+            in_any_order()
+        runs.append([tap_sums(x, 9, backend=target.backend)])
+    assert_same_bits(runs)
 
 
 def test_threads_do_not_change_bits():
@@ -82,9 +126,10 @@ def test_threads_do_not_change_bits():
     assert all(torch.equal(results[0], r) for r in results)
 
 
-def test_opcheck(backend):
+def test_opcheck(target):
     """Schema, fake and dispatch."""
-    torch.library.opcheck(tap_sums_op.overload, (torch.randn(2, 3, 2, 4, 5), 9, backend))
+    dtype, size = opchecked(target)
+    opcheck(target, tap_sums_op, target.randn(2, 3, *size, dtype=dtype), 9)
 
 
 def test_bad_input():

@@ -28,16 +28,10 @@ from dsts_kernels.backends.gpu.lists import Plan, panel_width
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close, poisoned_memory
 
-from ..gpu.emulation import ARCHS, compiled
-from ..gpu.support import (
-    BACKEND,
-    KERNELS,
-    check_gated,
-    gated_inputs,
-    literal_gradients,
-    literal_mixing,
-    wide,
-)
+from ...support.emulation import ARCHS, compiled
+from ...support.inputs import gated_inputs
+from ...support.oracles import literal_gradients, literal_mixing, wide
+from ...support.stand_ins import BACKEND, KERNELS, check_gated
 
 HALF, FLOAT = torch.float16, torch.float32
 OUTCOMES = {0: "unnoticed", 66: "race", 1: "wrong", -6: "stuck", -9: "hung"}

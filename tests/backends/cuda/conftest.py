@@ -13,7 +13,7 @@ from dsts_kernels.backends.gpu.grids import PersistentGrid
 @pytest.fixture
 def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``multiprocessors(n)``: launch as on a chip that has so many."""
-    from ..gpu.support import BACKEND
+    from ...support.stand_ins import BACKEND
 
     return lambda count: monkeypatch.setattr(BACKEND, "processors", count)
 

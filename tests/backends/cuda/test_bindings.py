@@ -14,11 +14,11 @@ from dsts_kernels.backends.gpu import dtypes, grids
 from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.backends.packing import TILE_BYTES
 
-from ..conftest import TRITON
-from ..gpu.support import BACKEND, emulated
+from ...support.stand_ins import BACKEND, emulated
+from ...support.targets import INTERPRETED
 from .test_installed import functions
 
-if TRITON:
+if INTERPRETED:
     pytest.skip("these kernels are emulated, not interpreted: unset TRITON_INTERPRET", allow_module_level=True)
 pytestmark = emulated
 

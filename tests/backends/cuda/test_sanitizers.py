@@ -15,15 +15,16 @@ import pytest
 
 from tests.emulator import build
 
-from ..conftest import TRITON
+from ...support.targets import INTERPRETED
 
-SUITE = ["tests/backends/gpu", "tests/backends/cuda/test_tiles.py"]
+SUITE = ["tests/ops", "tests/test_modules.py", "tests/test_frozen.py", "tests/backends/gpu"]
+TILES = "tests/backends/cuda/test_tiles.py"
 # Every kernel and every branch of it, once.
 CHOSEN = (
     "(test_gates and mixed) or (test_layouts and strided) or test_group_samples or (test_list_channels and 1100 and "
     "mixed) or (test_filters_there_and_back and 70) or (test_mixing and 33) or (test_tap_sums and 70) or "
-    "(test_training_step and default) or (test_frozen and (default or no-skip or mixing-3x1x1)) or "
-    "test_semhash_strided or test_more_samples_than_ctas or test_ctas_without_work"
+    "(test_training and default) or (test_frozen and (default or no-skip or mixing-3x1x1)) or "
+    "(test_semhash and test_strided) or test_more_samples_than_ctas or test_ctas_without_work"
 )
 LARGE = "or (test_data_gradient and listed) or test_tf32"  # ThreadSanitizer takes long for these
 # A barrier or fence of every source that has one.
@@ -44,7 +45,7 @@ SITES = [
 
 pytestmark = [
     pytest.mark.emulated,
-    pytest.mark.skipif(TRITON or build.unavailable() is not None, reason=str(build.unavailable())),
+    pytest.mark.skipif(INTERPRETED or build.unavailable() is not None, reason=str(build.unavailable())),
 ]
 
 
@@ -68,19 +69,19 @@ def passes(flavour: str, arch: int, suite: list[str], *options: str) -> None:
 @pytest.mark.parametrize("flavour, arch", [("address", 800), ("address", 750), ("thread", 700)])
 def test_nothing_to_report(flavour, arch):
     wanted = CHOSEN if flavour == "thread" else f"{CHOSEN} {LARGE}"
-    passes(flavour, arch, SUITE, "-m", "emulated", "-k", f"({wanted}) and float16" if arch == 750 else wanted)
+    passes(flavour, arch, [*SUITE, TILES], "-m", "emulated", "-k", f"({wanted}) and float16" if arch == 750 else wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flavour, arch", [("address", 700), ("thread", 800)])
 def test_nothing_to_report_in_all_tests(flavour, arch):
-    passes(flavour, arch, SUITE[:1], "-m", "emulated")  # those of many tiles take too long: the ones chosen must do
+    passes(flavour, arch, SUITE, "-m", "emulated")  # those of many tiles take too long: the ones chosen must do
 
 
 @pytest.mark.slow
 def test_wmma_for_simulators():
     """The loop that simulators of sm_70 get is right too."""
-    passes("wmma", 700, ["tests/backends/gpu/test_ops.py"], "-m", "emulated")
+    passes("wmma", 700, ["tests/ops"], "-m", "emulated")
 
 
 def swept(arch: int, *sites: str) -> dict[str, str]:

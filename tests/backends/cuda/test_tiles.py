@@ -16,21 +16,12 @@ from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import TOLERANCES, assert_close, relative_error
 
-from ..conftest import TRITON
-from ..gpu.support import (
-    BACKEND,
-    NAMES,
-    check_gated,
-    dtypes,
-    emulated,
-    gated_inputs,
-    literal_gated,
-    literal_gradients,
-    literal_mixing,
-    wide,
-)
+from ...support.inputs import gated_inputs
+from ...support.oracles import literal_gated, literal_gradients, literal_mixing, wide
+from ...support.stand_ins import BACKEND, NAMES, check_gated, dtypes, emulated
+from ...support.targets import INTERPRETED
 
-if TRITON:
+if INTERPRETED:
     pytest.skip("these kernels are emulated, not interpreted: unset TRITON_INTERPRET", allow_module_level=True)
 pytestmark = emulated
 CHANNELS, OUTPUTS, SIZE = 140, 150, (3, 8, 9)  # 2 tiles along positions, 2 along outputs, none of them whole

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
-from .support import GATES, KERNELS, LAYOUTS, SIZE, TILES, dtypes, emulated, hard_gate
+from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, hard_gate
+from ...support.stand_ins import KERNELS, dtypes, emulated
 
 pytestmark = emulated
 

@@ -1,7 +1,6 @@
 """What tests of the Triton backend alone share: modules that need triton, and spies in place of its kernels.
 
-Importing this skips a test module where kernels cannot run in the interpreter, see :mod:`tests.backends.gpu.support`:
-``TRITON_INTERPRET=1 pytest tests/backends/triton tests/backends/gpu``.
+Importing this skips a test module where kernels cannot run in the interpreter, see :mod:`tests.support.targets`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import pytest
 
 from dsts_kernels.backends.triton import LAUNCHERS, load
 
-from ...conftest import require_triton
-from ..conftest import TRITON
+from ...support.targets import INTERPRETED, require_triton
 
-if not TRITON:
+if not INTERPRETED:
     pytest.skip("runs kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 require_triton()
 tl, triton = map(importlib.import_module, ("triton.language", "triton"))

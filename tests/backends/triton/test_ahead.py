@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ...conftest import require_triton
+from ...support.targets import require_triton
 
 require_triton()
 from benchmarks.compiled import ahead  # noqa: E402

@@ -11,7 +11,8 @@ from dsts_kernels.backends.gpu import features
 from dsts_kernels.ops import mixing_conv3d, tap_sums
 from dsts_kernels.testing import assert_close
 
-from ..gpu.support import BACKEND, KERNELS, SIZE, everything, gated_inputs, pair
+from ...support.inputs import SIZE, gated_inputs
+from ...support.stand_ins import BACKEND, KERNELS, everything, pair
 from .support import NAMES, interpreted, spy_on
 
 pytestmark = interpreted

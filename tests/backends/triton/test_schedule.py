@@ -13,7 +13,9 @@ from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close
 
-from ..gpu.support import BACKEND, TILES, gated_inputs, literal_gated, wide
+from ...support.inputs import TILES, gated_inputs
+from ...support.oracles import literal_gated, wide
+from ...support.stand_ins import BACKEND
 from .support import MODULES, interpreted, spy_on, tl, triton
 
 pytestmark = interpreted

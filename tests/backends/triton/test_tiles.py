@@ -11,7 +11,9 @@ from dsts_kernels.backends.triton import tuning
 from dsts_kernels.ops.frozen_layer import frozen_layer
 from dsts_kernels.testing import assert_close
 
-from ..gpu.support import BACKEND, check_gated, gated_inputs, literal_mixing, wide
+from ...support.inputs import gated_inputs
+from ...support.oracles import literal_mixing, wide
+from ...support.stand_ins import BACKEND, check_gated
 from .support import interpreted, launch, spy_on
 
 pytestmark = interpreted

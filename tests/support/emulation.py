@@ -48,3 +48,10 @@ class EmulatedBackend(CudaBackend):
         patch.setattr(launch, "native", lambda: compiled(self.arch))
         patch.setattr(launch, "chip", lambda device: launch.Chip(self.arch // 10, self.processors))
         patch.setitem(BACKENDS, self.name, self)
+
+
+def run_in_any_order(arch: int) -> None:
+    """Blocks of emulated launches run in another order, two at a time, and so do their threads."""
+    emulator = compiled(arch).emulator
+    emulator.seed(int(torch.randint(2**31, ())))
+    emulator.workers(2)

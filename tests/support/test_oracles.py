@@ -1,4 +1,4 @@
-"""The float64 oracle of the GPU suite is the reference: the one file here that needs no GPU."""
+"""The float64 oracles are convolutions, and the reference computes with them what it computes with torch's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dsts_kernels import reference
 from dsts_kernels.testing import assert_close
 
-from .support import conv3d, products
+from .oracles import conv3d, products
 
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1)], ids=str)
