@@ -10,7 +10,8 @@ import torch
 
 import dsts_kernels
 
-from .support import KERNELS, SIZE, emulated, pair
+from ...support.inputs import SIZE
+from ...support.stand_ins import KERNELS, emulated, pair
 
 pytestmark = emulated
 PACKAGE = str(Path(dsts_kernels.__file__).parent)
