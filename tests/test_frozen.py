@@ -16,7 +16,7 @@ from .support import modules
 from .support.checks import assert_same_bits
 from .support.inputs import FORMATS, LAYOUTS
 from .support.modules import assert_same_routing, features_for, reference_output
-from .support.targets import Target, dtypes, large
+from .support.targets import Target, dtypes, huge, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -94,7 +94,7 @@ def test_ragged(target, channels, neurons, grid):
 
 @large
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("channels", [20, 33, 100])
+@pytest.mark.parametrize("channels", [20, 33, pytest.param(100, marks=huge)])
 def test_batches_and_ragged_channels(target, batch, channels):
     """Batches of 1, 8, 32; channels that are not multiples of 8."""
     check(target, target.half, {}, (batch, channels, *target.size))

@@ -22,7 +22,7 @@ from .support.modules import (
     reference_step,
     training_step,
 )
-from .support.targets import HALF, Target, large
+from .support.targets import HALF, Target, huge, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -52,7 +52,7 @@ every_option = pytest.mark.parametrize(
     [*OPTIONS.values(), *(pytest.param(options, marks=large) for options in MORE.values())],
     ids=[*OPTIONS, *MORE],
 )
-dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(HALF, marks=large)], ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(HALF, marks=huge)], ids=str)
 
 
 def size_of(target: Target) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def test_kinds_of_samples(target, dtype, hard_fraction):
 
 @large
 @pytest.mark.parametrize("batch", [1, 8, 32])
-@pytest.mark.parametrize("channels", [20, 33, 100])
+@pytest.mark.parametrize("channels", [20, 33, pytest.param(100, marks=huge)])
 def test_batches_and_ragged_channels(target, batch, channels):
     """Batches of 1, 8, 32; channels that are not multiples of 8. One sample's norm leaves the router no gradient."""
     leave_out = "scoring" if batch == 1 else "nothing"

@@ -13,7 +13,7 @@ from dsts_kernels.testing import assert_close
 from ..support.checks import GATED, assert_same_bits, check, noise_like, opcheck, opchecked
 from ..support.inputs import GATES, LAYOUTS, NEURONS, every_second, gated_inputs, mixing_inputs, randn
 from ..support.oracles import literal_gated, literal_gradients, literal_mixing, wide
-from ..support.targets import dtypes, large
+from ..support.targets import dtypes, huge, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -67,10 +67,10 @@ def test_sizes_of_one(target, size, dtype):
 
 SIZES = [
     pytest.param(1, 33, 20, (3, 6, 5), id="batch-1"),
-    pytest.param(8, 64, 64, (8, 7, 7), id="batch-8-swin-plane"),
-    pytest.param(2, 100, 100, (4, 16, 16), id="tpn-plane"),
+    pytest.param(8, 64, 64, (8, 7, 7), id="batch-8-swin-plane", marks=huge),
+    pytest.param(2, 100, 100, (4, 16, 16), id="tpn-plane", marks=huge),
     pytest.param(32, 16, 24, (3, 6, 5), id="batch-32"),
-    pytest.param(2, 300, 280, (3, 9, 11), id="many-blocks"),
+    pytest.param(2, 300, 280, (3, 9, 11), id="many-blocks", marks=huge),
 ]
 
 
@@ -82,7 +82,6 @@ def test_sizes(target, batch, channels, outputs, size):
     check(GATED, inputs, backend=target.backend)
 
 
-@large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("batch, channels, outputs, size", [SIZES[1], SIZES[4]])
 def test_sizes_in_other_dtypes(target, batch, channels, outputs, size, dtype):
@@ -116,8 +115,8 @@ NEEDS = [
     [
         ("hard", torch.float32),
         ("mixed", torch.float32),
-        pytest.param("mixed", torch.float16, marks=large),
-        pytest.param("mixed", torch.bfloat16, marks=large),
+        pytest.param("mixed", torch.float16, marks=huge),
+        pytest.param("mixed", torch.bfloat16, marks=huge),
     ],
     ids=str,
 )
@@ -267,7 +266,7 @@ def test_opcheck(target):
     inputs = gated_inputs(2, 8, 4, size, dtype, neurons=2, device=target.device)
     opcheck(target, forward_op, *inputs)
     grad = noise_like(inputs[0], 4)
-    for needs in ([True, True, False, True], *([] if target.stand_in else ([True] * 4, [True, False, False, True]))):
+    for needs in ([True, True, False, True],) if target.stand_in else ([True] * 4, [True, False, False, True]):
         opcheck(target, backward_op, grad, *inputs, needs)
 
 

@@ -12,7 +12,7 @@ from dsts_kernels.testing import assert_close
 from ..support.checks import MIXING, assert_same_bits, check, opcheck, opchecked
 from ..support.inputs import LAYOUTS, every_second, mixing_inputs, randn
 from ..support.oracles import literal_gradients, literal_mixing, wide
-from ..support.targets import dtypes, large
+from ..support.targets import dtypes, huge, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 kernels = pytest.mark.parametrize("kernel", MIXING_KERNELS, ids=str)
@@ -30,7 +30,7 @@ def test_values_and_gradients(target, kernel, outputs, neuron, dtype):
     assert gradient[[1, 2]].count_nonzero() == 0 and gradient[3].count_nonzero() > 0
 
 
-@large
+@huge
 @dtypes
 @kernels
 def test_a_whole_plane(target, kernel, dtype):
@@ -43,7 +43,7 @@ SIZES = [
     (32, 24, 3, 6, 5),
     (2, 5, 1, 1, 1),
     (3, 1, 2, 3, 1),
-    (2, 280, 2, 9, 11),
+    pytest.param((2, 280, 2, 9, 11), marks=huge),
     (0, 4, 2, 3, 3),
 ]
 

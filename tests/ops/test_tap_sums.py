@@ -14,15 +14,15 @@ from dsts_kernels.testing import TOLERANCES, assert_close
 from ..support.checks import assert_same_bits, opcheck, opchecked
 from ..support.inputs import LAYOUTS
 from ..support.oracles import literal_tap_sums
-from ..support.targets import dtypes, large
+from ..support.targets import dtypes, huge, large
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 SIZES = [(2, 37, 3, 5, 4), (2, 37, 1, 1, 1), (2, 37, 2, 1, 70), (2, 37, 5, 9, 1)]
 LARGE = [
     (1, 64, 8, 16, 16),
-    (8, 100, 16, 7, 7),
-    (1, 1024, 8, 16, 16),
+    pytest.param((8, 100, 16, 7, 7), marks=huge),
+    pytest.param((1, 1024, 8, 16, 16), marks=huge),
     (32, 33, 2, 4, 4),
     (3, 5, 2, 1, 7),
     (0, 4, 2, 3, 3),

@@ -37,7 +37,7 @@ NO_GPU = "no CUDA GPU here: torch.cuda.is_available() is False"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=lambda dtype: str(dtype).removeprefix("torch."))
-large = pytest.mark.large
+large, huge = pytest.mark.large, pytest.mark.huge
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,14 @@ def target_of(item: pytest.Item) -> Target | None:
 
 
 def is_left_out(item: pytest.Item) -> bool:
-    """A dtype that the target has not, or a size that takes too long where a GPU is stood in for."""
+    """A dtype that the target has not, or a size that takes too long without a GPU, or where one is stood in for."""
     target = target_of(item)
     if target is None:
         return False
     dtype = item.callspec.params.get("dtype", target.dtype)
-    return dtype not in target.dtypes or (target.stand_in and item.get_closest_marker("large") is not None)
+    too_long = {"huge"} if target.device == CPU else set()
+    too_long |= {"large"} if target.stand_in else set()
+    return dtype not in target.dtypes or any(mark.name in too_long for mark in item.iter_markers())
 
 
 @contextlib.contextmanager
