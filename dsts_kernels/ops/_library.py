@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..backends import choose
+
 LIBRARY = torch.library.Library("dsts_kernels", "DEF")
 PLAIN = (Tensor, Parameter)
 NO_DERIVATIVE = "NoDerivative"  # how autograd's nodes of ops without one are called: learning.second_order asks
@@ -115,7 +117,7 @@ class Op:
 
 def define(
     schema: str,
-    implementation: Callable,
+    implementation: Callable | None,
     fake: Callable,
     *,
     strided: tuple[str, ...] = (),
@@ -126,7 +128,8 @@ def define(
     """Define ``dsts_kernels::<schema>``; returns the callable op.
 
     Args:
-        implementation: of checked arguments. Every tensor is dense, but those named in ``strided``.
+        implementation: of checked arguments. Every tensor is dense, but those named in ``strided``. ``None``: it is the
+            method of this name of the backend that the first tensor's device and dtype, and the last argument, choose.
         fake: shapes of what it returns, from the shapes of its arguments.
         strided: arguments whose strides the implementation reads, any of them: features.
         derivative: ``None`` refuses: an error names the op where a derivative is asked for.
@@ -138,16 +141,21 @@ def define(
     names = _tensor_arguments(schema)
     assert set(strided) <= set(names), (strided, names)
     dense = tuple(i for name, i in names.items() if name not in strided)
+    count = len(_arguments(schema))
 
     def run(*args):
         for i in dense:  # native code reads plain memory
             if args[i] is not None and not args[i].is_contiguous():
                 args = (*args[:i], args[i].contiguous(), *args[i + 1 :])
+        call = implementation
+        if call is None:
+            *args, backend = args if len(args) == count else (*args, None)
+            call = getattr(choose(name, args[0].device, args[0].dtype, backend), name)
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):
-                return implementation(*args)
-        return implementation(*args)
+                return call(*args)
+        return call(*args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")
@@ -162,10 +170,14 @@ def define(
     return Op(packet.default, run, pick, functions)
 
 
+def _arguments(schema: str) -> list[list[str]]:
+    """Type and name of every argument of an op."""
+    return [argument.split("=")[0].split() for argument in schema.split("(", 1)[1].split(")", 1)[0].split(",")]
+
+
 def _tensor_arguments(schema: str) -> dict[str, int]:
     """Positions of the tensors among an op's arguments, by name."""
-    arguments = [argument.split("=")[0].split() for argument in schema.split("(", 1)[1].split(")", 1)[0].split(",")]
-    return {name: i for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor?")}
+    return {name: i for i, (kind, name) in enumerate(_arguments(schema)) if kind in ("Tensor", "Tensor?")}
 
 
 def _register_autograd(

@@ -15,12 +15,6 @@ from . import _checks
 from ._library import PLAIN, Derivative, autocast_features, autocast_on, define, empty_features
 
 
-def _forward(
-    x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, backend: str | None = None
-) -> Tensor:
-    return choose("gated_conv3d", x.device, x.dtype, backend).gated_conv3d(x, gate, neuron, spatial, temporal)
-
-
 def _forward_fake(x, gate, neuron, spatial, temporal, backend=None):
     return empty_features(x, spatial.shape[1])
 
@@ -97,7 +91,7 @@ def _gradients(ctx, grad):
 
 forward_op = define(
     "gated_conv3d(Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, str? backend=None) -> Tensor",
-    _forward,
+    None,
     _forward_fake,
     strided=("x",),
     derivative=Derivative(_keep, _gradients),

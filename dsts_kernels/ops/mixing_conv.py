@@ -11,10 +11,6 @@ from ._library import Derivative, autocast_features, autocast_on, define, empty_
 MIXING_KERNELS = ((1, 1, 1), (1, 3, 3), (3, 1, 1))
 
 
-def _forward(z: Tensor, neuron: Tensor, mixing: Tensor, backend: str | None = None) -> Tensor:
-    return choose("mixing_conv3d", z.device, z.dtype, backend).mixing_conv3d(z, neuron, mixing)
-
-
 def _forward_fake(z, neuron, mixing, backend=None):
     return empty_features(z, mixing.shape[1])
 
@@ -65,7 +61,7 @@ def _gradients(ctx, grad):
 
 forward_op = define(
     "mixing_conv3d(Tensor z, Tensor neuron, Tensor mixing, str? backend=None) -> Tensor",
-    _forward,
+    None,
     _forward_fake,
     strided=("z",),
     derivative=Derivative(_keep, _gradients),

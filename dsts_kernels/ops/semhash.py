@@ -14,12 +14,6 @@ from . import _checks
 from ._library import Derivative, define
 
 
-def _gate(
-    logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None, backend: str | None = None
-) -> Tensor:
-    return choose("semhash_gate", logits.device, logits.dtype, backend).semhash_gate(logits, neuron, noise, hard)
-
-
 def _gate_fake(logits, neuron, noise, hard, backend=None):
     batch = logits.shape[0] if neuron is None else neuron.shape[0]
     return logits.new_empty(batch, logits.shape[1])
@@ -56,7 +50,7 @@ def _gradients(ctx, grad):
 
 gate_op = define(
     "semhash_gate(Tensor logits, Tensor? neuron, Tensor? noise, Tensor? hard, str? backend=None) -> Tensor",
-    _gate,
+    None,
     _gate_fake,
     derivative=Derivative(_keep, _gradients),
 )

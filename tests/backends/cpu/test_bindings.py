@@ -65,7 +65,7 @@ def test_large_inputs_do_not_depend_on_threads():
         ({"out": torch.full((2, 3, 18), 7.0)[:, :, ::2]}, "out has gaps; wanted a contiguous tensor"),
         ({"threads": 0}, "threads is 0; wanted 1 or more"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_tensors(arguments, message):
     """Shapes, dtypes, strides and threads of one call, each named with what came and what was wanted."""

@@ -52,10 +52,10 @@ def test_evaluation(mixing_kernel, depths):
 
 
 def test_training(depths):
-    """One more, in which autograd keeps what the backward pass needs."""
+    """One more than in evaluation, in which autograd keeps what the backward pass needs."""
     _, fused = pair(8)
     fused.train()(torch.randn(2, 8, *SIZE))
-    assert max(depths.values()) <= 10, depths
+    assert max(depths.values()) <= 9, depths
 
 
 def test_frozen(depths):
