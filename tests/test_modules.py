@@ -100,8 +100,8 @@ def test_training(target, dtype, options):
     "dtype", [torch.float32, *(pytest.param(half, marks=large) for half in (torch.float16, torch.bfloat16))], ids=str
 )
 def test_training_with_relu(target, dtype):
-    """The paper's layer. Half types leave scoring to :func:`test_training`: behind a ReLU whose flips move whole elements
-    its gradient, a small difference, is off by any share of itself."""
+    """The paper's layer. Half types leave scoring to :func:`test_training`: behind a ReLU, whose flips move whole
+    elements, its gradient is a small difference that may be off by any share of itself."""
     leave_out = "nothing" if dtype == torch.float32 else "scoring"
     check_training(target, dtype, {}, factor=RELU_GRADIENTS[dtype], leave_out=leave_out)
 
