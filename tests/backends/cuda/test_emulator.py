@@ -33,7 +33,7 @@ def line(mark: str) -> int:
 def test_collecting_compiles_nothing():
     """The default run deselects these tests, and must not wait for a compiler first."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/ops"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/backends/gpu"],
         cwd=emulator.ROOT,
         env={**os.environ, "CXX": "/nonexistent/g++"},
         capture_output=True,
