@@ -241,7 +241,7 @@ void define_tables(py::module_& m) {
 }  // namespace
 
 void bind(py::module_& m) {
-  py::class_<Target>(m, "Target", "Where a call goes.")
+  py::class_<Target>(m, "Target", "Where a call goes.", py::module_local())
       .def(py::init([](int device, int capability, std::uintptr_t stream) {
              return Target{device, capability, stream};
            }),
