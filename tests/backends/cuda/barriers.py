@@ -35,7 +35,7 @@ from ...support.stand_ins import BACKEND, KERNELS, check_gated
 
 HALF, FLOAT = torch.float16, torch.float32
 OUTCOMES = {0: "unnoticed", 66: "race", 1: "wrong", -6: "stuck", -9: "hung"}
-SECONDS = 300.0  # that a child may take; with a core to itself one takes 10
+SECONDS = 300.0  # that a child may take: on a quiet machine a whole sweep of three sites took 105
 Site = str  # "1 83 /path/device.h": whether it is a fence, line, file
 
 
@@ -183,8 +183,9 @@ class Child(NamedTuple):
     def outcome(self) -> tuple[str, str, list[str]]:
         """Its name, outcome and what it said.
 
-        Once in some twenty sweeps a child never ended; repeated, that sweep passed. A lock that ThreadSanitizer's own
-        thread held while the process forked would explain it. So a child that hung is started once more.
+        A child was seen that never ended, in a sweep that passed whenever it was repeated. Why is not known; a lock
+        that ThreadSanitizer's own thread held while the process forked would explain it. So a child that hung is
+        started once more.
         """
         outcome, said = self.result()
         if outcome == "hung":
