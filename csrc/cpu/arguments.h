@@ -45,6 +45,7 @@ class Arguments {
   Tensor tensor(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
   // Likewise, row-major without gaps.
   Tensor dense(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
+  Tensor dense(const char* name, pybind11::handle value, int ndim, Integer kind) const = delete;
   // Likewise, of integers.
   Tensor integers(const char* name, pybind11::handle value, int ndim, Integer kind,
                   bool optional = false) const;
