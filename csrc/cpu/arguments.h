@@ -111,6 +111,6 @@ class FieldNames {
 inline DType accumulate_dtype(DType dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 const DTypeFacts& facts_of(DType dtype);
 inline const char* name_of(DType dtype) { return facts_of(dtype).name; }
-inline bool is_half(DType dtype) { return facts_of(dtype).bytes == 2; }
+inline bool is_narrow(DType dtype) { return facts_of(dtype).bytes < 4; }  // storage, computed in float32
 
 }  // namespace dsts::cpu
