@@ -203,9 +203,9 @@ void Arguments::float_or_half(const char* name, DType dtype) const {
 }
 
 void Arguments::dtype_pair(const char* narrow_name, DType narrow, const char* wide_name, DType wide) const {
-  if (wide != narrow && !(wide == kFloat32 && is_half(narrow)))
+  if (wide != narrow && !(wide == kFloat32 && is_narrow(narrow)))
     require(false, wide_name, " has dtype ", name_of(wide), "; wanted that of ", narrow_name, " (",
-            name_of(narrow), ")", (is_half(narrow) ? " or float32" : ""));
+            name_of(narrow), ")", (is_narrow(narrow) ? " or float32" : ""));
 }
 
 void Arguments::size_is(const char* name, const char* dimension, int64_t size, int64_t wanted) const {

@@ -45,6 +45,7 @@ class Arguments {
   Tensor tensor(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
   // Likewise, row-major without gaps.
   Tensor dense(const char* name, pybind11::handle value, int ndim, bool optional = false) const;
+  Tensor dense(const char* name, pybind11::handle value, int ndim, Integer kind) const = delete;
   // Likewise, of integers.
   Tensor integers(const char* name, pybind11::handle value, int ndim, Integer kind,
                   bool optional = false) const;
@@ -110,6 +111,6 @@ class FieldNames {
 inline DType accumulate_dtype(DType dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 const DTypeFacts& facts_of(DType dtype);
 inline const char* name_of(DType dtype) { return facts_of(dtype).name; }
-inline bool is_half(DType dtype) { return facts_of(dtype).bytes == 2; }
+inline bool is_narrow(DType dtype) { return facts_of(dtype).bytes < 4; }  // storage, computed in float32
 
 }  // namespace dsts::cpu

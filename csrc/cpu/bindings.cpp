@@ -10,8 +10,14 @@
 #include <vector>
 
 #include "cpu/arguments.h"
-#include "cpu/kernels.h"
+#include "cpu/epilogue.h"
+#include "cpu/gate_merge.h"
+#include "cpu/gather_panel.h"
+#include "cpu/semhash.h"
+#include "cpu/tap_sums.h"
+#include "cpu/winograd.h"
 #include "cpu/winograd_tiles.h"
+#include "cpu/winograd_weight_gradient.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -61,7 +67,7 @@ void semhash_forward_py(py::handle logits, py::handle neuron, py::handle noise, 
   const Tensor out = check.dense("gate", gate, 2), hards = check.integers("hard", hard, 1, kBool, true);
   const Logits in(check, logits, neuron, noise, out);
   if (hards.given()) check.size_is("hard", "B", hards.sizes[0], out.sizes[0]);
-  run(check, kernels().semhash_forward,
+  run(check, cpu::semhash_forward,
       {in.logits.data, static_cast<const int64_t*>(in.neuron.data), in.noise.data,
        static_cast<const uint8_t*>(hards.data), out.data, out.sizes[0], in.logits.sizes[0], out.sizes[1],
        out.dtype(), check.threads(threads)});
@@ -75,7 +81,7 @@ void semhash_backward_py(py::handle grad, py::handle logits, py::handle neuron, 
   check.size_is("dlogits", "N", out.sizes[0], in.logits.sizes[0]);
   check.size_is("dlogits", "C", out.sizes[1], gate.sizes[1]);
   check.dtype_is("dlogits", out.dtype(), gate.dtype());
-  run(check, kernels().semhash_backward,
+  run(check, cpu::semhash_backward,
       {gate.data, in.logits.data, static_cast<const int64_t*>(in.neuron.data), in.noise.data, out.data,
        gate.sizes[0], out.sizes[0], out.sizes[1], out.dtype(), check.threads(threads)});
 }
@@ -91,7 +97,7 @@ void tap_sums_py(py::handle x, py::handle out, int threads) {
   const Tensor sums = check.dense("out", out, 3);
   check.size_is("out", "B", sums.sizes[0], in.B), check.size_is("out", "C", sums.sizes[1], in.C);
   check.dtype_is("out", sums.dtype(), accumulate_dtype(in.dtype));
-  run(check, kernels().tap_sums, {in, sums.data, taps_of(check, sums.sizes[2]), check.threads(threads)});
+  run(check, cpu::tap_sums, {in, sums.data, taps_of(check, sums.sizes[2]), check.threads(threads)});
 }
 
 // A tensor (B, C) by sample and channel whose channels are neighbours.
@@ -120,7 +126,7 @@ void gather_panel_py(py::handle src, py::handle samples, py::handle channels, py
   check.size_is("out", "B", a.out.B, a.samples.count), check.same_grid("out", a.out, a.src);
   check.require(a.num_channels <= a.out.C, "channels lists ", a.num_channels, "; wanted at most the ",
                 a.out.C, " of out");
-  run(check, kernels().gather_panel, a);
+  run(check, cpu::gather_panel, a);
 }
 
 constexpr std::array<const char*, 6> kEpilogueFields{"out", "samples", "bias", "relu", "skip", "sums"};
@@ -183,7 +189,7 @@ void epilogue_py(py::handle spatial, py::handle temporal, py::handle epilogue, i
   a.spatial = panels[0].data, a.temporal = panels[1].data, a.threads = check.threads(threads);
   a.panel_dtype = panel_dtype(check, panels[0], panels[1], out.dtype);
   check.dtype_pair("out", out.dtype, "a panel", a.panel_dtype);
-  run(check, kernels().epilogue, a);
+  run(check, cpu::epilogue, a);
 }
 
 constexpr std::array<const char*, 2> kGradientPanelFields{"panel", "channels"};
@@ -240,7 +246,7 @@ void gate_merge_py(py::handle spatial, py::handle temporal, py::handle samples, 
     check.dtype_is("dx", a.dx.dtype, a.x.dtype), check.same_grid("dx", a.dx, a.x);
     check.size_is("dx", "B", a.dx.B, a.x.B), check.size_is("dx", "C", a.dx.C, a.x.C);
   }
-  run(check, kernels().gate_merge, a);
+  run(check, cpu::gate_merge, a);
 }
 
 constexpr std::array<const char*, 11> kOperatorFields{
@@ -306,7 +312,7 @@ void winograd_py(py::handle x, py::handle x_samples, py::handle spatial, py::han
   check.require(a.spatial.k_channels + a.temporal.k_channels > 0, "both operators have no channels");
   a.tiles = tile_sizes_of(check, tiles, out), a.threads = check.threads(threads);
   a.stage_seconds = seconds_of(check, stage_seconds);
-  run(check, kernels().winograd, a);
+  run(check, cpu::winograd, a);
 }
 
 void winograd_weight_gradient_py(py::handle x, py::handle grad, py::handle samples, py::handle spatial,
@@ -326,25 +332,25 @@ void winograd_weight_gradient_py(py::handle x, py::handle grad, py::handle sampl
                   "; wanted 1, and a filter without blocks");
   a.tiles = tile_sizes_of(check, tiles, a.grad), a.add = add, a.threads = check.threads(threads);
   a.stage_seconds = seconds_of(check, stage_seconds);
-  run(check, kernels().winograd_weight_gradient, a);
+  run(check, cpu::winograd_weight_gradient, a);
 }
 
-std::vector<std::string> supported_isas() {
+std::vector<std::string> isa_names() {
   int n = 0;
-  const Kernels* const* tables = supported_kernels(&n);
+  const Isa* isas = supported_isas(&n);
   std::vector<std::string> names;
-  for (int i = 0; i < n; ++i) names.emplace_back(tables[i]->isa);
+  for (int i = 0; i < n; ++i) names.emplace_back(name_of(isas[i]));
   return names;
 }
 
-void set_isa(const std::string& name) {
-  if (name == "auto") return set_kernels(nullptr);
+void set_isa_py(const std::string& name) {
   int n = 0;
-  const Kernels* const* tables = supported_kernels(&n);
+  const Isa* isas = supported_isas(&n);
+  if (name == "auto") return set_isa(isas[n - 1]);
   std::string wanted = "auto";
   for (int i = 0; i < n; ++i) {
-    if (name == tables[i]->isa) return set_kernels(tables[i]);
-    wanted += std::string(", ") + tables[i]->isa;
+    if (name == name_of(isas[i])) return set_isa(isas[i]);
+    wanted += std::string(", ") + name_of(isas[i]);
   }
   throw std::invalid_argument("set_isa: name is '" + name + "'; this build on this machine supports " +
                               wanted);
@@ -381,10 +387,10 @@ void bind(py::module_& m) {
   m.attr("winograd_tiles") =  // multiplications along one dimension, by tile size
       py::dict("spatial"_a = points_by_tile<SpatialTiles>(), "temporal"_a = points_by_tile<TemporalTiles>());
 
-  m.def("supported_isas", &supported_isas,
+  m.def("supported_isas", &isa_names,
         "Instruction sets in this build that this machine can run, the best last.");
-  m.def("get_isa", [] { return kernels().isa; }, "The instruction set in use.");
-  m.def("set_isa", &set_isa, "name"_a, "Use one of supported_isas(), or 'auto' for the best.");
+  m.def("get_isa", [] { return name_of(isa_in_use()); }, "The instruction set in use.");
+  m.def("set_isa", &set_isa_py, "name"_a, "Use one of supported_isas(), or 'auto' for the best.");
 }
 
 }  // namespace dsts::cpu

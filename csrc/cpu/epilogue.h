@@ -2,7 +2,7 @@
 // the tap sums that the next layer's scores start from.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/isa.h"
 
 namespace dsts::cpu {
 
@@ -30,10 +30,6 @@ struct PanelEpilogue {
   int threads;
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status epilogue(const PanelEpilogue& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(epilogue, PanelEpilogue)
 
 }  // namespace dsts::cpu

@@ -2,7 +2,7 @@
 // gate's own gradient in the same pass.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/isa.h"
 
 namespace dsts::cpu {
 
@@ -28,10 +28,6 @@ struct GateMerge {
   int threads;
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status gate_merge(const GateMerge& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(gate_merge, GateMerge)
 
 }  // namespace dsts::cpu

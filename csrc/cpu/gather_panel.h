@@ -2,7 +2,7 @@
 // (B, C, T, H, W) and, with output channels as the batch and taps as positions, convolution weights.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/isa.h"
 
 namespace dsts::cpu {
 
@@ -20,10 +20,6 @@ struct GatherPanel {
   int threads;
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status gather_panel(const GatherPanel& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(gather_panel, GatherPanel)
 
 }  // namespace dsts::cpu

@@ -133,11 +133,11 @@ DSTS_INLINE void with_float(DType dtype, F f) {
   });
 }
 
-// A pair of dtypes that is equal, or a half type with float32 as `wide`: f(Tag<narrow>, Tag<wide>).
+// A pair of dtypes that is equal, or a narrower type with float32 as `wide`: f(Tag<narrow>, Tag<wide>).
 template <class F>
 DSTS_INLINE Status with_dtypes(DType narrow, DType wide, F f) {
   return with_dtype(narrow, [&](auto n) {
-    if constexpr (sizeof(typename decltype(n)::type) == 2)
+    if constexpr (sizeof(typename decltype(n)::type) < sizeof(float))
       if (wide == kFloat32) return f(n, Tag<float>{});
     return f(n, n);
   });

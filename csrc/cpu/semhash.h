@@ -1,7 +1,7 @@
 // Improved SemHash gate: contract of the forward and backward kernels.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/isa.h"
 
 namespace dsts::cpu {
 
@@ -29,11 +29,7 @@ struct SemhashBackward {
   int threads;
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status semhash_forward(const SemhashForward& a);
-Status semhash_backward(const SemhashBackward& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(semhash_forward, SemhashForward)
+DSTS_KERNEL(semhash_backward, SemhashBackward)
 
 }  // namespace dsts::cpu

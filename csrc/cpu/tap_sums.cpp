@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kPlane = 4096;
 // Elements of a contiguous run that one running sum covers.
 constexpr int64_t kRun = 2048;
+static_assert(kPlane > 0 && kRun > 0);
 
 // Four streams, so that the adder's latency does not set the pace.
 template <class A, class T>

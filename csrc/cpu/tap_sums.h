@@ -1,7 +1,7 @@
 // Tap sums of a feature tensor: what a convolution's outputs, summed, need to know of its input.
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/isa.h"
 
 namespace dsts::cpu {
 
@@ -15,10 +15,6 @@ struct TapSums {
   int threads;
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status tap_sums(const TapSums& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(tap_sums, TapSums)
 
 }  // namespace dsts::cpu

@@ -18,6 +18,12 @@ constexpr int64_t kRowChannels = 512;  // where they are: few rows at a time, lo
 // Work is cut into parts of this many positions whatever the number of threads, so sums are reproducible.
 constexpr int64_t kPartPositions = 256;
 
+static_assert(kTilePositions > 0 && kTileChannels > 0 && kTilePositions * kTileChannels <= kTileElements,
+              "a tile lies in a buffer of kTileElements");
+static_assert(kPartPositions > 0 && kPartPositions % kTilePositions == 0, "a part is whole tiles");
+static_assert(kRowChannels >= kTileChannels && kRowChannels % 16 == 0 && kTileChannels % 16 == 0,
+              "pieces of rows are whole vectors, and no shorter than a tile's");
+
 // Pieces of rows a page apart are more than the hardware prefetcher follows: ask for a row this many ahead.
 constexpr int64_t kPrefetchRows = 8;
 

@@ -43,10 +43,6 @@ struct Winograd {
   double* stage_seconds;  // [4]: time in input, filter, product and output stages, added to; or null
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status winograd(const Winograd& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(winograd, Winograd)
 
 }  // namespace dsts::cpu

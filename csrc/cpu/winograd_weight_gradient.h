@@ -18,10 +18,6 @@ struct WinogradWeightGradient {
   double* stage_seconds;  // [4]: time in input, gradient, product and weight stages, added to; or null
 };
 
-#ifdef DSTS_ISA
-namespace DSTS_ISA {
-Status winograd_weight_gradient(const WinogradWeightGradient& a);
-}  // namespace DSTS_ISA
-#endif
+DSTS_KERNEL(winograd_weight_gradient, WinogradWeightGradient)
 
 }  // namespace dsts::cpu

@@ -7,7 +7,6 @@
 
 #include "cuda/arguments.h"
 #include "cuda/grids.h"
-#include "cuda/kernels.h"
 
 namespace dsts::cuda {
 

@@ -41,7 +41,8 @@ __device__ void gather_block(const GatherParams& p, const SampleLists& lists, co
   const bool along_channels = p.x_strides.c == 1;
   __syncthreads();            // before the tile is written again
   constexpr int kAtOnce = 8;  // elements of a thread on their way together
-  static_assert(kGatherPositions * Q::kBlock % (kGatherThreads * kAtOnce) == 0);
+  static_assert(kGatherPositions * Q::kBlock % (kGatherThreads * kAtOnce) == 0,
+                "a K block of kGatherPositions is a whole number of steps of a CTA");
   for (int first_i = threadIdx.x; first_i < kGatherPositions * Q::kBlock;
        first_i += kGatherThreads * kAtOnce) {
     T value[kAtOnce];
@@ -93,7 +94,8 @@ __device__ void gather_elements(const GatherParams& p, const SampleLists& lists,
 
 // Vectors of whole positions that a thread has on their way.
 constexpr int kVectorsAsked = kGatherBytes / kVectorBytes / kGatherThreads;
-static_assert(kVectorsAsked * kVectorBytes * kGatherThreads == kGatherBytes);
+static_assert(kVectorsAsked * kVectorBytes * kGatherThreads == kGatherBytes,
+              "kGatherBytes is a whole number of vectors for each thread");
 
 // Whole positions, and where a CTA keeps what it needs of them.
 template <class T>

@@ -12,7 +12,7 @@
 #  include <stdexcept>
 #  include <string>
 
-#  include "cuda/kernels.h"
+#  include "cuda/params.h"
 
 namespace dsts::cuda {
 

@@ -39,6 +39,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const unsigned 
 // each, four bytes of K from 4 t on. Of `c` it has columns 2 t and 2 t + 1 of row g, then of row g + 8.
 template <class E>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+  static_assert(kSame<E, __half> || kSame<E, __nv_bfloat16> || kSame<E, Tf32>, "E has no instruction here");
 #ifdef DSTS_NO_PTX
 #  if __CUDA_ARCH__ >= 800
   ::emulator::multiply_add(::emulator::operand_of<E, Tf32>(), 32, c, a, b);

@@ -1,5 +1,6 @@
-// What each CUDA kernel is given: one struct by value, of addresses, sizes and strides. Read by the kernels,
-// by their launchers and by benchmarks/compiled/bare, so it knows neither torch nor the standard library.
+// What each CUDA kernel is given, one struct by value, of addresses, sizes and strides; and its launcher. Read
+// by the kernels, by the bindings and by benchmarks/compiled/bare, so it knows neither torch nor the standard
+// library.
 // Sizes are in elements; rows of panels and of filters by tap are padded to whole 16 bytes, so a `pitch`
 // apart, with zeros where they are summed over.
 //
@@ -196,5 +197,22 @@ struct WeightGradientParams {
   int kt, kh, kw, spatial_taps, temporal_taps, sign;  // as in ConvParams
   int by_neuron, out_float;
 };
+
+#ifndef __CUDACC_RTC__
+// Launchers, one for each kernel. `dtype` is that of the features; nothing is allocated, nothing waits.
+void semhash(const SemhashParams&, bool backward, int dtype, void* stream);
+void tap_sums(const TapSumsParams&, int taps, int dtype, void* stream);
+void group_samples(const GroupParams&, void* stream);
+void list_channels(const ListParams&, void* stream);
+void gather_panel(const GatherPanelParams&, int dtype, void* stream);
+void route_and_gather(const RouteParams&, int dtype, void* stream);
+void pack_filters(const FilterParams&, int slots, int from_dtype, int to_dtype, void* stream);
+void unpack_filters(const FilterParams&, int neurons, int dtype, void* stream);
+
+// `tf32` multiplies float32 in tensor cores (sm_80 and later), else it is exact.
+void conv(const ConvParams&, bool by_output, int dtype, bool tf32, int capability, void* stream);
+void data_gradient(const DataGradientParams&, int dtype, bool tf32, int capability, void* stream);
+void weight_gradient(const WeightGradientParams&, int dtype, bool tf32, int capability, void* stream);
+#endif
 
 }  // namespace dsts::cuda

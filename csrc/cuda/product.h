@@ -204,11 +204,15 @@ class SimtMma {
   float sum_[8][8];
 };
 
-// Which one multiplies E; turing.h and volta.h add theirs.
+// Which one multiplies E.
+template <class E, bool A_BY_K, bool B_BY_K>
+class TuringMma;
 template <class E, bool A_BY_K, bool B_BY_K>
 struct TileMmaOf {
 #if DSTS_SM70
   using Type = Wmma<E, A_BY_K, B_BY_K>;
+#else
+  using Type = TuringMma<E, A_BY_K, B_BY_K>;
 #endif
 };
 template <bool A_BY_K, bool B_BY_K>

@@ -29,6 +29,9 @@ static_assert(kTile == 128, "a warp has 64 by 64 of a tile, four warps share it"
 static_assert(kKBlockBytes >= 64 && (kKBlockBytes & (kKBlockBytes - 1)) == 0,
               "a K block is a power of two, and whole steps of the main loop");
 static_assert(kMinKBlocks >= 1 && kMaxCtas >= 1);
+static_assert(kGatherPositions >= 1 && kGatherPositions * (kKBlockBytes + kVectorBytes) <= 48 * 1024,
+              "a K block of the positions that a CTA gathers lies in shared memory that every chip has");
+static_assert(kGatherBytes >= kVectorBytes, "no position fits");
 static_assert(kGatherBytes / 2 < 65536, "a gather keeps numbers of channels in 16 bits");
 
 // Products by compute capability times ten, as launchers need them of every chip. `exact` is float32 without

@@ -276,17 +276,4 @@ __device__ __forceinline__ void accumulate(TuringMma<E, A_BY_K, B_BY_K>& mma, Op
 #endif
 }
 
-template <bool A_BY_K, bool B_BY_K>
-struct TileMmaOf<__half, A_BY_K, B_BY_K> {
-  using Type = TuringMma<__half, A_BY_K, B_BY_K>;
-};
-template <bool A_BY_K, bool B_BY_K>
-struct TileMmaOf<__nv_bfloat16, A_BY_K, B_BY_K> {
-  using Type = TuringMma<__nv_bfloat16, A_BY_K, B_BY_K>;
-};
-template <bool A_BY_K, bool B_BY_K>
-struct TileMmaOf<Tf32, A_BY_K, B_BY_K> {
-  using Type = TuringMma<Tf32, A_BY_K, B_BY_K>;
-};
-
 }  // namespace dsts::cuda

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 OPS = ("semhash_gate", "tap_sums", "gated_conv3d", "mixing_conv3d", "frozen_layer")
+# Methods of a backend that are one launch of one kernel each on a GPU: their launchers have their names.
+ONE_LAUNCH = ("semhash_gate", "semhash_gate_backward")
 # The dtypes that ops run in, and their codes in the native module: csrc/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 FLOATS = tuple(DTYPE_CODES)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .base import accumulate_dtype
+
 
 class Epilogue(NamedTuple):
     """What happens to a result ``z`` on its way to memory: ``out[samples] = relu(z + bias) + skip[samples]``."""
@@ -85,9 +87,8 @@ class Passes(ABC):
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Half precision on a CPU is a storage format: panels and products there are float32."""
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and tensor.device.type == "cpu" else tensor.dtype
+    """On a CPU what is narrower than float32 is a storage format: panels and products there are float32."""
+    return accumulate_dtype(tensor.dtype) if tensor.device.type == "cpu" else tensor.dtype
 
 
 def empty_ndhwc(x: Tensor, channels: int, *, batch: int | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,10 @@
-"""One op a file: its schema, checks, fake, autograd and public function. Ops call backends; nothing else does."""
+"""One op a file: its schema, checks, fake, autograd and public function. Ops call backends; nothing else does.
+
+Every file here is imported with the package, so that its op is in ``torch.ops``; named below is what others use.
+"""
+
+import importlib
+import pkgutil
 
 from .frozen_layer import frozen_layer
 from .gated_conv import gated_conv3d
@@ -22,3 +28,6 @@ __all__ = [
     "tap_sums",
     "to_memory_format",
 ]
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")

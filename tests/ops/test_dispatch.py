@@ -16,6 +16,8 @@ from dsts_kernels.ops import _library, mixing_conv3d, tap_sums
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
+from .stated import stated
+
 pytestmark = pytest.mark.usefixtures("poison")
 
 N, O, C = 3, 4, 5
@@ -96,6 +98,13 @@ OPS = {
     "relevance_scores": (("x", "scoring"), functional.relevance_scores, literal_scores),
 }
 DIFFERENTIABLE = {"semhash_gate": ("logits",)}  # noise gets no gradient
+NO_BACKWARD = {"tap_sums"}  # whose gradient is a plain expression
+REFUSED = {"gated_conv3d", "mixing_conv3d", "semhash_gate", "saturating_sigmoid"}  # second derivatives
+for _name, _entry in stated("DISPATCH").items():
+    OPS[_name] = (_entry.operands, _entry.ours, _entry.literal)
+    DIFFERENTIABLE[_name] = _entry.differentiable or _entry.operands
+    NO_BACKWARD |= set() if _entry.backward else {_name}
+    REFUSED |= set() if _entry.second else {_name}
 
 
 def case(name: str) -> tuple:
@@ -138,7 +147,7 @@ def test_modes_see_every_op(name):
     assert_same(mine, gradients(literal, args, wanted, names))
     base = {"saturating_sigmoid": "semhash_gate", "relevance_scores": "tap_sums"}.get(name, name)
     assert base in recorder.seen
-    assert (f"{base}_backward" in recorder.seen) == (base != "tap_sums")  # whose gradient is a plain expression
+    assert (f"{base}_backward" in recorder.seen) == (base not in NO_BACKWARD)
 
 
 @pytest.mark.parametrize("which", ["negative", "zero"])
@@ -219,9 +228,6 @@ def test_forward_mode_is_refused_by_name(name):
         ours(forward_ad.make_dual(args[0], args[0]), *args[1:])
     with forward_ad.dual_level(), Recorder(), pytest.raises(NotImplementedError, match=message):
         ours(forward_ad.make_dual(args[0], args[0]), *args[1:])
-
-
-REFUSED = ("gated_conv3d", "mixing_conv3d", "semhash_gate", "saturating_sigmoid")
 
 
 @pytest.mark.parametrize("listening", [False, True])

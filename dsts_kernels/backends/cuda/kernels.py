@@ -1,4 +1,4 @@
-"""This backend's launchers, each by the name of its kernel's file in ``csrc/cuda``: tensors in, tensors out.
+"""This backend's launchers, each from the file that has its kernel's name in ``csrc/cuda``: tensors in, tensors out.
 
 What :class:`..gpu.kernels.Kernels` asks for. Each call hands addresses, sizes and strides by name to one launch of
 ``dsts_kernels._C.cuda`` on the current stream.
@@ -6,28 +6,6 @@ What :class:`..gpu.kernels.Kernels` asks for. Each call hands addresses, sizes a
 
 from __future__ import annotations
 
-from .conv import conv, conv_grid
-from .data_gradient import data_gradient
-from .filters import pack_filters, unpack_filters
-from .gather_panel import gather_panel
-from .lists import group_samples, list_channels
-from .route import route_and_gather
-from .semhash import semhash_gate, semhash_gate_backward
-from .tap_sums import partial_tap_sums
-from .weight_gradient import weight_gradient
+from ..gpu.kernels import launchers
 
-__all__ = [
-    "conv",
-    "conv_grid",
-    "data_gradient",
-    "gather_panel",
-    "group_samples",
-    "list_channels",
-    "pack_filters",
-    "partial_tap_sums",
-    "route_and_gather",
-    "semhash_gate",
-    "semhash_gate_backward",
-    "unpack_filters",
-    "weight_gradient",
-]
+globals().update(launchers(__package__, helpers=("launch",)))

@@ -7,12 +7,13 @@ language is imported here.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import abstractmethod, update_abstractmethods
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..base import Backend
+from ..base import ONE_LAUNCH, Backend
 from .frozen_layer import FrozenLayer
 from .gated_conv import GatedConv
 from .kernels import Kernels
@@ -22,7 +23,7 @@ __all__ = ["GpuBackend", "Kernels"]
 
 
 class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
-    """Every op by the launchers of :attr:`kernels`; here are those that are one launch each."""
+    """Every op by the launchers of :attr:`kernels`; those of ``ONE_LAUNCH`` are one launch each."""
 
     @property
     @abstractmethod
@@ -32,13 +33,18 @@ class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
     def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
         return "tiled"
 
-    def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
-        return self.kernels.semhash_gate(logits, neuron, noise, hard)
-
-    def semhash_gate_backward(
-        self, grad: Tensor, logits: Tensor, neuron: Tensor | None, noise: Tensor | None
-    ) -> Tensor:
-        return self.kernels.semhash_gate_backward(grad, logits, neuron, noise)
-
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
         return self.kernels.partial_tap_sums(x, taps).sum(1)
+
+
+def _one_launch(name: str) -> Callable:
+    def op(self: GpuBackend, *args: object) -> object:
+        return getattr(self.kernels, name)(*args)
+
+    op.__name__, op.__doc__ = name, getattr(Backend, name).__doc__
+    return op
+
+
+for _name in ONE_LAUNCH:
+    setattr(GpuBackend, _name, _one_launch(_name))
+update_abstractmethods(GpuBackend)

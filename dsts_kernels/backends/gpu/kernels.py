@@ -1,19 +1,24 @@
 """What a GPU backend offers to those who say which kernels run in which order: its launchers.
 
 A launcher takes tensors and returns tensors, on the current stream of their device, without a host synchronisation.
-The first three guard the device and take empty tensors, as they are ops by themselves; around the others that is done
-by who calls them. A *panel* is ``(B, T, H, W, width)``, columns of gathered channels in K blocks; filters come by slot
+Those of ``base.ONE_LAUNCH`` are ops by themselves, with the signature that :class:`..base.Backend` gives them: they
+guard the device and take empty tensors, and so does ``partial_tap_sums``; around the others that is done by who calls
+them. A *panel* is ``(B, T, H, W, width)``, columns of gathered channels in K blocks; filters come by slot
 and tap. :mod:`.lists` says what a list, a plan and a slot are; ``S`` slots, ``N`` neurons.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..base import FrozenWeights
+from ..base import ONE_LAUNCH, FrozenWeights
 from .features import SPATIAL
 from .lists import Groups, Lists
 
@@ -40,25 +45,7 @@ class ConvGrid(Protocol):
 
 
 class Kernels(Protocol):
-    """The launchers of a backend: a module will do."""
-
-    def semhash_gate(
-        self,
-        logits: Tensor,  # (N, C)
-        neuron: Tensor | None,  # (B,) int64
-        noise: Tensor | None,  # (B, C)
-        hard: Tensor | None,  # (B,) bool
-    ) -> Tensor:
-        """Gates ``(B, C)``."""
-
-    def semhash_gate_backward(
-        self,
-        grad: Tensor,  # (B, C)
-        logits: Tensor,  # (N, C)
-        neuron: Tensor | None,  # (B,) int64
-        noise: Tensor | None,  # (B, C)
-    ) -> Tensor:
-        """Gradient of the logits ``(N, C)``."""
+    """The launchers of a backend, and those of ``ONE_LAUNCH``: a module will do."""
 
     def partial_tap_sums(self, x: Tensor, taps: int) -> Tensor:
         """``(B, parts, C, taps)`` float32 of ``x (B, C, T, H, W)``: enough parts that a small batch fills the chip."""
@@ -178,3 +165,29 @@ class Kernels(Protocol):
         out: Tensor | None = None,
     ) -> Tensor:
         """Gradients of filters: ``shape (S * taps, k_channels, columns)`` by slot, or into ``out`` by neuron."""
+
+
+def launchers(package: str, helpers: tuple[str, ...] = ()) -> dict[str, Callable]:
+    """The launchers in the files of ``package``, but for its ``helpers``: what a backend's :class:`Kernels` is made of.
+
+    Raises:
+        ImportError: one is missing, or two files have it.
+    """
+    wanted = {name for name in vars(Kernels) if not name.startswith("_")} | set(ONE_LAUNCH)
+    found: dict[str, Callable] = {}
+    for module in map(importlib.import_module, files(package, helpers)):
+        for name, value in vars(module).items():
+            if name in wanted and inspect.isfunction(value) and value.__module__ == module.__name__:
+                if name in found:
+                    raise ImportError(f"{package}: {name} is in {found[name].__module__} and in {module.__name__}")
+                found[name] = value
+    if missing := sorted(wanted - set(found)):
+        raise ImportError(f"{package}: no file has the launchers {', '.join(missing)}")
+    return found
+
+
+def files(package: str, helpers: tuple[str, ...] = ()) -> list[str]:
+    """Modules of ``package`` that may hold launchers: all but ``kernels``, which gathers them, and ``helpers``."""
+    path = importlib.import_module(package).__path__
+    names = [module.name for module in pkgutil.iter_modules(path) if module.name not in ("kernels", *helpers)]
+    return [f"{package}.{name}" for name in names]

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 from types import ModuleType
 
 import torch
@@ -18,10 +19,8 @@ import torch
 from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
 
-# Modules of kernels with their launchers, all of which .kernels gathers.
-LAUNCHERS = (
-    "conv", "data_gradient", "filters", "gather_panel", "lists", "route", "semhash", "tap_sums", "weight_gradient",
-)  # fmt: skip
+HELPERS = ("common", "epilogue", "launch", "schedule", "tuning")  # every other file has kernels and their launchers
+LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 
 

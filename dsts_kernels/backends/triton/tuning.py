@@ -140,6 +140,7 @@ INTERPRETED = {
 SIDES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 ACCUMULATORS = {"conv": 1, "data_gradient": 2, "weight_gradient": 1}
 ACCUMULATOR_REGISTERS = 128  # of a thread, at most
+SMEM_KIB = {"sm_80": 100, "sm_90": 228, "sm_100": 228}  # of a multiprocessor, the least of a family: 8.6 and 8.9
 
 
 def check_tile(kernel: str, architecture: str, kind: str, tile: Tile) -> None:
@@ -147,8 +148,8 @@ def check_tile(kernel: str, architecture: str, kind: str, tile: Tile) -> None:
 
     Raises:
         ValueError: a side that is no power of two or too large for a tensor descriptor, warps or stages that nobody
-            tried, another K block than filters are packed in, more accumulators than registers, descriptors before
-            compute capability 9.0.
+            tried, another K block than filters are packed in, more accumulators than registers, more operands than
+            shared memory, descriptors before compute capability 9.0.
     """
     for name, got, wanted in (
         *(("side", side, SIDES) for side in tile[:3]),
@@ -166,6 +167,12 @@ def check_tile(kernel: str, architecture: str, kind: str, tile: Tile) -> None:
         raise ValueError(
             f"{kernel} {kind} {architecture}: got {tile} with {registers} accumulators a thread, wanted at most "
             f"{ACCUMULATOR_REGISTERS}"
+        )
+    kib = tile.stages * (tile.m + tile.n) * tile.k * KINDS[kind] // 1024
+    if kib > SMEM_KIB.get(architecture, kib):
+        raise ValueError(
+            f"{kernel} {kind} {architecture}: got {tile} with operands of {kib} KiB, wanted at most "
+            f"{SMEM_KIB[architecture]}"
         )
 
 

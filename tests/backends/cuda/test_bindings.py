@@ -14,6 +14,7 @@ from dsts_kernels.backends.gpu import dtypes, grids
 from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.backends.packing import TILE_BYTES
 
+from ...ops.stated import stated
 from ...support.stand_ins import BACKEND, emulated
 from ...support.targets import INTERPRETED
 from .test_installed import functions
@@ -32,7 +33,7 @@ FILTER = dict(
     weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
     dtype=0,
 )  # fmt: skip
-# Arguments that every function takes, besides the target.
+# Arguments that every function takes, besides the target; NATIVE of an op's test file has those of its own.
 GOOD: dict[str, dict[str, Any]] = {
     "semhash": dict(
         grad=HERE, logits=HERE, noise=0, neuron=0, hard=0, out=HERE, batch=1, neurons=1, channels=1, backward=True,
@@ -71,6 +72,7 @@ GOOD: dict[str, dict[str, Any]] = {
         left_pitch=4, right_pitch=4, rows=1, columns=1, slots=1, kernel=(1, 3, 3), with_temporal=True, sign=1,
         by_neuron=False, out_float=True, dtype=0, tf32=False,
     ),
+    **stated("NATIVE"),
 }  # fmt: skip
 SIZES = (
     "batch", "neurons", "channels", "parts", "num_slots", "num_lists", "rows", "k_block", "pitch", "splits", "outputs",

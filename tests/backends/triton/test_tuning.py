@@ -81,6 +81,14 @@ BAD = {
 }
 
 
+def test_operands_fit_shared_memory():
+    """Of the smallest chip of a family: 128 by 256 in four stages is for Hopper."""
+    tile = Tile(128, 256, 64, 8, 4, False)
+    tuning.check_tile("conv", "sm_90", "half", tile)
+    with pytest.raises(ValueError, match="operands of 192 KiB, wanted at most 100"):
+        tuning.check_tile("conv", "sm_80", "half", tile)
+
+
 @pytest.mark.parametrize("tile", BAD.values(), ids=BAD)
 def test_a_bad_tile_is_refused(tile, monkeypatch):
     """By name, when the table is read."""
