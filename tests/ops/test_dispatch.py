@@ -6,21 +6,18 @@ import io
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsts_kernels import FusedDSTS, functional, reference
-from dsts_kernels.ops import _library, mixing_conv3d, tap_sums
+from dsts_kernels import FusedDSTS, reference
+from dsts_kernels.ops import _library
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
-from .stated import stated
+from .stated import Dispatch, operands, stated
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-N, O, C = 3, 4, 5
 
 
 class Recorder(TorchDispatchMode):
@@ -36,81 +33,14 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operands() -> dict[str, torch.Tensor]:
-    """What the public ops take, in float64."""
-    return {
-        "x": torch.randn(4, C, 2, 3, 4, dtype=torch.float64),
-        "gate": torch.rand(4, C, dtype=torch.float64),
-        "spatial": torch.randn(N, O, C, 1, 3, 3, dtype=torch.float64),
-        "temporal": torch.randn(N, O, C, 3, 1, 1, dtype=torch.float64),
-        "mixing": torch.randn(N, C, C, 1, 3, 3, dtype=torch.float64),
-        "logits": torch.randn(N, C, dtype=torch.float64),
-        "noise": torch.randn(4, C, dtype=torch.float64),
-        "scoring": torch.randn(N, 2, C, 1, 3, 3, dtype=torch.float64),
-    }
-
-
-CHOSEN = [0, 2, 1, 2]
-NEURON = torch.tensor(CHOSEN)
-SOFT = torch.zeros(4, dtype=torch.bool)
-
-
-def by_sample(x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int, int]) -> torch.Tensor:
-    return torch.cat([F.conv3d(x[b : b + 1], weight[n], padding=padding) for b, n in enumerate(CHOSEN)])
-
-
-def literal_gated(x, gate, spatial, temporal):
-    g = gate[:, :, None, None, None]
-    return by_sample(g * x, spatial, (0, 1, 1)) + by_sample((1 - g) * x, temporal, (1, 0, 0))
-
-
-def literal_gate(logits, noise):
-    return reference.saturating_sigmoid(logits[NEURON] + noise.detach())
-
-
-def literal_scores(x, scoring):
-    return torch.stack([F.conv3d(x, m, padding=(0, 1, 1)).sum((1, 2, 3, 4)) for m in scoring], 1)
-
-
-# Op by name: what it takes, ours, the literal one.
-OPS = {
-    "gated_conv3d": (
-        ("x", "gate", "spatial", "temporal"),
-        lambda x, gate, spatial, temporal: functional.gated_conv3d(x, gate, NEURON, spatial, temporal),
-        literal_gated,
-    ),
-    "mixing_conv3d": (
-        ("x", "mixing"),
-        lambda x, mixing: mixing_conv3d(x, NEURON, mixing),
-        lambda x, mixing: by_sample(x, mixing, (0, 1, 1)),
-    ),
-    "semhash_gate": (
-        ("logits", "noise"),
-        lambda logits, noise: functional.semhash_gate(logits, noise, SOFT, neuron=NEURON),
-        literal_gate,
-    ),
-    "saturating_sigmoid": (("logits",), functional.saturating_sigmoid, reference.saturating_sigmoid),
-    "tap_sums": (
-        ("x",),
-        lambda x: tap_sums(x, 1),
-        lambda x: x.sum((2, 3, 4))[:, :, None],
-    ),
-    "relevance_scores": (("x", "scoring"), functional.relevance_scores, literal_scores),
-}
-DIFFERENTIABLE = {"semhash_gate": ("logits",)}  # noise gets no gradient
-NO_BACKWARD = {"tap_sums"}  # whose gradient is a plain expression
-REFUSED = {"gated_conv3d", "mixing_conv3d", "semhash_gate", "saturating_sigmoid"}  # second derivatives
-for _name, _entry in stated("DISPATCH").items():
-    OPS[_name] = (_entry.operands, _entry.ours, _entry.literal)
-    DIFFERENTIABLE[_name] = _entry.differentiable or _entry.operands
-    NO_BACKWARD |= set() if _entry.backward else {_name}
-    REFUSED |= set() if _entry.second else {_name}
+OPS: dict[str, Dispatch] = stated("DISPATCH")
 
 
 def case(name: str) -> tuple:
-    names, ours, literal = OPS[name]
+    op = OPS[name]
     values = operands()
-    return tuple(values[n] for n in names), ours, literal, DIFFERENTIABLE.get(name, names), names
+    wanted = op.operands if op.differentiable is None else op.differentiable
+    return tuple(values[n] for n in op.operands), op.ours, op.literal, wanted, op.operands
 
 
 def gradients(run, args, wanted, names):
@@ -145,9 +75,9 @@ def test_modes_see_every_op(name):
     with Recorder() as recorder:
         mine = gradients(ours, args, wanted, names)
     assert_same(mine, gradients(literal, args, wanted, names))
-    base = {"saturating_sigmoid": "semhash_gate", "relevance_scores": "tap_sums"}.get(name, name)
+    base = OPS[name].op or name
     assert base in recorder.seen
-    assert (f"{base}_backward" in recorder.seen) == (base not in NO_BACKWARD)
+    assert (f"{base}_backward" in recorder.seen) == OPS[name].backward
 
 
 @pytest.mark.parametrize("which", ["negative", "zero"])
@@ -220,8 +150,7 @@ def test_func_grad_and_vmap(name):
 def test_forward_mode_is_refused_by_name(name):
     """A tangent is an error that names the op, never a silent zero."""
     args, ours, *_ = case(name)
-    base = {"saturating_sigmoid": "semhash_gate", "relevance_scores": "tap_sums"}.get(name, name)
-    message = f"dsts_kernels::{base} has no forward-mode derivative"
+    message = f"dsts_kernels::{OPS[name].op or name} has no forward-mode derivative"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(lambda a: ours(a, *args[1:]), args[:1], args[:1])
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
@@ -251,10 +180,10 @@ def test_second_derivatives(name, listening):
                         return [None] * len(leaves)
                     return torch.autograd.grad(total, leaves, allow_unused=True)
 
-            if run is ours and name in REFUSED:
+            if run is ours and not OPS[name].second:
                 with pytest.raises(NotImplementedError, match="_backward has no derivative"):
                     second()
-            elif name not in REFUSED:
+            elif OPS[name].second:
                 results.append([torch.zeros_like(a) if g is None else g for g, a in zip(second(), leaves, strict=True)])
         if results:
             assert_same(*results)

@@ -14,8 +14,17 @@ from ..support.checks import GATED, assert_same_bits, check, noise_like, opcheck
 from ..support.inputs import GATES, LAYOUTS, NEURONS, every_second, gated_inputs, mixing_inputs, randn
 from ..support.oracles import literal_gated, literal_gradients, literal_mixing, wide
 from ..support.targets import dtypes, huge, large
+from .stated import NEURON, Dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+DISPATCH = {
+    "gated_conv3d": Dispatch(
+        ("x", "gate", "spatial", "temporal"),
+        lambda x, gate, spatial, temporal: gated_conv3d(x, gate, NEURON, spatial, temporal),
+        lambda x, gate, spatial, temporal: literal_gated(x, gate, NEURON, spatial, temporal),
+    )
+}
 
 HOST_SIZES = [
     pytest.param(4, 12, 9, (3, 5, 4), id="ragged"),

@@ -13,8 +13,17 @@ from ..support.checks import MIXING, assert_same_bits, check, opcheck, opchecked
 from ..support.inputs import LAYOUTS, every_second, mixing_inputs, randn
 from ..support.oracles import literal_gradients, literal_mixing, wide
 from ..support.targets import dtypes, huge, large
+from .stated import NEURON, Dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+DISPATCH = {
+    "mixing_conv3d": Dispatch(
+        ("x", "mixing"),
+        lambda x, mixing: mixing_conv3d(x, NEURON, mixing),
+        lambda x, mixing: literal_mixing(x, NEURON, mixing),
+    )
+}
 kernels = pytest.mark.parametrize("kernel", MIXING_KERNELS, ids=str)
 
 

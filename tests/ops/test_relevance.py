@@ -12,8 +12,15 @@ from dsts_kernels.testing import TOLERANCES, assert_close
 
 from ..support.oracles import literal_gradients, literal_relevance, wide
 from ..support.targets import Target, dtypes, large
+from .stated import Dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+DISPATCH = {
+    "relevance_scores": Dispatch(
+        ("x", "scoring"), relevance_scores, literal_relevance, op="tap_sums", backward=False, second=True
+    )
+}
 kernels = pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
 reductions = pytest.mark.parametrize("reduction", ["sum", "mean"])
 

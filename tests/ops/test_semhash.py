@@ -16,8 +16,25 @@ from ..support.checks import assert_same_bits, opcheck, opchecked
 from ..support.inputs import every_second
 from ..support.oracles import literal_semhash, literal_semhash_gradient, soft
 from ..support.targets import Target, dtypes, large
+from .stated import HERE, NEURON, SOFT, Dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+DISPATCH = {
+    "semhash_gate": Dispatch(
+        ("logits", "noise"),
+        lambda logits, noise: semhash_gate(logits, noise, SOFT, neuron=NEURON),
+        lambda logits, noise: soft(logits[NEURON] + noise.detach()),
+        differentiable=("logits",),  # noise gets no gradient
+    ),
+    "saturating_sigmoid": Dispatch(("logits",), saturating_sigmoid, soft, op="semhash_gate"),
+}
+NATIVE = {
+    "semhash": dict(
+        grad=HERE, logits=HERE, noise=0, neuron=0, hard=0, out=HERE, batch=1, neurons=1, channels=1, backward=True,
+        dtype=0,
+    )
+}  # fmt: skip
 
 SIZES = [
     pytest.param(4, 5, 1, id="one-channel"),

@@ -15,8 +15,21 @@ from ..support.checks import assert_same_bits, opcheck, opchecked
 from ..support.inputs import LAYOUTS
 from ..support.oracles import literal_tap_sums
 from ..support.targets import dtypes, huge, large
+from .stated import HERE, Dispatch
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+DISPATCH = {
+    "tap_sums": Dispatch(
+        ("x",), lambda x: tap_sums(x, 1), lambda x: literal_tap_sums(x, 1), backward=False, second=True
+    )
+}
+NATIVE = {
+    "tap_sums": dict(
+        x=HERE, size=(1, 2, 3), x_strides=(6, 6, 6, 3, 1), sums=HERE, batch=1, channels=1, parts=1, taps=9,
+        vector=False, dtype=0,
+    )
+}  # fmt: skip
 
 SIZES = [(2, 37, 3, 5, 4), (2, 37, 1, 1, 1), (2, 37, 2, 1, 70), (2, 37, 5, 9, 1)]
 LARGE = [

@@ -14,7 +14,7 @@ from dsts_kernels.backends.gpu import dtypes, grids
 from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.backends.packing import TILE_BYTES
 
-from ...ops.stated import stated
+from ...ops.stated import HERE, stated
 from ...support.stand_ins import BACKEND, emulated
 from ...support.targets import INTERPRETED
 from .test_installed import functions
@@ -24,7 +24,6 @@ if INTERPRETED:
 pytestmark = emulated
 
 SIZE, STRIDES = (1, 2, 3), (6, 6, 6, 3, 1)
-HERE = 4096  # no address: to read it ends the process
 GATHER = dict(
     x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1, whole_positions=0,
     dtype=0,
@@ -33,15 +32,8 @@ FILTER = dict(
     weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
     dtype=0,
 )  # fmt: skip
-# Arguments that every function takes, besides the target; NATIVE of an op's test file has those of its own.
+# Arguments that every function takes, besides the target: of kernels of several ops; the rest are with their op.
 GOOD: dict[str, dict[str, Any]] = {
-    "semhash": dict(
-        grad=HERE, logits=HERE, noise=0, neuron=0, hard=0, out=HERE, batch=1, neurons=1, channels=1, backward=True,
-        dtype=0,
-    ),
-    "tap_sums": dict(
-        x=HERE, size=SIZE, x_strides=STRIDES, sums=HERE, batch=1, channels=1, parts=1, taps=9, vector=False, dtype=0
-    ),
     "group_samples": dict(
         neuron=HERE, slots=HERE, neuron_of=HERE, slot_of=HERE, groups=HERE, members=HERE, batch=1, neurons=1,
         num_slots=1,
