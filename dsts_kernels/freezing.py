@@ -155,18 +155,18 @@ def _norm(norm: nn.Module | None, where: str, outputs: int, device: torch.device
     _run_hooks(norm, where)
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{where}: got a BatchNorm without running statistics, wanted one that tracks them")
-    found = {}
+    statistics = {}
     for name in ("running_mean", "running_var", "weight", "bias"):
         value = getattr(norm, name)
         if value is None and name in ("weight", "bias"):
             continue
-        found[name] = _weight(f"{where}.{name}", value, 1).double()
-        if found[name].shape != (outputs,):
+        statistics[name] = _weight(f"{where}.{name}", value, 1).double()
+        if statistics[name].shape != (outputs,):
             raise ValueError(f"{where}.{name}: got {_checks.describe(value)}, wanted shape {(outputs,)}")
-    scale = (found["running_var"] + norm.eps).rsqrt()
-    scale = scale * found["weight"] if "weight" in found else scale
-    shift = -found["running_mean"] * scale
-    return {"scale": scale, "shift": shift + found["bias"] if "bias" in found else shift}
+    scale = (statistics["running_var"] + norm.eps).rsqrt()
+    scale = scale * statistics["weight"] if "weight" in statistics else scale
+    shift = -statistics["running_mean"] * scale
+    return {"scale": scale, "shift": shift + statistics["bias"] if "bias" in statistics else shift}
 
 
 def freeze_layer(source: Source, dtype: torch.dtype, packing: str) -> tuple[LayerDescription, dict[str, Tensor | None]]:

@@ -193,15 +193,15 @@ class FrozenDSTS(NotScripted):
             raise ValueError("assign: got False for a module on the meta device, wanted True, or to_empty(device=...)")
         dtype = theirs.dtype if assign else self.dtype
         new = Layout(self._packing(device, dtype), dtype)
-        found = []
+        buffers = []
         for own, about in zip(tensors, theirs.layers, strict=True):
             here = {name: None if own[name] is None else own[name].to(device) for name in BUFFERS}
-            found.append(relaid(here, math.prod(about.mixing_kernel), Layout(about.packing, theirs.dtype), new))
-        if all(layer.fits(own, new) for layer, own in zip(self.layers, found, strict=True)):
-            for layer, own in zip(self.layers, found, strict=True):
+            buffers.append(relaid(here, math.prod(about.mixing_kernel), Layout(about.packing, theirs.dtype), new))
+        if all(layer.fits(own, new) for layer, own in zip(self.layers, buffers, strict=True)):
+            for layer, own in zip(self.layers, buffers, strict=True):
                 layer.write(own)
         else:
-            for layer, own in zip(self.layers, found, strict=True):
+            for layer, own in zip(self.layers, buffers, strict=True):
                 layer.put({name: None if t is None else t.clone() for name, t in own.items()}, new)
         self.dtype = dtype
 
@@ -226,8 +226,8 @@ class FrozenDSTS(NotScripted):
             probe = fn(torch.empty(0, dtype=self.dtype, device=self.layers[0].filters.device))
             dtype = probe.dtype if probe.dtype in _checks.FLOATS else self.dtype
             packing = self.layers[0].packing if probe.is_meta else self._packing(probe.device, dtype)
-            found = [layer.moved(fn, Layout(packing, dtype)) for layer in self.layers]
-            for layer, own in zip(self.layers, found, strict=True):
+            buffers = [layer.moved(fn, Layout(packing, dtype)) for layer in self.layers]
+            for layer, own in zip(self.layers, buffers, strict=True):
                 layer.put(own, Layout(packing, dtype))
         self.dtype = dtype
         return self

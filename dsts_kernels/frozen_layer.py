@@ -46,18 +46,18 @@ def has_values(gate: Tensor) -> bool:
 
 def relaid(tensors: Mapping[str, Tensor | None], taps: int, old: Layout, new: Layout) -> dict[str, Tensor | None]:
     """A layer's buffers for another packing or dtype, dense: scores and biases stay wide. ``taps`` are its mixing's."""
-    found = {name: dense(tensors[name]) for name in BUFFERS}
+    buffers = {name: dense(tensors[name]) for name in BUFFERS}
     for name in ("scoring", "bias"):
-        found[name] = found[name].to(accumulate_dtype(new.dtype))
-    if old != new and has_values(found["gate"]):
-        channels, starts = found["gate"].shape[1], channel_lists(found["gate"] > 0.5)[1]
-        outputs = found["bias"].shape[1]
-        found["filters"] = repack_filters(found["filters"], starts.tolist(), channels, outputs, old, new)
-        if found["mixing"] is not None:
-            found["mixing"] = repack_mixing(found["mixing"], outputs, taps, old, new)
+        buffers[name] = buffers[name].to(accumulate_dtype(new.dtype))
+    if old != new and has_values(buffers["gate"]):
+        channels, starts = buffers["gate"].shape[1], channel_lists(buffers["gate"] > 0.5)[1]
+        outputs = buffers["bias"].shape[1]
+        buffers["filters"] = repack_filters(buffers["filters"], starts.tolist(), channels, outputs, old, new)
+        if buffers["mixing"] is not None:
+            buffers["mixing"] = repack_mixing(buffers["mixing"], outputs, taps, old, new)
     for name in ("filters", "mixing"):
-        found[name] = None if found[name] is None else found[name].to(new.dtype)
-    return found
+        buffers[name] = None if buffers[name] is None else buffers[name].to(new.dtype)
+    return buffers
 
 
 class FrozenLayer(nn.Module):
@@ -192,10 +192,10 @@ class FrozenLayer(nn.Module):
         Gates keep their values whatever ``fn`` does (``to_empty`` gives garbage); coming from the meta device, where
         they have none, they are NaN until a state is loaded.
         """
-        found = {}
+        buffers = {}
         for name, before in self._buffers.items():
             if before is None:
-                found[name] = None
+                buffers[name] = None
                 continue
             # Memory formats are for features, and torch tells those by having 4 or 5 dimensions.
             after = fn(before) if before.dim() < 4 else fn(before.flatten(1)).view(before.shape)
@@ -203,8 +203,8 @@ class FrozenLayer(nn.Module):
                 after = before.to(after.device)
             if name == "gate" and after is not before and not after.is_meta:
                 after = after.fill_(math.nan) if before.is_meta else before.to(after.device)
-            found[name] = after
-        return relaid(found, math.prod(self.mixing_kernel), self.layout, new)
+            buffers[name] = after
+        return relaid(buffers, math.prod(self.mixing_kernel), self.layout, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLayer:
         """Moves to another device; by itself, a layer keeps its dtype and packing: its module changes them."""

@@ -149,22 +149,22 @@ def _sound(about: Description) -> bool:
     )
 
 
-def differences(theirs: Description, mine: Description) -> list[str]:
+def differences(theirs: Description, ours: Description) -> list[str]:
     """What a state must share with the module that loads it, and does not, for an error."""
-    found = [
-        f"{name}: got {getattr(theirs, name)!r}, wanted {getattr(mine, name)!r}"
+    differing = [
+        f"{name}: got {getattr(theirs, name)!r}, wanted {getattr(ours, name)!r}"
         for name in ("in_channels", "num_neurons", "skip")
-        if getattr(theirs, name) != getattr(mine, name)
+        if getattr(theirs, name) != getattr(ours, name)
     ]
-    if len(theirs.layers) != len(mine.layers):
-        found.append(f"num_layers: got {len(theirs.layers)}, wanted {len(mine.layers)}")
-    for index, (a, b) in enumerate(zip(theirs.layers, mine.layers, strict=False)):
-        found += [
+    if len(theirs.layers) != len(ours.layers):
+        differing.append(f"num_layers: got {len(theirs.layers)}, wanted {len(ours.layers)}")
+    for index, (a, b) in enumerate(zip(theirs.layers, ours.layers, strict=False)):
+        differing += [
             f"layers.{index}.{name}: got {getattr(a, name)!r}, wanted {getattr(b, name)!r}"
             for name in LayerDescription._fields
             if name not in ("packing", "gates") and getattr(a, name) != getattr(b, name)
         ]
-    return found
+    return differing
 
 
 def read(state: Mapping[str, Any]) -> tuple[Description, list[dict[str, Tensor]]]:

@@ -74,10 +74,10 @@ def numbered(module: nn.Module, optimizer: torch.optim.Optimizer, argument: str,
         return state
     names = parameter_names(module)
     own = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    mine = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    ours = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
     theirs = [set(group["params"]) for group in saved]
-    if mine != theirs:
-        other = sorted(set().union(*mine) ^ set().union(*theirs)) or ["other groups of the same"]
+    if ours != theirs:
+        other = sorted(set().union(*ours) ^ set().union(*theirs)) or ["other groups of the same"]
         shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         raise ValueError(f"{argument}: got the state of an optimizer of other parameters ({shown}), wanted this one's")
     kept = {name: entries for name, entries in state["state"].items() if name not in state["absent"]}

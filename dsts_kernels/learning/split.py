@@ -75,8 +75,9 @@ def split_train_val(dataset: Dataset, fraction: float = 0.5, seed: int = 0) -> t
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"fraction: got {fraction!r}, wanted a number above 0 and below 1")
     size = len(dataset)
-    held = round(size * fraction) if math.isfinite(fraction) else 0
-    if not 0 < held < size:
+    validation_size = round(size * fraction) if math.isfinite(fraction) else 0
+    if not 0 < validation_size < size:
         raise ValueError(f"dataset: got {size} samples, wanted enough for two parts at fraction {fraction}")
     shuffle = _Shuffle(size, seed)
-    return EpochSplit(dataset, shuffle, 0, size - held), EpochSplit(dataset, shuffle, size - held, size)
+    cut = size - validation_size
+    return EpochSplit(dataset, shuffle, 0, cut), EpochSplit(dataset, shuffle, cut, size)

@@ -18,10 +18,9 @@ from .chips import DRAM_US, L2_US, START_US, Chip, Launch
 from .common import busiest, library, stream
 from .loops import step_of
 
-# As in csrc/cuda: channels of a CTA that works gates out, and of one that sums; bytes of a line, and of a filter tile's
-# rows and columns; tiles of a CTA that lays filters out; threads of one that gathers or sums; channels whose scores are
-# added up at a time.
-SEMHASH_CHANNELS, SUM_CHANNELS = 256, 64
+# As in csrc/cuda: channels of a CTA that works gates out; bytes of a line, and of a filter tile's rows and columns;
+# tiles of a CTA that lays filters out; threads of one that gathers or sums; channels whose scores are added up at a time.
+SEMHASH_CHANNELS = 256
 LINE, FILTER_TILES = 128, 4
 THREADS, SCORE_CHANNELS = 256, 256
 EPILOGUE_AT_ONCE = 4  # loads of a thread that are on their way together in epilogues: vectors of skip, cells of x
@@ -179,7 +178,7 @@ def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:
     """The launch, and how many partial sums of a channel it writes."""
     aligned = case.channels % vector(case) == 0
     channels, rows = (8 * vector(case), THREADS // 8) if aligned else (32, THREADS // 32)
-    parts = grids.tap_sum_parts(case.batch, case.positions, case.channels, SUM_CHANNELS, chip.processors)
+    parts = grids.tap_sum_parts(case.batch, case.positions, case.channels, grids.SUM_CHANNELS_LAST, chip.processors)
     dram = case.features + case.batch * parts * case.channels * FLOAT
     trips = cdiv(cdiv(cdiv(case.positions, parts), rows), 4) * DRAM_US  # loops by four, as compiled
     return stream("tap_sums", chip, case.batch * parts * cdiv(case.channels, channels), dram, trips), parts

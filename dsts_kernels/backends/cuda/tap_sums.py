@@ -13,7 +13,8 @@ from .launch import address, vectors_fit
 
 def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     b, c, t, h, w = x.shape
-    parts = grids.tap_sum_parts(b, t * h * w, c, 64 if x.stride(1) == 1 else 32, launch.chip(x.device).processors)
+    cta_channels = grids.SUM_CHANNELS_LAST if x.stride(1) == 1 else grids.SUM_CHANNELS
+    parts = grids.tap_sum_parts(b, t * h * w, c, cta_channels, launch.chip(x.device).processors)
     sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
     if sums.numel():
         launch.native().tap_sums(
