@@ -19,7 +19,8 @@ from .common import busiest, library, stream
 from .loops import step_of
 
 # As in csrc/cuda: channels of a CTA that works gates out; bytes of a line, and of a filter tile's rows and columns;
-# tiles of a CTA that lays filters out; threads of one that gathers or sums; channels whose scores are added up at a time.
+# tiles of a CTA that lays filters out; threads of one that gathers or sums; channels whose scores are added up at
+# a time.
 SEMHASH_CHANNELS = 256
 LINE, FILTER_TILES = 128, 4
 THREADS, SCORE_CHANNELS = 256, 256
