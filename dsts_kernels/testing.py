@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: tolerances by dtype, one way to compare, and poisoned memory."""
+"""What tests and benchmarks share: tolerances by dtype, one way to compare, exact products, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["TOLERANCES", "assert_close", "poisoned_memory", "relative_error"]
+__all__ = ["TOLERANCES", "assert_close", "exact_float32", "poisoned_memory", "relative_error"]
 
 # Largest ||out - ref|| / ||ref|| accepted of a result computed in this dtype against a float64 reference.
 TOLERANCES: dict[torch.dtype, float] = {
@@ -35,6 +35,19 @@ def assert_close(
     allowed = TOLERANCES[dtype or out.dtype] * factor
     error = relative_error(out, ref)
     assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products in float32 inside the block; torch's own settings come back after it."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 @contextlib.contextmanager

@@ -11,11 +11,11 @@ import torch
 
 from dsts_kernels import backends
 from dsts_kernels.backends.build import build_record
-from dsts_kernels.testing import poisoned_memory
+from dsts_kernels.testing import exact_float32, poisoned_memory
 
 from .support import interpreter as triton_interpreter
 from .support.emulation import build, compiled, run_in_any_order
-from .support.targets import CUDA, INTERPRETED, KINDS, NO_GPU, Target, exact_float32, is_left_out, target_of
+from .support.targets import CUDA, INTERPRETED, KINDS, NO_GPU, Target, is_left_out, target_of
 
 ABSENT = pytest.StashKey[set[str]]()
 

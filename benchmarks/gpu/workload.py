@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -25,8 +24,9 @@ from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu import GpuBackend
 from dsts_kernels.reference import DSTS, Draws, Routing
+from dsts_kernels.testing import exact_float32
 
-__all__ = ["BATCHES", "TRAINING_BATCH", "Workload", "exact_float32", "gpu_backends", "half_precision"]
+__all__ = ["BATCHES", "TRAINING_BATCH", "Workload", "gpu_backends", "half_precision"]
 
 BATCHES = (1, 8, 32)
 TRAINING_BATCH = 8
@@ -45,19 +45,6 @@ def gpu_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | No
     """Every GPU backend by name: why it cannot run ``dtype`` there, ``None`` where it can."""
     on_gpu = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
     return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in on_gpu.items()}
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Float32 products in float32 inside the block; torch's own settings come back after it."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
 
 
 def plain(x: Tensor) -> Tensor:

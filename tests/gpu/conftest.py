@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ..support.targets import GPU_BACKENDS, HALF, exact_float32
+from dsts_kernels.testing import exact_float32
+
+from ..support.targets import GPU_BACKENDS, HALF
 from .support import why_not
 
 

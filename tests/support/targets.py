@@ -16,9 +16,8 @@ is no other target: ``TRITON_INTERPRET=1 pytest tests``. Emulated tests take a C
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -151,16 +150,3 @@ def is_left_out(item: pytest.Item) -> bool:
     too_long = {"huge"} if target.device == CPU else set()
     too_long |= {"large"} if target.stand_in else set()
     return dtype not in target.dtypes or any(mark.name in too_long for mark in item.iter_markers())
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Float32 products in float32 inside the block."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
