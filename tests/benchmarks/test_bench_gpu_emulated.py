@@ -64,23 +64,25 @@ class Replayed:
 GRIDS = {"tpn": (2, 3, 3), "swin": (3, 2, 2)}
 
 
-@pytest.fixture(params=[700, 800], ids=["sm_70", "sm_80"])
+@pytest.fixture
 def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CUDA backend on CPU tensors, as on either architecture."""
+    """The CUDA backend on CPU tensors, as on sm_80, or on what ``on_v100`` says: workloads are not about kernels."""
     from tests.emulator import build
     from tests.support.emulation import EmulatedBackend
 
     if (reason := build.unavailable()) is not None:
         pytest.skip(reason)
     backend = EmulatedBackend()
-    backend.emulate(request.param, monkeypatch)
+    backend.emulate(getattr(request, "param", 800), monkeypatch)
     return backend.name
 
 
-def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, request: Any, tmp_path: Path) -> None:
+on_v100 = pytest.mark.parametrize("emulated_cuda", [700], ids=["sm_70"], indirect=True)
+
+
+def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, tmp_path: Path) -> None:
     """Every row of ours passes its parity check, every op moves its bytes, and Triton says why it did not run."""
-    dtype = torch.float16 if "sm_70" in request.node.name else torch.bfloat16
-    work = Workload(CPU, l2_bytes=1000, channels=24, grids=GRIDS, dtype=dtype)
+    work = Workload(CPU, l2_bytes=1000, channels=24, grids=GRIDS, dtype=torch.bfloat16)
     facts = made_up({})["machine"]
     bench = gpu_bench.Bench(work, 600, tmp_path / "made-up.json", facts)
     for part in (gpu_bench.frozen_rows, gpu_bench.fused_rows, gpu_bench.op_rows, gpu_bench.baseline_rows):
@@ -98,9 +100,8 @@ def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, request: A
 
 
 @pytest.fixture
-def no_cuda_device(emulated_cuda: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_cuda_device(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What benchmarks.gpu.v100 asks of torch about the device is answered for the emulated one."""
-    dtype = torch.float16 if "sm_70" in request.node.name else torch.bfloat16
     for name, found in (
         ("is_available", True),
         ("current_device", 0),
@@ -109,10 +110,13 @@ def no_cuda_device(emulated_cuda: str, request: Any, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
     monkeypatch.setattr(v100, "describe", lambda device, commit: made_up({}, "Emulated")["machine"])
     monkeypatch.setattr(
-        v100, "Workload", lambda device, l2_bytes: Workload(CPU, l2_bytes, channels=256, grids=GRIDS, dtype=dtype)
+        v100,
+        "Workload",
+        lambda device, l2_bytes: Workload(CPU, l2_bytes, channels=256, grids=GRIDS, dtype=torch.float16),
     )
 
 
+@on_v100
 def test_the_papers_row(no_cuda_device: None, no_clock: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Every variant at the paper's batch, compared and timed, beside the paper's time; the device is named."""
     out = tmp_path / "folder" / "row.json"
@@ -127,6 +131,7 @@ def test_the_papers_row(no_cuda_device: None, no_clock: None, tmp_path: Path, ca
     assert "triton did not run: " in said and "PREDICTION, NOT A MEASUREMENT" in said
 
 
+@on_v100
 def test_a_wrong_result_has_no_time(
     no_cuda_device: None, no_clock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -146,14 +151,13 @@ def test_a_wrong_result_has_no_time(
 def test_comparison_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op in both kinds, results compared; the two names stand for one backend here."""
     monkeypatch.setitem(BACKENDS, "triton", BACKENDS[emulated_cuda])
-    half = torch.bfloat16 if BACKENDS[emulated_cuda].why_not("", CPU, torch.bfloat16) is None else torch.float16
     problems = [Problem(name, grid, batch=3, channels=24, neurons=3) for name, grid in GRIDS.items()]
 
     def timer(steps) -> float:
         assert all(isinstance(each()[0], torch.Tensor) for each in steps)
         return 1.0
 
-    log = faster.compare(problems, faster.KINDS | {"half": half}, CPU, 1000, timer)
+    log = faster.compare(problems, faster.KINDS | {"half": torch.bfloat16}, CPU, 1000, timer)
     assert [(entry["op"], entry["kind"]) for entry in log[:5]] == [(op, "half") for op in OPS]
     assert len(log) == len(OPS) * 2 * len(problems) and len(faster.winners(log)) == len(OPS) * 2
 
