@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import torch
 
 from dsts_kernels import FusedDSTS, backends
 from dsts_kernels.backends import BACKENDS, OPS, available, build, choose, explain, use_backend
+from dsts_kernels.backends.base import ONE_LAUNCH, Backend
 from dsts_kernels.backends.cuda import refusal
+from dsts_kernels.backends.gpu import Kernels
 from dsts_kernels.backends.memory import LAZY_ZEROS_BYTES, lazy_zeros
 
 CPU = torch.device("cpu")
@@ -274,3 +278,17 @@ def test_one_openmp_runtime():
     maps = Path("/proc/self/maps").read_text()
     runtimes = {line.split()[-1] for line in maps.splitlines() if re.search(r"lib(gomp|omp|iomp5)\b[^/]*$", line)}
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_launchers_take_what_is_stated(name):
+    """Every launcher of a GPU backend has the parameters that ``gpu.kernels`` and ``base`` state, in their order."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    kernels = importlib.import_module(f"dsts_kernels.backends.{name}.kernels")
+    stated = {method: getattr(Kernels, method) for method in vars(Kernels) if not method.startswith("_")}
+    stated |= {method: getattr(Backend, method) for method in ONE_LAUNCH}
+    assert len(stated) > 10
+    for method, wanted in stated.items():
+        _, *parameters = inspect.signature(wanted).parameters
+        assert list(inspect.signature(getattr(kernels, method)).parameters) == parameters, method

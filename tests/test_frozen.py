@@ -108,12 +108,18 @@ def test_grids(target, grid):
 
 
 @pytest.mark.parametrize("side", [-1.0, 1.0], ids=["all-temporal", "all-spatial"])
-def test_one_sided(target, side):
-    """Neurons whose panels of one side are empty, one whose sides are both full."""
-    ref, fused = pair(target, 40, target.dtype, num_layers=1, num_neurons=2)
+@pytest.mark.parametrize(
+    "layers, mixing_kernel",
+    [(1, (1, 1, 1)), pytest.param(2, (1, 3, 3), marks=large)],
+    ids=["one-layer", "two-that-do-not-fold"],
+)
+def test_one_sided(target, side, layers, mixing_kernel):
+    """Neurons whose panels of one side are empty, one whose sides are both full; mixing folded, and by a kernel."""
+    ref, fused = pair(target, 40, target.dtype, num_layers=layers, num_neurons=2, mixing_kernel=mixing_kernel)
     with torch.no_grad():
         for module in (ref, fused):
-            module.layers[0].gate[0] = side
+            for layer in module.layers:
+                layer.gate[0] = side
     check_frozen(ref, fused.eval().freeze(), target.randn(3, 40, *target.size))
 
 

@@ -1,4 +1,4 @@
-"""``use_backend``: a statement and a block hold for their thread or task, whatever overlaps."""
+"""``use_backend``: a block belongs to its thread or task, a plain statement to the process, whatever overlaps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsts_kernels import backends
 from dsts_kernels.backends import choose, explain, use_backend
 
 AUTOMATIC = choose("tap_sums", torch.device("cpu"), torch.float32).name
@@ -65,38 +66,48 @@ def test_blocks_of_two_threads_overlap(first_out):
     assert seen[0, "after"] == seen[1, "after"] == AUTOMATIC
 
 
-def test_a_statement_holds_for_its_thread():
-    """From there on, until the next one; other threads, running or new, choose for themselves."""
-    go, seen = threading.Event(), []
+def test_a_statement_holds_for_the_process():
+    """For threads that run already and for new ones, not for blocks; ``None`` takes it back."""
+    go, done, seen = threading.Event(), threading.Event(), []
 
     def running() -> None:
         assert go.wait(10)
         seen.append(chosen())
+        with use_backend(None):
+            seen.append(chosen())
+        done.set()
 
     thread = threading.Thread(target=running)
     thread.start()
     use_backend("eager")
     go.set()
-    thread.join()
-    assert seen == [AUTOMATIC] and chosen() == "eager" and elsewhere() == AUTOMATIC
+    assert done.wait(10) and seen == ["eager", AUTOMATIC]
+    assert chosen() == "eager" and elsewhere() == "eager"
     with use_backend(AUTOMATIC):
-        assert chosen() == AUTOMATIC
-    with use_backend(None):
-        assert chosen() == AUTOMATIC
-    assert chosen() == "eager"
+        assert chosen() == AUTOMATIC and elsewhere() == "eager"
     elsewhere(lambda: use_backend(None) and None)
-    assert chosen() == "eager"
-    use_backend(None)
     assert chosen() == AUTOMATIC
+    for _ in range(1000):
+        use_backend("eager")
+    assert len(backends._settings) == 1
 
 
-def test_an_object_holds_as_soon_as_it_is_made():
-    """As torch.set_grad_enabled; as a block it ends with what held before it was made."""
+def test_no_thread_sees_a_block_of_another_begin():
+    """Between construction and entry, too: an object that is kept is for good in its own thread, once used in all."""
     kept = use_backend("eager")
-    assert chosen() == "eager" and elsewhere() == AUTOMATIC
+    assert elsewhere() == AUTOMATIC
     with kept:
         assert chosen() == "eager" and elsewhere() == AUTOMATIC
     assert chosen() == AUTOMATIC
+    kept = use_backend("eager")
+    assert chosen() == "eager", "its own thread has it at once"
+    assert elsewhere() == "eager", "and by then it is no block"
+    with kept:
+        assert elsewhere() == AUTOMATIC
+    assert chosen() == AUTOMATIC, "as before it was made"
+    kept = use_backend("eager")
+    del kept
+    assert elsewhere() == "eager"
 
 
 def test_objects_are_entered_again():
@@ -122,8 +133,17 @@ def test_objects_are_entered_again():
         assert chosen() == "eager"
 
 
-def test_errors():
-    """They pass, and end their blocks."""
+def test_ends_out_of_order_and_errors():
+    """The outer block ends first: the inner one goes on, then nothing is left. Errors pass and end their blocks."""
+    outer, inner = use_backend(AUTOMATIC), use_backend("eager")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert chosen() == "eager"
+    inner.__exit__(None, None, None)
+    assert chosen() == AUTOMATIC
+    inner.__exit__(None, None, None)
+    assert chosen() == AUTOMATIC
     with pytest.raises(ZeroDivisionError), ExitStack() as stack:
         stack.enter_context(use_backend("eager"))
         stack.enter_context(use_backend(None))

@@ -1,5 +1,6 @@
 #include "cpu/arguments.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <vector>
 
@@ -160,12 +161,17 @@ Samples Arguments::samples(const char* name, py::handle value, int64_t batch) co
   return {index, t.sizes[0]};
 }
 
-const int32_t* Arguments::list(const char* name, py::handle value, int64_t start, int64_t count) const {
+const int32_t* Arguments::list(const char* name, py::handle value, int64_t start, int64_t count,
+                               int64_t limit) const {
   if (value.is_none()) return nullptr;
   const Tensor t = integers(name, value, kAnyDimensions, kInt32);
   if (start < 0 || start + count > t.elements())
     require(false, name, " has ", t.elements(), " channels; wanted ", count, " from ", start, " on");
-  return static_cast<const int32_t*>(t.data) + start;
+  const int32_t* listed = static_cast<const int32_t*>(t.data) + start;
+  for (int64_t i = 0; i < count; ++i)
+    if (listed[i] < 0 || listed[i] >= limit)
+      require(false, name, " lists channel ", listed[i], "; wanted 0 <= channel < ", limit);
+  return listed;
 }
 
 std::array<int64_t, 3> Arguments::strides(const char* name, py::handle value) const {
@@ -227,12 +233,14 @@ void FieldNames::find(const Arguments& arguments, const char* name, py::handle r
                          "; wanted a NamedTuple of " + wanted);
   const py::tuple fields = record.attr("_fields");
   bool same = fields.size() == count_;
+  Py_ssize_t index[kMost];
   for (size_t i = 0; i < count_ && same; ++i) {
     const int contained = PySequence_Contains(fields.ptr(), py::str(names_[i]).ptr());
     same = contained == 1;
-    if (same) index_[i] = PySequence_Index(fields.ptr(), py::str(names_[i]).ptr());
+    if (same) index[i] = PySequence_Index(fields.ptr(), py::str(names_[i]).ptr());
   }
   arguments.require(same, name, " has fields ", std::string(py::str(fields)), "; wanted ", wanted);
+  std::copy_n(index, count_, index_);  // not before: the last type's are in use until then
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(record.ptr()));
   Py_INCREF(type);
   Py_XDECREF(type_);

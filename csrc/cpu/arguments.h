@@ -16,6 +16,7 @@ namespace dsts::cpu {
 enum Integer : int { kInt32 = 1000, kInt64, kBool };
 
 constexpr int kMaxDimensions = 6, kAnyDimensions = -1;
+constexpr int64_t kAnyChannel = INT32_MAX;  // a limit of lists that the caller vouches for
 
 // A tensor; None has a null address and no dimensions.
 struct Tensor {
@@ -53,8 +54,9 @@ class Arguments {
   Features features(const char* name, pybind11::handle value, bool optional = false) const;
   // Indices of samples of a batch; None is the whole of it.
   Samples samples(const char* name, pybind11::handle value, int64_t batch) const;
-  // A list [count] of channels, from element `start` on; None gives null.
-  const int32_t* list(const char* name, pybind11::handle value, int64_t start, int64_t count) const;
+  // A list [count] of channels below `limit`, from element `start` on; None gives null.
+  const int32_t* list(const char* name, pybind11::handle value, int64_t start, int64_t count,
+                      int64_t limit) const;
 
   std::array<int64_t, 3> strides(const char* name, pybind11::handle value) const;
   int64_t integer(const char* name, pybind11::handle value, int64_t least) const;

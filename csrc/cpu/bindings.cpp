@@ -100,12 +100,13 @@ void tap_sums_py(py::handle x, py::handle out, int threads) {
   run(check, cpu::tap_sums, {in, sums.data, taps_of(check, sums.sizes[2]), check.threads(threads)});
 }
 
-// A tensor (B, C) by sample and channel whose channels are neighbours.
-Tensor by_channel(const Arguments& check, const char* name, py::handle value, DType dtype,
+// A tensor (B, C) by sample and channel of x, in its dtype, whose channels are neighbours.
+Tensor by_channel(const Arguments& check, const char* name, py::handle value, const Features& x,
                   bool optional = false) {
   const Tensor t = check.tensor(name, value, 2, optional);
   if (!t.given()) return t;
-  check.dtype_is(name, t.dtype(), dtype);
+  check.dtype_is(name, t.dtype(), x.dtype);
+  check.size_is(name, "B", t.sizes[0], x.B), check.size_is(name, "C", t.sizes[1], x.C);
   check.require(t.strides[1] == 1 || t.sizes[1] <= 1, name, " has gaps; wanted channels side by side");
   return t;
 }
@@ -117,9 +118,9 @@ void gather_panel_py(py::handle src, py::handle samples, py::handle channels, py
   a.src = check.features("src", src), a.out = check.features("out", out);
   a.samples = check.samples("samples", samples, a.src.B);
   const Tensor list = check.integers("channels", channels, 1, kInt32, true);
-  a.channels = static_cast<const int32_t*>(list.data),
   a.num_channels = list.given() ? list.sizes[0] : a.src.C;
-  const Tensor scales = by_channel(check, "scale", scale, a.src.dtype, true);
+  a.channels = check.list("channels", channels, 0, a.num_channels, a.src.C);
+  const Tensor scales = by_channel(check, "scale", scale, a.src, true);
   a.scale = scales.data, a.scale_stride_b = scales.strides[0], a.complement = complement;
   a.threads = check.threads(threads);
   check.dtype_pair("src", a.src.dtype, "out", a.out.dtype);
@@ -234,8 +235,7 @@ void gate_merge_py(py::handle spatial, py::handle temporal, py::handle samples, 
   a.spatial = spatial_panel.get(), a.temporal = temporal_panel.get();
   a.panel_dtype = panel_dtype(check, spatial_panel.panel, temporal_panel.panel, a.x.dtype);
   check.dtype_pair("x", a.x.dtype, "a panel", a.panel_dtype);
-  const Tensor gates = by_channel(check, "gate", gate, a.x.dtype), out = check.dense("dgate", dgate, 2, true);
-  check.size_is("gate", "B", gates.sizes[0], a.x.B), check.size_is("gate", "C", gates.sizes[1], a.x.C);
+  const Tensor gates = by_channel(check, "gate", gate, a.x), out = check.dense("dgate", dgate, 2, true);
   a.gate = gates.data, a.gate_stride_b = gates.strides[0], a.dgate = out.data,
   a.threads = check.threads(threads);
   if (out.given()) {
@@ -253,8 +253,10 @@ constexpr std::array<const char*, 11> kOperatorFields{
     "weight", "k_channels", "channels", "channels_start", "weight_start", "o_list",
     "k_list", "strides",    "scale",    "complement",     "blocked"};
 
-// An operator on features of `x_dtype` with O outputs; None is absent.
-Operator operator_of(const Arguments& check, const char* name, py::handle value, int64_t O, DType x_dtype) {
+// An operator on features x with O outputs; None is absent. How far its filters go is the caller's word: they
+// lie in many ways, and their lists pick from them.
+Operator operator_of(const Arguments& check, const char* name, py::handle value, int64_t O,
+                     const Features& x) {
   static FieldNames names(kOperatorFields);
   Operator op{};
   if (value.is_none()) return op;
@@ -266,13 +268,13 @@ Operator operator_of(const Arguments& check, const char* name, py::handle value,
   op.dtype = filter.dtype();
   op.weight = static_cast<char*>(filter.data) +
               check.integer("weight_start", weight_start, 0) * facts_of(op.dtype).bytes;
-  op.channels =
-      check.list("channels", channels, check.integer("channels_start", channels_start, 0), op.k_channels);
-  op.o_list = check.list("o_list", o_list, 0, O);
-  op.k_list = check.list("k_list", k_list, 0, op.k_channels);
+  op.channels = check.list("channels", channels, check.integer("channels_start", channels_start, 0),
+                           op.k_channels, x.C);
+  op.o_list = check.list("o_list", o_list, 0, O, kAnyChannel);
+  op.k_list = check.list("k_list", k_list, 0, op.k_channels, kAnyChannel);
   const auto [stride_o, stride_k, stride_tap] = check.strides("strides", strides);
   op.stride_o = stride_o, op.stride_k = stride_k, op.stride_tap = stride_tap;
-  const Tensor scales = by_channel(check, "scale", scale, x_dtype, true);
+  const Tensor scales = by_channel(check, "scale", scale, x, true);
   op.scale = scales.data, op.scale_stride_b = scales.strides[0];
   op.complement = check.boolean("complement", complement), op.blocked = check.boolean("blocked", blocked);
   return op;
@@ -307,8 +309,8 @@ void winograd_py(py::handle x, py::handle x_samples, py::handle spatial, py::han
   check.float_or_half("x", a.x.dtype), check.float_or_half("out", out.dtype);
   check.same_grid("out", out, a.x);
   check.size_is("samples", "count", a.epilogue.samples.count, a.samples.count);
-  a.spatial = operator_of(check, "spatial", spatial, out.C, a.x.dtype);
-  a.temporal = operator_of(check, "temporal", temporal, out.C, a.x.dtype);
+  a.spatial = operator_of(check, "spatial", spatial, out.C, a.x);
+  a.temporal = operator_of(check, "temporal", temporal, out.C, a.x);
   check.require(a.spatial.k_channels + a.temporal.k_channels > 0, "both operators have no channels");
   a.tiles = tile_sizes_of(check, tiles, out), a.threads = check.threads(threads);
   a.stage_seconds = seconds_of(check, stage_seconds);
@@ -324,8 +326,8 @@ void winograd_weight_gradient_py(py::handle x, py::handle grad, py::handle sampl
   a.samples = check.samples("samples", samples, a.x.B);
   check.float_or_half("x", a.x.dtype), check.float_or_half("grad", a.grad.dtype);
   check.size_is("grad", "B", a.grad.B, a.x.B), check.same_grid("grad", a.grad, a.x);
-  a.spatial = operator_of(check, "spatial", spatial, a.grad.C, a.x.dtype);
-  a.temporal = operator_of(check, "temporal", temporal, a.grad.C, a.x.dtype);
+  a.spatial = operator_of(check, "spatial", spatial, a.grad.C, a.x);
+  a.temporal = operator_of(check, "temporal", temporal, a.grad.C, a.x);
   check.require(a.spatial.k_channels + a.temporal.k_channels > 0, "both operators have no channels");
   for (const Operator& op : {a.spatial, a.temporal})
     check.require(op.k_channels == 0 || (op.stride_tap == 1 && !op.blocked), "stride_tap is ", op.stride_tap,

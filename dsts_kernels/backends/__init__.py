@@ -8,6 +8,7 @@ backend asked for by name that cannot run is an error.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from contextvars import ContextVar
@@ -41,25 +42,30 @@ def available() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if backend.missing() is None)
 
 
-_backend: ContextVar[str | None] = ContextVar("dsts_kernels.use_backend", default=None)
-_latest: str | None = None  # what was set last, in whatever thread
-_used = False  # whether anything was ever set: until then no op needs to look
+class _Setting:
+    """What a plain ``use_backend(name)`` asked for; ``thread`` is the only one that it holds in yet, ``None``: all."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name, self.thread = name, threading.get_ident()
 
 
-def _set(name: str | None) -> None:
-    global _latest, _used
-    _backend.set(name)
-    _latest, _used = name, True
+_settings: dict[_Setting, None] = {}  # for good, the latest last; a dict, whose steps need no lock
+_blocks: ContextVar[tuple[use_backend, ...]] = ContextVar("dsts_kernels.use_backend", default=())  # innermost last
+_entered: list[use_backend] = []  # the blocks of every thread, the latest last
 
 
 class use_backend:
-    """Make every op run on the backend ``name`` (``None``: choose again), from here on or for a ``with`` block.
+    """Make every op run on the backend ``name`` (``None``: choose again), for good or for a ``with`` block.
 
-    It holds for this thread or asyncio task, as ``torch.set_grad_enabled`` does, and for what ``backward()`` runs in
-    it, in autograd's threads on a GPU too. Threads that Python starts do not inherit it: the environment variable
-    ``DSTS_BACKEND`` holds for all of them. Processes inherit it by ``fork``, as the workers of a ``DataLoader`` on
-    Linux do, and not by ``spawn``. A function under ``torch.compile`` that calls it breaks its graph there: put the
-    block around the call.
+    As a statement of its own it holds for the process: for this thread at once, and for all others, running or new, but
+    those in a block. A block holds for its thread or its asyncio task alone, whatever others do meanwhile, and for
+    what ``backward()`` runs in it, in autograd's threads on a GPU too; Python's threads that are started in a block do
+    not inherit it. Processes inherit either by ``fork``, as the workers of a ``DataLoader`` on Linux do, and neither
+    by ``spawn``, where ``DSTS_BACKEND`` reaches them. A function under ``torch.compile`` that holds a block breaks its
+    graph there: put the block around the call.
+
+    An object may be entered several times, by several threads as well; once entered it is a block and no longer for
+    good.
 
     >>> import dsts_kernels
     >>> with dsts_kernels.backends.use_backend("eager"):
@@ -70,42 +76,71 @@ class use_backend:
         RuntimeError: it cannot run on this machine; the message says why.
     """
 
+    _setting: _Setting | None = None
+
     def __init__(self, name: str | None) -> None:
         if name is not None:
             reason = BACKENDS[_known(name, "use_backend(name)")].missing()
             if reason is not None:
                 raise RuntimeError(f"use_backend(name): {name!r} cannot run here: {reason}")
         self.name = name
-        self._before = [_backend.get()]
-        self._entered = False
-        _set(name)
+        # Nobody can tell yet whether a block follows. Until it does, or the object is used or let go, it is for good
+        # in this thread only: other threads must never see a block's name.
+        self._setting = _Setting(name)
+        _settings[self._setting] = None
 
     def __enter__(self) -> use_backend:
-        if self._entered:  # again: what it comes back to is what holds now
-            self._before.append(_backend.get())
-        self._entered = True
-        _set(self.name)
+        if self._setting is not None:
+            _settings.pop(self._setting, None)
+            self._setting = None
+        _blocks.set((*_blocks.get(), self))
+        _entered.append(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _set(self._before.pop() if self._before else None)
+        """Ends this block, also where those within have not ended yet."""
+        left = list(_blocks.get())
+        if self in left:
+            del left[len(left) - 1 - left[::-1].index(self)]
+            _blocks.set(tuple(left))
+            with contextlib.suppress(ValueError):  # another task, which began in the block, was first
+                _entered.remove(self)
+
+    def __del__(self) -> None:
+        if self._setting is not None:
+            self._setting.thread = None
+            for older in list(_settings):
+                if older is self._setting:
+                    break
+                _settings.pop(older, None)
 
 
-def _in_effect() -> str | None:
-    """What :class:`use_backend` set for this thread, or for the call of ``backward()`` that this thread works for."""
-    name = _backend.get()
-    if name is None and _used:
+def _block() -> use_backend | None:
+    """The innermost block around what this thread does."""
+    found = _blocks.get()
+    if not found and _entered:
         if torch._C._is_key_in_tls("context"):  # an autograd thread: of the call of backward(), as torch keeps it
-            name = torch._C._get_obj_in_tls("context").get(_backend)
+            found = torch._C._get_obj_in_tls("context").get(_blocks, ())
         elif torch._C._current_autograd_node() is not None:  # older versions of torch do not tell whose call it is
-            name = _latest if isinstance(threading.current_thread(), threading._DummyThread) else None
-    return name
+            found = _entered[-1:] if isinstance(threading.current_thread(), threading._DummyThread) else ()
+    return found[-1] if found else None
+
+
+def _for_good() -> str | None:
+    """What the last plain ``use_backend`` asked for that holds in this thread."""
+    for setting in reversed(list(_settings)):
+        if setting.thread == threading.get_ident():
+            setting.thread = None  # an op came, and no block before it
+        if setting.thread is None:
+            return setting.name
+    return None
 
 
 def _requested(argument: str | None) -> tuple[str | None, str]:
     if argument is not None:
         return argument, "backend"
-    name = _in_effect()
+    block = _block()
+    name = block.name if block is not None else _for_good() if _settings else None
     if name is not None:
         return name, "use_backend(name)"
     return _environment("DSTS_BACKEND"), "DSTS_BACKEND"

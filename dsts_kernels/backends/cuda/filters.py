@@ -47,8 +47,8 @@ def unpack_filters(
     groups: Groups,
     listed: Tensor | None,
     reader: int,
-    first: int,
-    taps: int,
+    first_tap: int,
+    all_taps: int,
     by_channel: bool,
 ) -> Tensor:
     neurons, outputs, channels = like.shape[:3]
@@ -62,8 +62,8 @@ def unpack_filters(
         outputs=outputs,
         channels=channels,
         taps=like[0, 0, 0].numel(),
-        first_tap=first,
-        all_taps=taps,
+        first_tap=first_tap,
+        all_taps=all_taps,
         by_channel=by_channel,
         pitch=filters.shape[-1],
         neurons=neurons,

@@ -7,6 +7,7 @@ language is imported here.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod, update_abstractmethods
 from collections.abc import Callable
 
@@ -38,10 +39,11 @@ class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
 
 
 def _one_launch(name: str) -> Callable:
-    def op(self: GpuBackend, *args: object) -> object:
-        return getattr(self.kernels, name)(*args)
+    @functools.wraps(getattr(Backend, name))
+    def op(self: GpuBackend, *args: object, **kwargs: object) -> object:
+        return getattr(self.kernels, name)(*args, **kwargs)
 
-    op.__name__, op.__doc__ = name, getattr(Backend, name).__doc__
+    del op.__isabstractmethod__
     return op
 
 

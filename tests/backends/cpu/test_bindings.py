@@ -79,7 +79,7 @@ def test_bad_tensors(arguments, message):
 def test_bad_lists_and_samples():
     """What a gather lists must fit its source and its panel."""
     x, out = torch.zeros(2, 3, 1, 2, 2), torch.full((2, 3, 1, 2, 2), 7.0)
-    four = torch.arange(4, dtype=torch.int32)
+    four, three = torch.zeros(4, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
 
     def gather(src=x, samples=None, channels=None, scale=None, out=out) -> None:
         _C.gather_panel(src, samples, channels, scale, False, out, 1)
@@ -87,12 +87,16 @@ def test_bad_lists_and_samples():
     for arguments, message in (
         ({"out": out.bfloat16()}, "out has dtype bfloat16; wanted that of src"),
         ({"channels": four}, "channels lists 4; wanted at most the 3 of out"),
+        ({"channels": three}, "channels lists channel 3; wanted 0 <= channel < 3"),
+        ({"channels": -three}, "channels lists channel -3; wanted 0 <= channel < 3"),
         ({"channels": four.long()}, "channels has dtype int64; wanted int32"),
         ({"samples": torch.tensor([0, 2])}, "samples holds 2; wanted 0 <= sample < 2"),
         ({"samples": torch.tensor([0])}, "out has B = 2; wanted 1"),
         ({"src": torch.zeros(2, 3, 1, 3, 2)}, "out has H = 2; wanted 3"),
         ({"scale": torch.zeros(2, 6)[:, ::2]}, "scale has gaps; wanted channels side by side"),
         ({"scale": torch.zeros(2, 3, dtype=torch.bool)}, "scale has dtype bool; wanted one of float32"),
+        ({"scale": torch.zeros(1, 3)}, "scale has B = 1; wanted 2"),
+        ({"scale": torch.zeros(2, 2)}, "scale has C = 2; wanted 3"),
     ):
         with pytest.raises(ValueError, match=message):
             gather(**arguments)
@@ -136,11 +140,23 @@ def test_records_are_read_by_name():
         out: torch.Tensor
         extra: int
 
+    class Misspelt(NamedTuple):
+        sums: object
+        out: torch.Tensor
+        samples: object
+        bias: object
+        relu: bool
+        skipped: object
+
     z, out = torch.randn(2, 1, 2, 2, 3), torch.zeros(2, 3, 1, 2, 2)
     _C.epilogue(z, None, Turned(None, None, True, None, None, out), 1)
     assert torch.equal(out, z.permute(0, 4, 1, 2, 3).relu())
     with pytest.raises(ValueError, match=r"epilogue has fields \('out', 'extra'\); wanted out, samples, bias, relu"):
         _C.epilogue(z, None, Longer(out, 1), 1)
+    with pytest.raises(ValueError, match=r"epilogue has fields \('sums', .* 'skipped'\); wanted out, samples"):
+        _C.epilogue(z, None, Misspelt(None, out, None, None, True, None), 1)
+    _C.epilogue(z, None, Turned(None, None, True, None, None, out.fill_(7)), 1)
+    assert torch.equal(out, z.permute(0, 4, 1, 2, 3).relu()), "what was refused changed nothing"
     with pytest.raises(TypeError, match="epilogue is a tuple; wanted a NamedTuple of out, samples"):
         _C.epilogue(z, None, (out,), 1)
     with pytest.raises(TypeError, match="relu is a int; wanted a bool"):

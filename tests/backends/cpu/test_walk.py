@@ -14,7 +14,7 @@ from dsts_kernels.backends import cpu
 
 from .support import _C
 
-MOST = 14  # frames from FusedDSTS.forward to the launcher, both counted
+MOST = 13  # frames from FusedDSTS.forward to the launcher, both counted: docs/design.md
 KERNELS = (
     "semhash_forward",
     "semhash_backward",
@@ -25,6 +25,8 @@ KERNELS = (
     "winograd",
     "winograd_weight_gradient",
 )
+
+BACKWARD = {"semhash_backward": 5, "gate_merge": 7, "winograd": 7, "winograd_weight_gradient": 7, "epilogue": 7}
 
 
 @pytest.fixture
@@ -71,6 +73,5 @@ def test_from_the_module_to_a_kernel(walks, dtype, kernel):
 def test_from_autograd_to_a_kernel(walks):
     """The way back: from the derivative of an op to each kernel of its backward pass."""
     FusedDSTS(16, num_neurons=2)(torch.randn(3, 16, 4, 7, 7).requires_grad_()).sum().backward()
-    assert {"semhash_backward", "gate_merge", "winograd", "winograd_weight_gradient"} <= set(walks)
-    for name in ("semhash_backward", "gate_merge", "winograd", "winograd_weight_gradient"):
-        assert len(frames(walks[name], ":_gradients")) <= 8, walks[name]
+    found = {name: len(frames(stack, ":_gradients")) for name, stack in walks.items() if name in BACKWARD}
+    assert found == BACKWARD, walks

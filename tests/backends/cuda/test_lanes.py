@@ -106,6 +106,7 @@ def compiles(folder: Path, text: str) -> bool:
     return True
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
 def test_filters_touch_lines_and_no_bank_twice(tmp_path):
     """Whole lines of memory; in shared memory squares meet nowhere, and taps are told apart in two passes at most."""

@@ -15,9 +15,10 @@ from ...support.stand_ins import KERNELS, emulated, pair
 
 pytestmark = emulated
 PACKAGE = str(Path(dsts_kernels.__file__).parent)
+BACKWARD = ("semhash_gate_backward", "data_gradient", "weight_gradient", "unpack_filters")
 LAUNCHERS = (
     "semhash_gate", "partial_tap_sums", "group_samples", "list_channels", "gather_panel", "route_and_gather",
-    "pack_filters", "conv",
+    "pack_filters", "conv", *BACKWARD,
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_evaluation(mixing_kernel, depths):
     _, fused = pair(8, mixing_kernel=mixing_kernel)
     with torch.inference_mode():
         fused.eval()(torch.randn(2, 8, *SIZE))
-    assert set(depths) == set(LAUNCHERS) - {"route_and_gather"}
+    assert set(depths) == set(LAUNCHERS) - {"route_and_gather", *BACKWARD}
     assert max(depths.values()) <= 9, depths
 
 
@@ -56,6 +57,16 @@ def test_training(depths):
     _, fused = pair(8)
     fused.train()(torch.randn(2, 8, *SIZE))
     assert max(depths.values()) <= 9, depths
+
+
+def test_backward(depths):
+    """From the derivative of an op on, as autograd calls that."""
+    _, fused = pair(8, mixing_kernel=(3, 1, 1))
+    y = fused.train()(torch.randn(2, 8, *SIZE).requires_grad_())
+    depths.clear()
+    y.sum().backward()
+    assert set(BACKWARD) | {"conv", "gather_panel", "list_channels"} <= set(depths)
+    assert max(depths.values()) <= 8, depths
 
 
 def test_frozen(depths):
