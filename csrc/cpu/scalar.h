@@ -2,8 +2,9 @@
 // the table in dtypes.h) and the parallel loop. Everything is branch-free C++ that the compiler vectorises.
 //
 // This header and the kernels are compiled once for every instruction set. All of it has internal linkage,
-// and no std:: template or inline function is used in those translation units: of a symbol with external
-// linkage the linker keeps one copy, and the portable path could end up calling the AVX-512 one.
+// and no std:: template or inline function is called in those translation units: of a symbol with external
+// linkage the linker keeps one copy, and the portable path could end up calling the AVX-512 one. `TileList` of
+// winograd_tiles.h has external linkage: kernels read it in constant expressions only, which leave no code.
 #pragma once
 
 #include <stdint.h>

@@ -19,11 +19,11 @@ struct PersistentGrid {
   int arrival_counters;  // integers, zero at the start
 };
 
-// `k_blocks`: the most that a tile's reduction has, over all taps. `slots`: CTAs that the chip holds.
-constexpr PersistentGrid persistent_grid(int batch, int positions, int outputs, int k_blocks, int slots) {
+// `k_blocks`: the most that a tile's reduction has, over all taps. `chip_ctas`: CTAs that the chip holds.
+constexpr PersistentGrid persistent_grid(int batch, int positions, int outputs, int k_blocks, int chip_ctas) {
   const int across = tiles_of(outputs), tiles = batch * tiles_of(positions) * across;
   const int useful = (tiles * k_blocks + kMinKBlocks - 1) / kMinKBlocks;
-  const int most = useful < slots ? useful : slots;
+  const int most = useful < chip_ctas ? useful : chip_ctas;
   const int num_ctas = most < 1 ? 1 : most > kMaxCtas ? kMaxCtas : most;
   const int waves = tiles / num_ctas - 1;
   return {num_ctas, waves > 0 ? waves : 0, num_ctas + batch * across};

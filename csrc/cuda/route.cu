@@ -9,7 +9,7 @@ constexpr int kScoreTile = kGatherThreads;  // of channels and taps, while score
 
 // argmax of the relevance scores of sample b, as torch breaks ties and orders NaN. `values` is kScoreTile
 // shared floats, `scores` one a neuron.
-__device__ int best_neuron(const RouteParams& p, int b, float* values, float* scores) {
+__device__ int choose_neuron(const RouteParams& p, int b, float* values, float* scores) {
   const int size = p.gather.channels * p.taps, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int n = threadIdx.x; n < p.neurons; n += kGatherThreads) scores[n] = 0;
   for (int c0 = 0; c0 < size; c0 += kScoreTile) {
@@ -47,7 +47,7 @@ __device__ SampleLists route(const RouteParams& p, int b, float* scratch, bool w
   constexpr int kBlock = PanelTile<T>::kBlock;
   const GatherParams& gather = p.gather;
   float* scores = scratch + kScoreTile;
-  const int neuron = best_neuron(p, b, scratch, scores);
+  const int neuron = choose_neuron(p, b, scratch, scores);
   const int split = static_cast<int>(p.starts[neuron + 1] - p.starts[neuron]);
   const SampleLists lists = {p.channels_of + static_cast<int64>(neuron) * gather.channels,
                              ceil_div(split, kBlock),

@@ -18,7 +18,8 @@ FLOAT = 4  # bytes
 
 
 class Case(NamedTuple):
-    """A module and its features. ``kind`` of products: ``half``, ``tf32`` or ``ieee``, as in :mod:`.tuning`."""
+    """A module and its features. ``kind`` of products: ``half``, ``tf32`` or ``ieee``, as in
+    :mod:`..backends.triton.tuning`."""
 
     channels: int
     size: tuple[int, int, int]

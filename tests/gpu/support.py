@@ -20,7 +20,7 @@ randn = functools.partial(inputs.randn, device=DEVICE)
 
 
 def pair(backend: str | None, channels: int, dtype: torch.dtype, **options) -> tuple[reference.DSTS, FusedDSTS]:
-    """:func:`.modules.pair` on the GPU."""
+    """:func:`..support.modules.pair` on the GPU."""
     return modules.pair(channels, dtype, backend, DEVICE, **dict(num_neurons=4, score_reduction="mean") | options)
 
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..cpu import DTYPE_CODES
+from ..base import DTYPE_CODES
 from ..gpu import grids
 from ..gpu.features import SPATIAL
 from ..gpu.grids import PersistentGrid, cdiv
-from ..gpu.kernels import PLAIN, Epilogue
+from ..gpu.kernels import PLAIN, ConvEpilogue
 from ..packing import tile_channels
 from . import launch
 from .launch import address, padded, resident, uses_tf32, vector
@@ -46,7 +46,7 @@ def conv(
     order: Tensor | None = None,
     k_channels: int = 0,
     slots: int = 0,
-    epilogue: Epilogue = PLAIN,
+    epilogue: ConvEpilogue = PLAIN,
 ) -> None:
     b, outputs, *size = out.shape
     planned, width = form in ("packed", "listed"), panel.shape[-1]

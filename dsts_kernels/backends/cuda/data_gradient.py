@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..cpu import DTYPE_CODES
+from ..base import DTYPE_CODES
 from ..gpu import grids
 from ..gpu.lists import Groups
 from ..packing import tile_channels

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cpu import DTYPE_CODES
+from ..base import DTYPE_CODES
 from ..gpu import features, grids
 from ..gpu.grids import cdiv
 from ..gpu.lists import Lists

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cpu import _C
+from ..build import _C
 from ..gpu import features, grids
 from ..gpu.grids import cdiv
 

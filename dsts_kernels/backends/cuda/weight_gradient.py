@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu import DTYPE_CODES
+from ..base import DTYPE_CODES
 from ..gpu.lists import Groups, Lists
 from . import launch
 from .launch import address, padded, uses_tf32

@@ -11,7 +11,7 @@ from ..base import FrozenOptions, FrozenWeights
 from ..packing import tile_channels
 from . import features
 from .gated_conv import SPATIAL_TAPS
-from .kernels import Epilogue, Kernels
+from .kernels import ConvEpilogue, Kernels
 
 
 class FrozenLayer:
@@ -34,7 +34,7 @@ class FrozenLayer:
         if skip is not None and skip.stride() != y.stride():
             skip = torch.empty_like(y).copy_(skip)
         block_k, folds = tile_channels(x.dtype), w.mixing is None
-        last = Epilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
+        last = ConvEpilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
         with features.on_device(x):
             parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
             grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, SPATIAL_TAPS, options.next_taps if folds else 0)
@@ -45,7 +45,7 @@ class FrozenLayer:
                 kernels.conv(panel, filters, "packed", plan, y, grid, epilogue=last._replace(arrival_counters=counters))
             else:
                 z = features.empty_features(x, outputs)
-                kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=Epilogue(arrival_counters=counters))
+                kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=ConvEpilogue(arrival_counters=counters))
                 mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
         return y, next_sums, neuron, scores
 
@@ -66,7 +66,7 @@ def mix_frozen(
     y: Tensor,  # (B, O, T, H, W)
     mixing: Tensor,  # (N, taps, O, O)
     kernel: tuple[int, int, int],
-    last: Epilogue,
+    last: ConvEpilogue,
 ) -> None:
     """A mixing kernel that does not fold: a second convolution, with the epilogue of the layer."""
     outputs, sum_taps = z.shape[1], 0 if last.sums is None else last.sums.shape[2]

@@ -23,7 +23,7 @@ from .features import SPATIAL
 from .lists import Groups, Lists
 
 
-class Epilogue(NamedTuple):
+class ConvEpilogue(NamedTuple):
     """What a convolution does besides."""
 
     bias: Tensor | None = None  # (rows of plans, O) float32
@@ -33,7 +33,7 @@ class Epilogue(NamedTuple):
     arrival_counters: Tensor | None = None  # int32, zeros from an earlier launch; else made here
 
 
-PLAIN = Epilogue()
+PLAIN = ConvEpilogue()
 
 
 class ConvGrid(Protocol):
@@ -66,7 +66,7 @@ class Kernels(Protocol):
         lists: Lists,
         width: int,
     ) -> Tensor:
-        """A panel: gated features gathered by each sample's own list row, or by that of its slot."""
+        """A panel: gated features gathered by each sample's own list, or by that of its slot."""
 
     def route_and_gather(
         self,
@@ -124,7 +124,7 @@ class Kernels(Protocol):
         order: Tensor | None = None,  # (rows of plans, k_channels) int32
         k_channels: int = 0,
         slots: int = 0,
-        epilogue: Epilogue = PLAIN,
+        epilogue: ConvEpilogue = PLAIN,
     ) -> None:
         """A panel's convolution into ``out``.
 

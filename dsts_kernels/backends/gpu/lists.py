@@ -1,7 +1,7 @@
 """What says who chose which neuron and which channels each gate lists: integers, worked out and kept on the device.
 
-A *list row* is one order of the channels, ``order[row]``: those that only the spatial operator reads, those that both
-read, those that only the temporal one reads. The spatial operator's list is a prefix of it, the temporal one's a
+A *list* is one order of the channels, ``order[row]``: those that only the spatial operator reads, those that both
+read, those that only the temporal one reads. The spatial operator reads a prefix of it, the temporal one a
 suffix. A :class:`Plan` says how long they are. A *slot* numbers the neurons that a batch chose, in order.
 """
 
@@ -16,13 +16,13 @@ from ..packing import tile_channels
 
 
 class Plan(NamedTuple):
-    """What a product needs to know of one list row, six int32 in the order in which kernels read them."""
+    """What a product needs to know of one list, six int32 in the order in which kernels read them."""
 
     filters: int  # first K block of its packed filters, or their slot; -1 for a neuron out of range
     spatial_blocks: int  # K blocks of the spatial operator's list
     temporal_blocks: int
     spatial_channels: int  # listed for the spatial operator
-    temporal_start: int  # where in the list row the temporal operator's list starts
+    temporal_start: int  # where in the list the temporal operator's part starts
     row: int  # of its list, and of its bias
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import features, grids
-from ..gpu.kernels import PLAIN, Epilogue
+from ..gpu.kernels import PLAIN, ConvEpilogue
 from . import launch, tuning
 from .common import (
     FILTERS,
@@ -298,7 +298,7 @@ def conv(
     order: Tensor | None = None,  # (lists, k_channels) int32
     k_channels: int = 0,
     slots: int = 0,
-    epilogue: Epilogue = PLAIN,
+    epilogue: ConvEpilogue = PLAIN,
 ) -> None:
     """:func:`.conv.conv_kernel` on a panel into ``out``."""
     b, outputs, *size = out.shape

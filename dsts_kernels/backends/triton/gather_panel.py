@@ -1,6 +1,6 @@
 """Features gathered by channel lists into panels: training's gather, and what routing fused with it has in common.
 
-:mod:`dsts_kernels.backends.gpu.lists` says what a list row, a plan and a slot are; :mod:`.route` is a frozen layer's
+:mod:`dsts_kernels.backends.gpu.lists` says what a list, a plan and a slot are; :mod:`.route` is a frozen layer's
 gather, which chooses the neuron first.
 """
 
@@ -108,7 +108,7 @@ def gather_panel_kernel(
     BP: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Training's gather: gated features by the list row of the sample, or of its slot."""
+    """Training's gather: gated features by the list of the sample, or of its slot."""
     b = tl.program_id(0) // tl.cdiv(positions, BP)
     row = b
     if slots is not None:
@@ -137,7 +137,7 @@ def gather_panel(
     lists: Lists,
     width: int,
 ) -> Tensor:
-    """``(B, T, H, W, width)``: gated features gathered by each sample's own list row, or by that of its slot."""
+    """``(B, T, H, W, width)``: gated features gathered by each sample's own list, or by that of its slot."""
     b, c, *size = x.shape
     panel = x.new_empty(b, *size, width)
     block_k = tile_channels(x.dtype)

@@ -1,6 +1,6 @@
 """Who chose which neuron, and which channels each gate lists: integers only, worked out on the device.
 
-:mod:`dsts_kernels.backends.gpu.lists` says what a list row, a plan and a slot are.
+:mod:`dsts_kernels.backends.gpu.lists` says what a list, a plan and a slot are.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def list_channels_kernel(
     BK: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gates to list rows: a program a row, ``CHANNELS`` at a time.
+    """Gates to lists: a program each, ``CHANNELS`` at a time.
 
     ``listed`` says who reads a channel. The plan of a slot without a neuron is empty: a sample whose neuron is out of
     range may still read it.

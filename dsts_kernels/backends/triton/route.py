@@ -1,6 +1,6 @@
 """A frozen layer's first launch: the choice of each sample's neuron, and the gather of that neuron's channels.
 
-:mod:`dsts_kernels.backends.gpu.lists` says what a list row and a plan are.
+:mod:`dsts_kernels.backends.gpu.lists` says what a list and a plan are.
 """
 
 from __future__ import annotations
