@@ -142,7 +142,9 @@ def peak_extra_mib(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak extra memory of one step, as JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu.memory", description="Peak extra memory of one step, as JSON."
+    )
     parser.add_argument("request", type=json.loads, help="variant, mode, problem, dtype, device, threads as JSON")
     request = parser.parse_args().request
     known = VARIANTS.get(request["mode"], ())

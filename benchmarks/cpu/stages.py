@@ -200,7 +200,10 @@ def table(clock: Clock, total: float, flops: float, copy: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of every stage of the fused module beside its floor (CPU).")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu.stages",
+        description="Time of every stage of the fused module beside its floor (CPU).",
+    )
     parser.add_argument("--shape", action="append", help="tpn, swin or TxHxW (default: tpn and swin)")
     parser.add_argument("--channels", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)

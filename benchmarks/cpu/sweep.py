@@ -205,7 +205,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.sweep", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--mode", action="append", choices=MODES, help="default: all of them")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of channels on the spatial operator")

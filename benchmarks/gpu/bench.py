@@ -322,7 +322,10 @@ def needed_seconds(backends: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Benchmarks on a CUDA GPU: writes <device>.json and prints a table.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.bench",
+        description="Benchmarks on a CUDA GPU: writes <device>.json and prints a table.",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")

@@ -3,7 +3,7 @@
 ``python -m benchmarks.gpu.sanitize --backend cuda`` runs a training step and a frozen evaluation of a module in each
 dtype that the backend takes, with channels that are no multiple of a tile, planes that no tile divides, and every kind
 of gate; without ``--backend`` it runs both. It only checks that results are finite: their values are the business of
-``tests/gpu``.
+``tests/ops``, ``tests/test_modules.py`` and ``tests/test_frozen.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu.timing import NOT_RUN, require_gpu
-from benchmarks.gpu.workload import gpu_backends
+from benchmarks.gpu.workload import GPU_BACKENDS, gpu_backends
 from dsts_kernels import Draws, FusedDSTS
 
 CASES = (
@@ -65,11 +65,12 @@ def run(device: torch.device, backends: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Every GPU kernel once, for compute-sanitizer.")
-    device = require_gpu()
-    names = tuple(gpu_backends(device, torch.float32))
-    parser.add_argument("--backend", action="append", choices=names, help="of these; without it every one")
-    return 0 if run(device, parser.parse_args(arguments).backend or names) else NOT_RUN
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.sanitize", description="Every GPU kernel once, for compute-sanitizer."
+    )
+    parser.add_argument("--backend", action="append", choices=GPU_BACKENDS, help="of these; without it every one")
+    options = parser.parse_args(arguments)
+    return 0 if run(require_gpu(), options.backend or GPU_BACKENDS) else NOT_RUN
 
 
 if __name__ == "__main__":

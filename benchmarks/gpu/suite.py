@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command that ends by itself: ``python -m benchmarks.gpu``, or ``make gpu``.
 
 Parts run one after another, each step a process of its own with a share of the time: build, tests (those marked
-``gpu``, then the default ones), compute-sanitizer, benchmarks. A step gets what the later ones do not need at the
-least; one that does not fit is reported as not run. Output goes to the terminal and to ``gpu.log``; a short table
+``gpu``, then the default ones), compute-sanitizer, benchmarks. A step gets the remaining time less the later steps'
+minimum; one that does not fit is reported as not run. Output goes to the terminal and to ``gpu.log``; a short table
 comes last, and the exit code says whether anything failed.
 """
 
@@ -122,7 +122,9 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
     one_thread = {"OMP_NUM_THREADS": "2"} if workers(cores // 2) else {}
     return [
         Step("build", "pip install -e .", [*pip, "-e", "."], 10, 300),
-        Step("tests", "pytest -m gpu tests", [*pytest, "-m", "gpu", "tests", *workers(gpu_workers)], 60, 300),
+        # 300 s were the limit before tests of ops and modules were among these. In a whole run of nine minutes the
+        # later steps' minimum leaves less than that in any case.
+        Step("tests", "pytest -m gpu tests", [*pytest, "-m", "gpu", "tests", *workers(gpu_workers)], 60, 600),
         *sanitize_steps(),
         Step(
             "bench",
@@ -135,7 +137,7 @@ def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -
         Step(
             "tests",
             "pytest (default tests)",
-            [*pytest, "-m", "not slow and not gpu", *workers(min(8, cores // 2))],
+            [*pytest, "-m", "not slow and not gpu and not emulated", *workers(min(8, cores // 2))],
             30,
             240,
             one_thread,

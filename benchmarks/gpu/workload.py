@@ -26,12 +26,13 @@ from dsts_kernels.backends.gpu import GpuBackend
 from dsts_kernels.reference import DSTS, Draws, Routing
 from dsts_kernels.testing import exact_float32
 
-__all__ = ["BATCHES", "TRAINING_BATCH", "Workload", "gpu_backends", "half_precision"]
+__all__ = ["BATCHES", "GPU_BACKENDS", "TRAINING_BATCH", "Workload", "gpu_backends", "half_precision"]
 
 BATCHES = (1, 8, 32)
 TRAINING_BATCH = 8
 ORACLE_CHUNK = 8
 SEPARATION_ROUNDS = 4
+GPU_BACKENDS = tuple(name for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend))
 
 
 def half_precision(device: torch.device) -> torch.dtype:
@@ -43,8 +44,7 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Every GPU backend by name: why it cannot run ``dtype`` there, ``None`` where it can."""
-    on_gpu = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, GpuBackend)}
-    return {name: backend.why_not("frozen_layer", device, dtype) for name, backend in on_gpu.items()}
+    return {name: BACKENDS[name].why_not("frozen_layer", device, dtype) for name in GPU_BACKENDS}
 
 
 def plain(x: Tensor) -> Tensor:

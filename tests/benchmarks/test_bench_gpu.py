@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,24 @@ def test_everything_fits_into_its_minutes(tmp_path: Path) -> None:
     assert sum(one.least for one in steps) < 0.75 * 60 * suite.MINUTES
     assert [steps[0].part, steps[-1].name] == ["build", "pytest (default tests)"]
     assert {one.part for one in steps} == set(suite.DEFAULT_PARTS)
+
+
+def test_the_default_tests_are_the_default_ones(tmp_path: Path) -> None:
+    """``-m`` takes the place of the project's own, so it leaves out the same marks, and what another step runs."""
+    (one,) = [one for one in suite.all_steps(tmp_path, 9, None, 4) if one.name == "pytest (default tests)"]
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    expression = one.command[one.command.index("-m", 3) + 1]  # the first is Python's
+    assert sorted(expression.split(" and ")) == sorted([*re.search("'(.*)'", options)[1].split(" and "), "not gpu"])
+
+
+def test_parts_have_their_time(tmp_path: Path) -> None:
+    """The commands of docs/gpu.md give parts that run apart the most that each step may take; tuning takes the rest."""
+    commands = re.findall(r"--parts (\S+) --minutes (\d+)", (ROOT / "docs" / "gpu.md").read_text())
+    assert {part for parts, _ in commands for part in parts.split(",")} == set(suite.PARTS)
+    for parts, minutes in commands:
+        steps = chosen_steps(suite.all_steps(tmp_path, float(minutes), None, 4), parse_parts(parts))
+        most = sum(one.most for one in steps if one.part != "tune")
+        assert most + suite.CLOSING_S <= 60 * int(minutes), f"{parts}: {most} s"
 
 
 def test_the_benchmark_fits_into_its_step(tmp_path: Path) -> None:
@@ -123,6 +144,17 @@ def test_without_a_gpu(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == (2 if module.endswith("tune") else 1)
     assert ("no CUDA GPU here" in done.stderr or "torch finds none" in done.stderr) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["cpu.memory", "cpu.stages", "cpu.sweep", "gpu.bench", "gpu.sanitize", "op"])
+def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As it is typed, also where there is no GPU."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m benchmarks.{name} ")
 
 
 def test_inputs_exceed_the_cache() -> None:
