@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import DTYPE_CODES, FLOATS, accumulate_dtype
+from .base import FLOATS, accumulate_dtype
 from .build import _C, warn_if_missing, why_no_module
 from .gated import GatedConvolution
 from .grouped import GroupedBackend
@@ -17,7 +17,7 @@ from .groups import check_neurons
 from .passes import Epilogue, GradientPanel
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
-__all__ = ["DTYPE_CODES", "CpuBackend"]
+__all__ = ["CpuBackend"]
 
 
 class CpuBackend(GroupedBackend):

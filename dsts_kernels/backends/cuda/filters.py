@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu import DTYPE_CODES
+from ..base import DTYPE_CODES
 from ..gpu.lists import Groups
 from . import launch
 from .launch import address, round_up

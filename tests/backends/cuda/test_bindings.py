@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsts_kernels.backends.cpu import DTYPE_CODES
+from dsts_kernels.backends.base import DTYPE_CODES
 from dsts_kernels.backends.cuda import kernels, launch
 from dsts_kernels.backends.gpu import dtypes, grids
 from dsts_kernels.backends.gpu.lists import Plan
