@@ -18,7 +18,7 @@ from benchmarks.compiled import cuda_compilers
 
 from .test_install import LEFT_OUT, ROOT, contents, environment, pip_wheel, script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("volta")]  # one wheel for all of them
 
 ASK = """
 import torch

@@ -25,7 +25,10 @@ CTA_SMEM_KIB = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float": torch.float32}
 
 
-@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(arch, marks=pytest.mark.xdist_group(f"cuda-{arch}"), id=f"sm_{arch}") for arch in ARCHS],
+)
 def arch(request: pytest.FixtureRequest) -> int:
     reason = cuda_compilers.missing(request.param)
     if reason:

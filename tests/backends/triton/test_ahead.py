@@ -20,7 +20,10 @@ UNIT = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SHARED = {name: (grids.SMEM_KIB[chip] - 1) * 1024 for name, chip in ahead.TARGETS.items()}  # bytes a program may have
 
 
-@pytest.fixture(scope="module", params=list(ahead.TARGETS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(chip, marks=pytest.mark.xdist_group(f"triton-{chip}")) for chip in ahead.TARGETS],
+)
 def compiled(request: pytest.FixtureRequest) -> list[ahead.Compiled]:
     """Everything compiled for one architecture at both of the paper's shapes."""
     return ahead.compile_all([request.param], list(ahead.SHAPES), ahead.KINDS, os.cpu_count() or 1)
