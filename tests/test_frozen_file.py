@@ -14,7 +14,7 @@ from dsts_kernels.backends.packing import PACKINGS
 from dsts_kernels.learning import load_checkpoint, save_checkpoint
 from dsts_kernels.testing import assert_close
 
-from .test_frozen_state import FILES, OPTIONS, SIZE, assert_same, described, features, live, repacked, snapshot
+from .support.frozen import FILES, OPTIONS, SIZE, assert_same, described, features, live, repacked, snapshot
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from dsts_kernels import DSTSLayer, FusedDSTS
+from dsts_kernels import FusedDSTS
 from dsts_kernels.backends.packing import channel_lists
 from dsts_kernels.learning import RoutingMonitor
 from dsts_kernels.testing import assert_close
 
-from .support.modules import pair
+from .support.frozen import check_freezes, lively, one_process
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 PARAMETERS = ("scoring", "gate", "spatial", "temporal", "mixing")
-
-
-def lively(channels: int = 12, **options) -> FusedDSTS:
-    return pair(channels, torch.float32, **options)[1].eval()
-
-
-def check(dsts: FusedDSTS, channels: int = 12, **frozen) -> None:
-    """Frozen, it gives what it gives in evaluation, and every buffer is dense."""
-    x = torch.randn(4, channels, 3, 5, 4)
-    with torch.no_grad():
-        live = dsts.eval()(x)
-    fast = dsts.freeze(**frozen)
-    assert all(b.is_contiguous() and not b.is_neg() and not b.is_conj() for b in fast.buffers())
-    assert all(own.is_contiguous() for layer in fast.layers for own in layer.weights() if own is not None)
-    assert_close(fast(x), live)
 
 
 def transposed(value: torch.Tensor) -> torch.Tensor:
@@ -88,7 +71,7 @@ def test_weights_that_were_swapped():
         weight = getattr(dsts.layers[1], name)
         torch.utils.swap_tensors(weight, nn.Parameter(transposed(weight.detach())))
         assert not getattr(dsts.layers[1], name).is_contiguous()
-    check(dsts)
+    check_freezes(dsts)
 
 
 def test_norm_however_it_lies():
@@ -98,7 +81,7 @@ def test_norm_however_it_lies():
         for name in ("running_mean", "running_var"):
             setattr(layer.norm, name, getattr(layer.norm, name).repeat_interleave(3)[::3])
         layer.norm.weight = nn.Parameter(layer.norm.weight.detach().repeat_interleave(2)[::2])
-    check(dsts)
+    check_freezes(dsts)
 
 
 class Doubled(nn.Module):
@@ -112,7 +95,7 @@ def test_parametrized(name):
     dsts = lively()
     for layer in dsts.layers:
         parametrize.register_parametrization(layer, name, Doubled())
-    check(dsts)
+    check_freezes(dsts)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
@@ -223,12 +206,12 @@ def test_batch_norms(norm):
         if layer.norm is not None:
             layer.norm.running_mean.normal_()
             layer.norm.running_var.uniform_(0.5, 2)
-    check(dsts)
+    check_freezes(dsts)
 
 
 def test_converted_to_sync_batch_norm():
     """convert_sync_batchnorm replaces the norms inside; a norm of a wider dtype than its layer folds too."""
-    check(nn.SyncBatchNorm.convert_sync_batchnorm(lively()))
+    check_freezes(nn.SyncBatchNorm.convert_sync_batchnorm(lively()))
     dsts = lively()
     wanted = dsts.freeze(dtype=torch.bfloat16)
     dsts.bfloat16()
@@ -247,7 +230,7 @@ def test_refuses_hooks(where, kind):
     with pytest.raises(ValueError, match=rf"{where}: got a forward hook \(.*<lambda>\), wanted none"):
         dsts.freeze()
     handle.remove()
-    check(dsts)
+    check_freezes(dsts)
 
 
 def test_monitors_do_not_matter():
@@ -255,7 +238,7 @@ def test_monitors_do_not_matter():
     dsts = lively()
     monitor = RoutingMonitor(dsts)
     dsts.register_forward_hook(lambda *args: None)
-    check(dsts)
+    check_freezes(dsts)
     assert monitor.statistics().samples.tolist() == [4, 4, 4]
 
 
@@ -282,15 +265,6 @@ class Tagged(torch.Tensor):
     """A user's class of tensor that holds its values."""
 
 
-@contextlib.contextmanager
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_refuses_tensors_that_hold_no_values():
     """Tensors of a class that computes elsewhere are refused by name; a class that only names them is taken off."""
     dsts = lively()
@@ -301,7 +275,7 @@ def test_refuses_tensors_that_hold_no_values():
         dsts.freeze()
     dsts = lively()
     dsts.layers[1].spatial = nn.Parameter(dsts.layers[1].spatial.detach().as_subclass(Tagged))
-    check(dsts)
+    check_freezes(dsts)
     assert all(type(b) is torch.Tensor for b in dsts.freeze().buffers())
 
 
@@ -321,146 +295,3 @@ def test_sharded():
         if hasattr(torch.cpu.Stream, "record_event"):  # FSDP of torch 2.6 calls it on a CPU, which has none there
             dsts.unshard()
             assert torch.equal(dsts.freeze()(x), plain.freeze()(x))
-
-
-class OwnForward(DSTSLayer):
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs)
-
-
-def replaced(index: int, **options) -> FusedDSTS:
-    dsts = lively()
-    dsts.layers[index] = DSTSLayer(**{"in_channels": 12, "num_neurons": 3} | options)
-    return dsts
-
-
-def with_weight(name: str, change) -> FusedDSTS:
-    dsts = lively()
-    setattr(dsts.layers[1], name, nn.Parameter(change(getattr(dsts.layers[1], name).detach())))
-    return dsts
-
-
-def with_lazy_gate() -> FusedDSTS:
-    dsts = lively()
-    dsts.layers[1].gate = nn.UninitializedParameter()
-    return dsts
-
-
-def other(layer: nn.Module) -> FusedDSTS:
-    dsts = lively()
-    dsts.layers[1] = layer
-    return dsts
-
-
-def no_layers() -> FusedDSTS:
-    dsts = lively()
-    dsts.layers = nn.ModuleList()
-    return dsts
-
-
-UNLIKE = {
-    "neurons": (
-        lambda: replaced(1, num_neurons=4),
-        ValueError,
-        "layers.1: got 4 neurons, 12 channels out, 12 channels",
-    ),
-    "channels": (lambda: replaced(2, in_channels=8), ValueError, "layers.2: got 3 neurons, 8 channels out, 8 channels"),
-    "outputs": (
-        lambda: replaced(2, out_channels=8),
-        ValueError,
-        "layers.2: got 3 neurons, 8 channels out, 12 channels",
-    ),
-    "dtype": (
-        lambda: replaced(1, dtype=torch.float64),
-        TypeError,
-        "layers.1.gate: got torch.float64, wanted torch.float32",
-    ),
-    "one-dtype": (
-        lambda: with_weight("mixing", torch.Tensor.half),
-        TypeError,
-        "layers.1.mixing: got torch.float16, wanted torch.float32",
-    ),
-    "class": (
-        lambda: other(nn.Conv3d(12, 12, 1)),
-        TypeError,
-        "layers.1: got Conv3d, wanted DSTSLayer, whose forward pass is what is folded",
-    ),
-    "forward": (lambda: other(OwnForward(12, num_neurons=3)), TypeError, "layers.1: got OwnForward, wanted DSTSLayer"),
-    "lazy": (
-        with_lazy_gate,
-        ValueError,
-        "layers.1.gate: got UninitializedParameter, wanted a tensor: run a forward pass first",
-    ),
-    "flattened": (
-        lambda: with_weight("spatial", torch.flatten),
-        ValueError,
-        "layers.1.spatial: got .*wanted 6 dimensions",
-    ),
-    "cut": (
-        lambda: with_weight("scoring", lambda v: v[:2]),
-        ValueError,
-        r"layers.1.scoring: .*wanted \(3, 12, 12, 1, 1, 1\)",
-    ),
-    "kernel": (
-        lambda: with_weight("temporal", lambda v: v.repeat(1, 1, 1, 1, 3, 1)),
-        ValueError,
-        r"layers.1.temporal: got .*, wanted \(3, 12, 12, 3, 1, 1\)",
-    ),
-    "none": (no_layers, ValueError, "layers: got none, wanted at least 1"),
-    "backend": (
-        lambda: replaced(1, backend="eager"),
-        ValueError,
-        "backend: got layers with 'eager' and None, wanted one",
-    ),
-}
-
-
-@pytest.mark.parametrize("make, error, message", UNLIKE.values(), ids=UNLIKE)
-def test_refuses_layers_unlike_the_first(make, error, message):
-    """Sizes, dtypes, classes and backends that one frozen module cannot have."""
-    with pytest.raises(error, match=message):
-        make().eval().freeze()
-
-
-def test_refuses_an_instance_forward():
-    """A forward pass that was replaced on the object is not the one that is folded."""
-    dsts = lively()
-    dsts.layers[1].forward = lambda x, *args, **kwargs: x
-    with pytest.raises(TypeError, match=r"layers.1: got DSTSLayer, .* whose forward pass is what is folded"):
-        dsts.freeze()
-
-
-def test_layers_of_other_options():
-    """Options that belong to a layer may differ from layer to layer; a backend asked for settles backends."""
-    dsts = lively()
-    dsts.layers[0] = DSTSLayer(12, num_neurons=3, scoring_kernel=(1, 3, 3), scoring_width=2, score_reduction="mean")
-    dsts.layers[1] = DSTSLayer(12, num_neurons=3, mixing_kernel=(3, 1, 1), activation=None, backend="eager")
-    dsts.layers[2] = DSTSLayer(12, num_neurons=3, mixing_kernel=(1, 3, 3), norm=None)
-    check(dsts, backend="eager")
-
-
-def test_a_layer_that_is_there_twice():
-    """One layer in two places is frozen in both."""
-    dsts = lively()
-    dsts.layers[2] = dsts.layers[0]
-    check(dsts)
-
-
-def test_compiled_layers():
-    """A layer that torch.compile wrapped is the layer inside."""
-    dsts, x = lively(), torch.randn(4, 12, 3, 5, 4)
-    wanted = dsts.freeze()(x)
-    dsts.layers[0] = torch.compile(dsts.layers[0])
-    dsts.layers[1].compile()
-    assert torch.equal(dsts.freeze()(x), wanted)
-
-
-def test_reads_and_leaves_the_source_alone():
-    """Freezing changes no weight, asks for no gradient and keeps no hold of the source's memory."""
-    dsts = lively(norm=None)
-    before = {name: value.clone() for name, value in dsts.state_dict().items()}
-    fast = dsts.freeze()
-    assert all(torch.equal(value, before[name]) for name, value in dsts.state_dict().items())
-    assert not any(b.requires_grad for b in fast.buffers())
-    held = {p.untyped_storage().data_ptr() for p in dsts.parameters()}
-    assert not held & {b.untyped_storage().data_ptr() for b in fast.buffers()}
