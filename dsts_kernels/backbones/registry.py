@@ -74,8 +74,14 @@ _TPN = Backbone(
     torchvision=False,
 )
 _S3D = Backbone(
-    name="s3d", where="features", channels=1024, frames=128, size=224, **KINETICS, head=("classifier.",)
-)  # fmt: skip
+    name="s3d",
+    where="features",
+    channels=1024,
+    frames=128,
+    size=224,
+    **KINETICS,
+    head=("classifier.",),
+)
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
         backbone.name: backbone

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._checks import describe
 from .slowonly import EXPANSION, ConvNorm, SlowOnly
 
 __all__ = ["TPN", "TPNOutput", "TemporalPyramid", "classification_loss", "tpn_slowonly_r50"]
@@ -252,7 +251,7 @@ def classification_loss(output: Tensor | TPNOutput, targets: Tensor, *, aux_weig
         aux = F.cross_entropy(output.aux_logits, targets)
         return F.cross_entropy(output.logits, targets) + aux_weight * aux
     if not isinstance(output, Tensor):
-        raise TypeError(f"output: got {describe(output)}, wanted logits (B, num_classes) or TPNOutput")
+        raise TypeError(f"output: got {type(output).__name__}, wanted logits (B, num_classes) or TPNOutput")
     return F.cross_entropy(output, targets)
 
 
