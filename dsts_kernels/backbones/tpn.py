@@ -258,9 +258,9 @@ def classification_loss(output: Tensor | TPNOutput, targets: Tensor, *, aux_weig
 def tpn_slowonly_r50(num_classes: int = 400, *, aux_logits: bool = False, dropout: float = 0.5) -> TPN:
     """TPN on SlowOnly ResNet-50 with random weights, as mmaction2's ``tpn-slowonly_r50_8x8x1``.
 
-    >>> model = tpn_slowonly_r50(num_classes=48)
-    >>> model.backbone.layer3  # doctest: +ELLIPSIS
-    Sequential(...
+    >>> model = tpn_slowonly_r50(num_classes=48).eval()
+    >>> model(torch.randn(1, 3, 8, 64, 64)).shape
+    torch.Size([1, 48])
 
     Args:
         num_classes: of the task; mmaction2's files have the 400 of Kinetics.
