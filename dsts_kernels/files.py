@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["read", "write"]
+__all__ = ["check_records", "read", "write"]
 
 FOLDER = 0x10  # a zip record's attribute, as MS-DOS had it
 _SWITCH = threading.RLock()
@@ -58,6 +58,20 @@ def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> Non
         raise
 
 
+def check_records(path: str | os.PathLike) -> None:
+    """Check every record of a zip file, as torch.load does not look at checksums.
+
+    Raises:
+        zipfile.BadZipFile: no zip file, or one with a damaged record, which is named.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        # One bit of a record's attributes makes a folder of it, of which torch.load reads nothing at all.
+        folders = [record.filename for record in archive.infolist() if record.external_attr & FOLDER]
+    if damaged is not None or folders:
+        raise zipfile.BadZipFile(f"record {damaged or folders[0]} is damaged")
+
+
 def read(
     path: str | os.PathLike, form: str, what: str, *, map_location: torch.device | str = "cpu", hint: str = ""
 ) -> dict[str, Any]:
@@ -78,12 +92,7 @@ def read(
     if not path.is_file():
         raise FileNotFoundError(f"path: got {str(path)!r}, wanted {what}; there is no such file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
-            damaged = archive.testzip()
-            # One bit of a record's attributes makes a folder of it, of which torch.load reads nothing at all.
-            folders = [record.filename for record in archive.infolist() if record.external_attr & FOLDER]
-        if damaged is not None or folders:
-            raise zipfile.BadZipFile(f"record {damaged or folders[0]} is damaged")
+        check_records(path)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # pickle, zip and torch raise a dozen types for bytes that are something else
         reason = f"{type(error).__name__}: {error}" if isinstance(error, zipfile.BadZipFile) else type(error).__name__
