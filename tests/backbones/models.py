@@ -74,7 +74,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2)
-        out = self.layer(torch.cat((self.class_token.expand(len(x), -1, -1), tokens), 1))
+        out = self.layer(torch.cat((self.class_token.expand(x.shape[0], -1, -1), tokens), 1))
         return self.head((out if isinstance(out, Tensor) else self.layer.features(out)).mean(1))
 
 

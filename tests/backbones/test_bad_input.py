@@ -195,12 +195,12 @@ def test_refused(make, where, options, says):
 
 def test_ambiguous():
     """Features that may be read in two ways: both are offered, and either may be taken."""
-    model = nn.Sequential(nn.Conv3d(3, 8, 1))
-    says = r"layout: got None, which fit several .* wanted layout='BCTHW' with channels=8 or 'BTHWC' with channels=6"
+    model = nn.Sequential(nn.Conv3d(3, 4, 1))
+    says = r"layout: got None, which fit several .* wanted layout='BCTHW' with channels=4 or 'BTHWC' with channels=8"
     with pytest.raises(ValueError, match=says):
-        insert_dsts(model, "0", example=(1, 3, 6, 6, 6), num_neurons=2)
-    for chosen, channels in (({"layout": "BTHWC"}, 6), ({"channels": 8}, 8), ({"layout": "BCTHW"}, 8)):
-        dsts = insert_dsts(model, "0", example=(1, 3, 6, 6, 6), num_neurons=2, **chosen)
+        insert_dsts(model, "0", example=(1, 3, 8, 8, 8), num_neurons=2)
+    for chosen, channels in (({"layout": "BTHWC"}, 8), ({"channels": 4}, 4), ({"layout": "BCTHW"}, 4)):
+        dsts = insert_dsts(model, "0", example=(1, 3, 8, 8, 8), num_neurons=2, **chosen)
         assert dsts.layers[0].in_channels == channels
         remove_dsts(model)
 
@@ -218,11 +218,6 @@ def test_behind_one_already():
 
 
 USES = {
-    "rank": (
-        "BCTHW",
-        torch.randn(3, 4, 8, 8),
-        r"features behind 'stage1': got .* wanted \(B, 6, T, H, W\), layout 'BCTHW'",
-    ),
     "grid": (
         "BNC",
         torch.randn(2, 3, 4, 8, 6),
@@ -238,10 +233,20 @@ USES = {
 
 @pytest.mark.parametrize("kind, x, says", USES.values(), ids=USES)
 def test_features_that_differ_at_use(kind, x, says):
-    """Another rank, grid or number of frames than in the dry run."""
+    """Another grid or number of frames than in the dry run."""
     model, _, _ = inserted(kind)
     with pytest.raises(ValueError, match=says):
         model(x)
+
+
+def test_rank_that_differs_at_use():
+    """``nn.Conv3d`` takes one clip without a batch; DSTS does not, and says where it stands."""
+    model = nn.Sequential(nn.Conv3d(3, 6, 1))
+    insert_dsts(model, "0", example=CLIP, **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"features behind '0': got .*\(6, 4, 8, 8\).*wanted \(B, 6, T, H, W\), layout"
+    ):
+        model(torch.randn(CLIP[1:]))
 
 
 def test_channels_that_differ_at_use():

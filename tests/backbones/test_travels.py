@@ -10,13 +10,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsts_kernels import FusedDSTS, freeze_dsts, insert_dsts, remove_dsts
 from dsts_kernels.testing import assert_close
 
 from ..learning.processes import Processes
 from . import jobs
+from .counting import copies
 from .models import CHANNELS, CLIP, GRID, KINDS, OPTIONS, Tokens, inserted
 
 
@@ -84,7 +84,6 @@ def replicate(module: nn.Module) -> nn.Module:
     for name, child in module._modules.items():
         copied._modules[name] = replicate(child)
     for name, p in module._parameters.items():
-        copied._parameters[name] = None
         setattr(copied, name, p.detach().clone())
     return copied
 
@@ -158,39 +157,38 @@ def test_functional_call():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, frozen):
-    """One graph, training with gradients and frozen."""
-    model, _, x = inserted(kind, noise_std=0.0, hard_fraction=1.0, norm=None)
+    """One graph, live and frozen."""
+    model, _, x = inserted(kind)
+    model.eval()
     if frozen:
-        freeze_dsts(model.eval())
-        with torch.no_grad():
-            assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), factor=10)
-        return
-    compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
-    for run in (model, compiled):
+        freeze_dsts(model)
+    with torch.no_grad():
+        assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x), factor=10)
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot_eager", "inductor"]
+)
+def test_compile_trains(backend):
+    """Every gradient of the compiled model, DSTS without draws that matter, is that of the model."""
+    model, dsts, x = inserted("TSN", num_neurons=1, noise_std=0.0, hard_fraction=1.0)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
-        torch.manual_seed(5)
         run(x).square().sum().backward()
-        results.append({name: p.grad for name, p in model.named_parameters()})
-    routed = [name for name in results[0] if "scoring" not in name]  # Gumbel draws are compiled code's own
-    assert any("dsts" in name and results[1][name].norm() > 0 for name in routed)
-    model.eval()
-    with torch.no_grad():
-        assert_close(compiled(x), model(x), factor=10)
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys() and len(results[0]) == len(list(model.parameters()))
+    for name, grad in results[0].items():
+        assert_close(1 + results[1][name], 1 + grad, name=name, factor=10)  # some are zero but for rounding
+    assert dsts.layers[0].spatial.grad.norm() > 0
 
 
-def test_compile_by_inductor():
-    """The default compiler, where features pass through views."""
-    model, _, x = inserted("BTHWC")
-    model.eval()
-    with torch.no_grad():
-        assert_close(torch.compile(model, fullgraph=True)(x), model(x), factor=10)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, frozen, strict",
+    [*((kind, False, False) for kind in KINDS), ("TSN", True, False), ("BTHWC", True, False), ("BTHWC", False, True)],
+)
 def test_export(kind, frozen, strict):
-    """``torch.export``, of batches of any size: the program gives what the model gives, and holds DSTS as one op each."""
+    """``torch.export``, of batches of any size: the program gives what the model gives, by ops of ours."""
     model, _, x = inserted(kind)
     model.eval()
     if frozen:
@@ -199,11 +197,9 @@ def test_export(kind, frozen, strict):
     size = 4 * clips if kind == "TSN" else clips
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: size},), strict=strict)
-        assert_close(program.module()(x), model(x), factor=10)
         more = torch.cat((x, torch.randn_like(x), x))
         assert_close(program.module()(more), model(more), factor=10)
-    ops = {str(node.target) for node in program.graph.nodes}
-    assert any(op.startswith("dsts_kernels.") for op in ops)
+    assert any(str(node.target).startswith("dsts_kernels.") for node in program.graph.nodes)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
@@ -230,76 +226,43 @@ def test_compile_with_several_outputs(made, key):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no process groups")
-@pytest.mark.parametrize("world", [1, 2])
-def test_processes(world):
-    """``DistributedDataParallel`` over gloo: every process ends with the same gradients, the mean of their own."""
-    processes = Processes(world)
+def test_processes():
+    """``DistributedDataParallel`` over gloo: both processes end with the same gradients, the mean of their own."""
+    processes = Processes(2)
     try:
-        first, *others = processes.run(jobs.data_parallel)
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-        if world == 2 and hasattr(torch.cpu.current_stream(), "record_event"):
+        first, second = processes.run(jobs.data_parallel)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        if hasattr(torch.cpu.current_stream(), "record_event"):  # fully_shard of torch 2.6 has no CPU
             processes.run(jobs.sharded)
     finally:
         processes.stop()
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies of so many elements."""
-
-    COPYING = ("clone", "contiguous", "copy_", "_to_copy", "cat", "index_put_", "slice_scatter")
-
-    def __init__(self, elements: int) -> None:
-        super().__init__()
-        self.elements, self.counted = elements, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in self.COPYING and isinstance(out, torch.Tensor) and out.numel() == self.elements:
-            self.counted.append(name)
-        return out
-
-
-def copies(model: nn.Module, where: str, x: torch.Tensor, *, backward: bool) -> list[str]:
-    """Copies of features between what the submodule returns and what passes on, and on the way back."""
-    submodule, features = model.get_submodule(where), []
-    handle = submodule.register_forward_hook(lambda m, args, out: features.append(out))
-    model(x)
-    handle.remove()
-    shape = features[0].shape
-    leaf = torch.randn(shape).requires_grad_(backward)
-    grad = torch.randn(shape)
-    identity = nn.Identity()
-    hook = next(iter(submodule._forward_hooks.values()))
-    with Copies(leaf.numel()) as mode:
-        y = hook(submodule, (), identity(leaf))
-        if backward:
-            y.backward(grad)
-    return mode.counted
-
-
 @pytest.mark.parametrize("step", ["training", "evaluation", "frozen"])
 def test_channels_that_lie_last_are_not_copied(step):
-    """Features of Swin, ``(B, T, H, W, C)``, and tokens go to the kernels and back as views; of ``(B, C, T, H, W)`` one
-    copy is made, on the way back to it, which shows that copies are counted."""
+    """Features of Swin, ``(B, T, H, W, C)``, tokens, and frames whose channels lie last go to the kernels and back as
+    views. Of ``(B, C, T, H, W)`` one copy is made, from layers that work channels-last, which shows that copies count."""
     found = {}
     for kind, (make, where, known, shape) in KINDS.items():
         known = known | ({"class_tokens": 0} if kind == "BNC" else {})
-        model = Plain() if kind == "BNC" else make()
+        model = PlainTokens() if kind == "BNC" else make()
         insert_dsts(model, where, example=shape, **known, **OPTIONS)
+        features = []
+        model.get_submodule(where).register_forward_hook(lambda m, args, out: features.append(out))
         if step != "training":
             model.eval()
         if step == "frozen":
             freeze_dsts(model)
-        with torch.set_grad_enabled(step == "training"):
-            found[kind] = copies(model, where, torch.randn(shape), backward=step == "training")
-    assert found["BTHWC"] == [] and found["BNC"] == []
-    if step != "frozen":
-        assert len(found["BCTHW"]) >= 1
+        if kind == "TSN":
+            model.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model(torch.randn(shape))
+        found[kind] = copies(model.get_submodule(where), features[0], backward=step == "training")
+    assert found["BTHWC"] == found["BNC"] == found["TSN"] == []
+    assert (step == "frozen") == (found["BCTHW"] == [])
 
 
-class Plain(Tokens):
+class PlainTokens(Tokens):
     """Tokens without a class token."""
 
     def forward(self, x):
@@ -307,7 +270,7 @@ class Plain(Tokens):
 
 
 def test_features_reach_dsts_as_they_lie():
-    """What DSTS is given is memory of the submodule's output, channels-last, and what passes on is memory of its own."""
+    """DSTS is given the memory of the submodule's output, channels-last, and its own memory passes on."""
     model, dsts, x = inserted("BTHWC")
     given = {}
     dsts.register_forward_hook(lambda m, args, out: given.update(x=args[0], y=out))
