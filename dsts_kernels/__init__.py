@@ -5,10 +5,23 @@
 """
 
 from . import backends, functional, reference
+from .backbones import freeze_dsts, insert_dsts, remove_dsts
 from .frozen import FrozenDSTS
 from .modules import DSTSLayer, FusedDSTS
 from .routing import Draws, Routing
 
 __version__ = "0.2.0.dev0"
 
-__all__ = ["DSTSLayer", "Draws", "FrozenDSTS", "FusedDSTS", "Routing", "backends", "functional", "reference"]
+__all__ = [
+    "DSTSLayer",
+    "Draws",
+    "FrozenDSTS",
+    "FusedDSTS",
+    "Routing",
+    "backends",
+    "freeze_dsts",
+    "functional",
+    "insert_dsts",
+    "reference",
+    "remove_dsts",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dsts_kernels.backends.build import build_record
 from dsts_kernels.testing import exact_float32, poisoned_memory
 
 from .support import interpreter as triton_interpreter
+from .support import torchvision_ops
 from .support.emulation import build, compiled, run_in_any_order
 from .support.targets import CUDA, INTERPRETED, KINDS, NO_GPU, Target, is_left_out, target_of
 
@@ -87,6 +89,12 @@ def memory_goes_back() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision, whose models import beside any torch; what imports it (timm, transformers) comes after this."""
+    return torchvision_ops.torchvision()
 
 
 @pytest.fixture
