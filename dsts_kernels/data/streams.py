@@ -204,7 +204,7 @@ def import_av() -> Any:
 
 def _openable(path: str | PathLike[str], stack: ExitStack) -> Any:
     """What FFmpeg opens as this file: an absolute path, since ``colon:1.mp4`` alone is a protocol to it."""
-    name = os.path.abspath(path)
+    name = os.path.abspath(os.fsdecode(path))
     try:
         name.encode()
     except UnicodeEncodeError:  # a name in bytes that are no UTF-8, which PyAV cannot pass on

@@ -129,8 +129,13 @@ def decode(
     return _decode_counted(path, cut, choose, listed, size)
 
 
-def probe(path: str | PathLike[str]) -> None:
-    """Checks that a file opens, has a video stream, and that a frame of it decodes; the rest is not read.
+def probe(path: str | PathLike[str], *, end: bool = False) -> None:
+    """Checks that a file opens, has a video stream, and that a frame of it decodes.
+
+    Args:
+        path: the video, a file.
+        end: check also that the video goes on to the end that its container states. Of the file only that end is read;
+            all of it where it breaks off.
 
     Raises:
         VideoError: it does not.
@@ -139,6 +144,16 @@ def probe(path: str | PathLike[str]) -> None:
     with opened(path) as source:
         if next(source.frames(), None) is None:
             raise VideoError(f"{path}: holds no frame that can be decoded")
+        if not end or source.end is None:
+            return
+        for _ in source.seeks(source.pts(source.end - 1.0)):
+            listing = source.listed()
+            if listing is None:
+                return
+            if listing.times:
+                covered, step = _covered(source, listing)
+                _check_end(source, covered, step, source.first, source.end)
+                return
 
 
 def _sought(source: Source, span: list[int], wanted: list[int], size: int | None) -> dict[int, np.ndarray] | None:
@@ -276,17 +291,12 @@ def _within(source: Source, listing: Listing, cut: _Cut) -> list[int]:
 def _check_covered(source: Source, listing: Listing, cut: _Cut) -> None:
     """Refuses a stretch that the video does not have: it ends or starts elsewhere, was cut off, is damaged."""
     path, times = source.path, listing.times
-    unit = float(source.stream.time_base)
-    steps = [after - before for before, after in pairwise(times)]
-    step = median(steps) * unit if steps else source.step
+    covered, step = _covered(source, listing)
     begun, start = source.seconds(times[0]), cut.start or 0.0
-    covered = source.seconds(times[-1]) + max(step, listing.hold * unit)
     wanted = min((bound for bound in (cut.end, source.end) if bound is not None), default=covered)
     if cut.last is not None and len(times) > cut.last:
         wanted = covered
-    spare = max(2 * step, _LOST * (wanted - start), 2 * ROUNDING)
-    if wanted > start and covered < wanted - spare:
-        raise VideoError(f"{path}: cut off after {covered:.2f} s, wanted frames up to {wanted:.2f} s")
+    spare = _check_end(source, covered, step, start, wanted)
     late = begun - max(start, source.first)
     if covered > start and late > spare:
         raise VideoError(f"{path}: damaged, the first frame that can be decoded is {late:.2f} s late")
@@ -301,3 +311,19 @@ def _check_covered(source: Source, listing: Listing, cut: _Cut) -> None:
         raise VideoError(
             f"{path}: its first frame is at {begun:.2f} s, late in the clip {start:.2f} to {cut.end:.2f} s"
         )
+
+
+def _covered(source: Source, listing: Listing) -> tuple[float, float]:
+    """The moment at which the last listed frame ends, and the usual seconds from frame to frame."""
+    unit = float(source.stream.time_base)
+    steps = [after - before for before, after in pairwise(listing.times)]
+    step = median(steps) * unit if steps else source.step
+    return source.seconds(listing.times[-1]) + max(step, listing.hold * unit), step
+
+
+def _check_end(source: Source, covered: float, step: float, start: float, wanted: float) -> float:
+    """Refuses a stretch from ``start`` that should go on to ``wanted``; returns the seconds that it may lack."""
+    spare = max(2 * step, _LOST * (wanted - start), 2 * ROUNDING)
+    if wanted > start and covered < wanted - spare:
+        raise VideoError(f"{source.path}: cut off after {covered:.2f} s, wanted frames up to {wanted:.2f} s")
+    return spare

@@ -16,7 +16,7 @@ def write_video(path: Path, frames: int, *, codec: str | None = None, faststart:
     """``frames`` frames, a key frame every ten, in a codec there is; ``faststart`` puts an mp4's index first."""
     import av
 
-    options = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
+    options = {"movflags": "faststart"} if faststart and path.suffix in (".mp4", ".mov") else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec or _encoder(), rate=RATE)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
