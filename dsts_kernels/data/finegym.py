@@ -167,8 +167,8 @@ def _segment_times(
         segments = event.get("segments", ...)
         if segments is None:
             raise ValueError(
-                f"{where}: 'segments': wanted dict, got NoneType None: the event has no elements there, and {element.group()} "
-                "is one of it; are annotation and segments of one version?"
+                f"{where}: 'segments': wanted dict, got NoneType None: the event has no elements there, and "
+                f"{element.group()} is one of it; are annotation and segments of one version?"
             )
         segments = field(event, "segments", dict, where)
     segment = field(segments, element["segment"], dict, f"{where}, segments")

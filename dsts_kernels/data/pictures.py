@@ -86,7 +86,7 @@ class Screen:
             self._shape = self._shown(frame, turn)
         width, height = self._shape if not turn.swap else self._shape[::-1]
         picture = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR", threads=1)
-        return turn(picture.to_ndarray())
+        return np.ascontiguousarray(turn(picture.to_ndarray()))
 
     def _shown(self, frame: VideoFrame, turn: Turn) -> tuple[int, int]:
         """Width and height of the pictures: no side smaller than stored for the sake of square pixels."""
@@ -177,4 +177,4 @@ def say_once(kind: str, text: str) -> None:
     """Warns of the first file of a kind that this process meets."""
     if kind not in _SAID:
         _SAID.add(kind)
-        warnings.warn(f"{text} (said once; other files may be alike)", stacklevel=2)
+        warnings.warn(f"{text} (said once)", stacklevel=2)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-3  # s; Matroska stores times in milliseconds
 SEEK_BACK = (0.0, 2.0, 20.0)  # s before the start, for containers whose index is off; then the file's beginning
+_MISTIMED = ("mpeg",)  # FFmpeg gives frames of an MPEG program stream wrong times after a seek into it
 _UNREADABLE = 8  # reads that fail in a row end the file
 
 
@@ -117,6 +118,8 @@ class Source:
         origin, error = self.start_pts, import_av().FFmpegError
         targets = [pts - round(back / self._scale) for back in SEEK_BACK]
         targets = [target for target in targets if target > origin]
+        if self.container.format.name in _MISTIMED:
+            targets = []
         # MPEG-TS seeks by dts, which begin before the first pts; FLV refuses to go there.
         for target in [*targets, origin, origin - round(1 / self._scale)]:
             try:

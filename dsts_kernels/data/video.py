@@ -157,24 +157,32 @@ def probe(path: str | PathLike[str], *, end: bool = False) -> None:
 
 
 def _sought(source: Source, span: list[int], wanted: list[int], size: int | None) -> dict[int, np.ndarray] | None:
-    """Pictures of the wanted frames of a stretch, by seeking to them; ``None`` where too many are lost that way."""
-    picked = None
+    """Pictures of the wanted frames of a stretch, by seeking to them; ``None`` where seeking does not get there.
+
+    Raises:
+        VideoError: it does, and too many are lost.
+    """
+    pictures = None
     for _ in islice(source.seeks(wanted[0]), len(SEEK_BACK)):
         frames = ((frame.pts, frame) for frame in source.frames(from_key=True))
         picked = pick(frames, wanted, span[0], span[-1], Screen(source.path, source.aspect, size))
+        lost, among = _lost(picked, span, wanted)
+        good = lost <= _may_be_lost(among) and len(picked.used) == len(wanted)
+        pictures = picked.pictures if good else None
         # What was reached from before the stretch is as good as it gets; else the index may be off.
-        if _lost(picked, span, wanted) == 0 or (picked.seen and picked.seen[0] <= wanted[0]):
+        reached = bool(picked.seen) and picked.seen[0] <= wanted[0]
+        if reached and not good:
+            raise VideoError(f"{source.path}: damaged, only {among - lost} of {among} frames can be decoded")
+        if reached or lost == 0:
             break
-    return picked.pictures if picked is not None and _lost(picked, span, wanted) <= 1 else None
+    return pictures
 
 
-def _lost(picked: Picked, span: list[int], wanted: list[int]) -> float:
-    """Frames missing among those that were gone through, over how many may be: above 1 is too much."""
-    if len(picked.used) < len(wanted):
-        return math.inf
-    low, high = min(picked.used.values()), max(picked.used.values())
-    through = span[bisect_left(span, min(low, wanted[0])) : bisect_left(span, max(high, wanted[-1]) + 1)]
-    return len(set(through).difference(picked.seen)) / _may_be_lost(len(through))
+def _lost(picked: Picked, span: list[int], wanted: list[int]) -> tuple[int, int]:
+    """How many frames are missing among those of the stretch that were gone through, and how many those are."""
+    low, high = min([*picked.used.values(), wanted[0]]), max([*picked.used.values(), wanted[-1]])
+    through = span[bisect_left(span, low) : bisect_left(span, high + 1)]
+    return len(set(through).difference(picked.seen)), len(through)
 
 
 def _may_be_lost(frames: int) -> int:

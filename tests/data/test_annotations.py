@@ -283,7 +283,7 @@ def test_of_two_files_with_one_name_the_readable_one(folder: Folder):
     """A download that broke off, its second try, and one that is whole but comes last in the order of preference."""
     broken, cut, good = (folder.path / "videos" / f"{ELEMENT}.{kind}" for kind in ("mp4", "mov", "avi"))
     write_video(good, 20)
-    truncate(write_video(cut, 20, faststart=True), 0.6)
+    truncate(write_video(cut, 40, faststart=True), 0.6)
     broken.write_bytes(b"moov" * 20)
     assert folder.finegym().clips[0].path == good
     good.unlink()
