@@ -1,9 +1,10 @@
 """A torch data set over annotated videos: decode some frames, transform, and keep going where a file is broken.
 
-What can be told beforehand is left out at construction (missing files, and with ``check`` those that do not open). What
-only decoding shows is replaced by the next readable clip, warned of and counted. The counts and the epoch are in shared
-memory: a loader's workers, persistent ones too, write the same counts and see the same epoch as the process that made
-them.
+What can be told beforehand is left out at construction: missing files, with ``check`` those that do not open, and for
+evaluation every clip that does not decode. What only reading shows is warned of and counted. In training another clip,
+drawn at random, is read instead; in evaluation none ever is, since it would count twice. The counts and the epoch are
+in shared memory: a loader's workers, persistent ones too, write the same counts and see the same epoch as the process
+that made them.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .annotations import Annotations, Clip
+from .records import Annotations, Clip
 from .transforms import EvalTransform, TrainTransform
 from .video import VideoError, decode, probe
 
 __all__ = ["VideoClips"]
+
+_Item = TypeVar("_Item")
 
 _TRAIN_MARGIN = 1.3  # the side of the least crop, sqrt(0.6) of the picture's, is then not scaled up
 
@@ -33,7 +37,11 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
 
     Item ``i`` is ``(clip, label)``: ``(3, frames, size, size)`` float32 around zero, and an int. In training its
     frames, crop, mirroring and jitter are random and depend on ``(seed, epoch, i)`` only, not on the worker or the
-    order of reading.
+    order of reading; so does the clip that is read, with its own label, where clip ``i`` does not decode.
+
+    In evaluation a clip that does not decode is left out, of ``len``, ``labels`` and all else, and counted. One that
+    fails only later (``check=False``, or a file that went away) raises :class:`VideoError` by its index, and is left
+    out of a ``DataLoader``'s batch, which is then smaller.
 
     Args:
         annotations: of :func:`~dsts_kernels.data.annotations.read_diving48` or ``read_finegym``.
@@ -41,7 +49,9 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         size: side of the pictures in pixels.
         train: random frames and :class:`TrainTransform`; else middle frames and :class:`EvalTransform`.
         seed: of all randomness.
-        check: opens every file and decodes its first frame now.
+        check: opens every file and decodes its first frame now. For evaluation a file that breaks off before its end
+            is left out whole, and every clip is decoded, as it will be read: about as long as one pass over them by
+            as many threads as there are cores (8 at most).
 
     Attributes:
         class_names: one a class.
@@ -101,14 +111,28 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"index {index} of {length} clips")
-        for step in range(length):
-            place = (index + step) % length
-            if not self._unreadable[place]:
-                try:
-                    return self._read(place), self._clips[place].label
-                except VideoError as error:
-                    self._note(place, error)
-        raise VideoError(f"none of the {length} clips can be decoded, e.g. {self._clips[index].path}")
+        place = index % length
+        try:
+            return self._read(place, _mixed(self.seed, int(self._epoch), place)), self._clips[place].label
+        except VideoError as error:
+            self._note(place, error)
+            if not self.train:
+                raise
+        return self._another(place)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """The items of a batch, as ``DataLoader`` asks for them; in evaluation without those that do not decode."""
+        items = []
+        for index in indices:
+            try:
+                items.append(self[index])
+            except VideoError:
+                if self.train:
+                    raise
+        if not items and len(indices):
+            names = self._clips[indices[0]].name
+            raise VideoError(f"none of the {len(indices)} clips of a batch can be decoded, e.g. {names}")
+        return items
 
     def set_epoch(self, epoch: int) -> None:
         """Other random frames, crops and colours from the next item on, in every worker; for ``train`` only."""
@@ -118,12 +142,14 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     def skipped(self) -> dict[str, list[str]]:
         """Reason -> names of clips.
 
-        Those ``"missing"`` or ``"corrupt"`` are not in the data set. Those ``"replaced"`` are in its length but failed
-        to decode so far, in this process or in a worker, and another clip was read in their place.
+        Those ``"missing"``, ``"corrupt"`` (their file does not open, or breaks off) or ``"unreadable"`` (the clip does
+        not decode) are not in the data set. Those that failed to decode later, in this process or in a worker, are in
+        its length: in training they are ``"replaced"``, in evaluation they count as ``"unreadable"`` too.
         """
-        replaced = [self._clips[place].name for place in self._unreadable.nonzero().flatten().tolist()]
+        failed = [self._clips[place].name for place in self._unreadable.nonzero().flatten().tolist()]
         found = {reason: list(names) for reason, names in self._left_out.items()}
-        return found | {"replaced": replaced} if replaced else found
+        reason = "replaced" if self.train else "unreadable"
+        return found | {reason: found.get(reason, []) + failed} if failed else found
 
     def report(self) -> str:
         """One line, e.g. ``12 of 500 clips left out: 10 missing, 2 corrupt (first: abc)``."""
@@ -146,18 +172,23 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             self._left_out["missing"] = [clip.name for clip in clips if not there[clip.path]]
         if not check:
             return present
-        faults = _faults(dict.fromkeys(clip.path for clip in present))
+        faults = _faults(partial(probe, end=not self.train), dict.fromkeys(clip.path for clip in present))
         good = [clip for clip in present if clip.path not in faults]
         if not good:
             raise VideoError(f"none of {len(faults)} videos can be read: {next(iter(faults.values()))}")
         if faults:
             self._left_out["corrupt"] = [clip.name for clip in present if clip.path in faults]
-        return good
+        if self.train:
+            return good
+        unreadable = _faults(self._decode, dict.fromkeys(good))
+        if len(unreadable) == len(set(good)):
+            raise VideoError(f"none of {len(good)} clips can be decoded: {next(iter(unreadable.values()))}")
+        if unreadable:
+            self._left_out["unreadable"] = [clip.name for clip in good if clip in unreadable]
+        return [clip for clip in good if clip not in unreadable]
 
-    def _read(self, place: int) -> Tensor:
-        clip = self._clips[place]
-        generator = torch.Generator("cpu").manual_seed(_mixed(self.seed, int(self._epoch), place))
-        pictures = decode(
+    def _decode(self, clip: Clip, generator: torch.Generator | None = None) -> Tensor:
+        return decode(
             clip.path,
             self.frames,
             start=clip.start,
@@ -168,30 +199,48 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             generator=generator,
             size=self._decode_size,
         )
-        return self._transform(pictures, generator)
+
+    def _read(self, place: int, seed: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return self._transform(self._decode(self._clips[place], generator), generator)
+
+    def _another(self, unread: int) -> tuple[Tensor, int]:
+        """A clip drawn for one that does not decode; what was unreadable elsewhere or before plays no part."""
+        seed, epoch = self.seed, int(self._epoch)
+        generator = torch.Generator("cpu").manual_seed(_mixed(seed, epoch, unread, "another"))
+        for place in torch.randperm(len(self), generator=generator, device="cpu").tolist():
+            if place == unread:
+                continue
+            try:
+                return self._read(place, _mixed(seed, epoch, unread, place)), self._clips[place].label
+            except VideoError as error:
+                self._note(place, error)
+        raise VideoError(f"none of the {len(self)} clips can be decoded, e.g. {self._clips[unread].path}")
 
     def _note(self, place: int, error: VideoError) -> None:
         self._unreadable[place] = True
         if not self._warned[self._file[place]]:
             self._warned[self._file[place]] = True
-            warnings.warn(f"{error}; another clip is read instead of {self._clips[place].name}", stacklevel=3)
+            name = self._clips[place].name
+            what = f"another clip is read instead of {name}" if self.train else f"{name} is left out"
+            warnings.warn(f"{error}; {what}", stacklevel=3)
 
 
-def _faults(paths: Iterable[Path]) -> dict[Path, str]:
-    """What is wrong with each file that cannot be read."""
+def _faults(read: Callable[[_Item], object], items: Iterable[_Item]) -> dict[_Item, str]:
+    """What is wrong with each item that cannot be read."""
 
-    def fault(path: Path) -> str | None:
+    def fault(item: _Item) -> str | None:
         try:
-            probe(path)
+            read(item)
         except VideoError as error:
             return str(error)
         return None
 
-    paths = list(paths)
+    items = list(items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return {path: text for path, text in zip(paths, pool.map(fault, paths), strict=True) if text is not None}
+        return {item: text for item, text in zip(items, pool.map(fault, items), strict=True) if text is not None}
 
 
-def _mixed(*numbers: int) -> int:
+def _mixed(*numbers: int | str) -> int:
     """A seed in which near numbers are far apart."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1

@@ -2,39 +2,34 @@
 
 Containers often give no frame count, or a wrong one. So the packets of the stretch are listed first (demuxed, not
 decoded), their times say which frames there are, and one decoding pass from the key frame before keeps the chosen ones.
-Where packets carry no usable times, two decoding passes do the same: one counts, one keeps.
+Where packets carry no usable times, two decoding passes do the same: one counts, one keeps. A frame that is damaged is
+replaced by its nearest neighbour, as long as few are.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice, pairwise
+from numbers import Real
+from operator import index
 from os import PathLike
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+from .pictures import Picked, Screen, pick
+from .streams import ROUNDING, SEEK_BACK, Listing, Source, VideoError, opened
 
 __all__ = ["VideoError", "decode", "frame_indices", "probe"]
 
-_ROUNDING = 1e-3  # s; Matroska stores times in milliseconds
 _LOST = 0.05  # share of a stretch that may be missing, as containers are not exact about their length
 _FAR = 60.0  # s; what seeking does not find further into a video is not looked for from its beginning
-_SEEK_BACK = (0.0, 2.0, 20.0)  # s before the start, for containers whose index is off; then the file's beginning
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; the message names the file and the reason."""
 
 
 class _Cut(NamedTuple):
@@ -86,11 +81,17 @@ def decode(
 ) -> Tensor:
     """``frames`` frames of a video, or of a stretch of it, chosen by :func:`frame_indices`.
 
+    Pictures are as a player shows them: turned as the file asks, their pixels square. Interlaced frames stay so, with
+    a warning. A frame that cannot be decoded is replaced by its nearest neighbour where at most 5% of the stretch (or
+    one frame) are lost.
+
     Args:
-        path: the video.
+        path: the video, a file.
         frames: how many to choose; frames repeat where the stretch has fewer.
-        start: first moment of the stretch, in seconds from the start of the video.
-        end: moment after the last; an ``end`` somewhat past the video's own is the video's own.
+        start: first moment of the stretch, in seconds as players count them: from the moment at which the file starts,
+            be it with a picture or with sound.
+        end: moment after the last; an ``end`` somewhat past the video's own is the video's own. ``None`` for the end
+            of the video.
         first_frame: index of the first frame of the stretch, instead of ``start``.
         last_frame: index of its last frame, itself included; past the end of the video it is the video's last.
         mode, generator: of :func:`frame_indices`.
@@ -102,256 +103,235 @@ def decode(
     Raises:
         VideoError: the file is missing, corrupt, cut off, or holds nothing of the stretch.
         ValueError: an argument is out of its range.
+        TypeError: an argument is no number.
         ImportError: PyAV is not installed.
     """
-    cut = _checked(frames, start, end, first_frame, last_frame, mode, size)
+    cut = _checked(start, end, first_frame, last_frame)
+    frames = _whole("frames", frames, 1)
+    size = None if size is None else _whole("size", size, 1, " pixel")
+    if mode not in ("uniform", "random"):
+        raise ValueError(f"mode: wanted 'uniform' or 'random', got {mode!r}")
     choose = partial(frame_indices, frames=frames, mode=mode, generator=generator)
     listed = 0
-    with _opened(path) as (container, stream):
-        times = _packet_times(container, stream, cut)
-        if times:
-            span = _within(path, stream, times, cut)
+    with opened(path) as source:
+        listing = _listing(source, cut)
+        if listing is not None and listing.times:
+            span = _within(source, listing, cut)
             listed = len(span)
-            chosen = [span[index] for index in choose(listed).tolist()]
-            for _ in islice(_seeks(container, stream, chosen[0]), len(_SEEK_BACK)):
-                kept = _keep(((frame.pts, frame) for frame in _from_key(container, stream)), set(chosen), size)
-                if len(kept) == len(set(chosen)):
-                    return torch.from_numpy(np.stack([kept[pts] for pts in chosen]))
-            if _seconds(stream, chosen[0]) > _FAR:
+            chosen = [span[place] for place in choose(listed).tolist()]
+            pictures = _sought(source, span, sorted(set(chosen)), size)
+            if pictures is not None:
+                return torch.from_numpy(np.stack([pictures[pts] for pts in chosen]))
+            if source.seconds(chosen[0]) > _FAR:
                 raise VideoError(
-                    f"{path}: damaged, not every frame at {_seconds(stream, chosen[0]):.2f} s can be decoded"
+                    f"{path}: damaged, not every frame at {source.seconds(chosen[0]):.2f} s can be decoded"
                 )
     return _decode_counted(path, cut, choose, listed, size)
 
 
-def probe(path: str | PathLike[str]) -> None:
-    """Checks that a file opens, has a video stream, and that its first frame decodes; the rest is not read.
+def probe(path: str | PathLike[str], *, end: bool = False) -> None:
+    """Checks that a file opens, has a video stream, and that a frame of it decodes.
+
+    Args:
+        path: the video, a file.
+        end: check also that the video goes on to the end that its container states. Of the file only that end is read;
+            all of it where it breaks off.
 
     Raises:
         VideoError: it does not.
         ImportError: PyAV is not installed.
     """
-    with _opened(path) as (container, stream):
-        if next(container.decode(stream), None) is None:
+    with opened(path) as source:
+        if next(source.frames(), None) is None:
             raise VideoError(f"{path}: holds no frame that can be decoded")
+        if not end or source.end is None:
+            return
+        for _ in source.seeks(source.pts(source.end - 1.0)):
+            listing = source.listed()
+            if listing is None:
+                return
+            if listing.times:
+                covered, step = _covered(source, listing)
+                _check_end(source, covered, step, source.first, source.end)
+                return
+
+
+def _sought(source: Source, span: list[int], wanted: list[int], size: int | None) -> dict[int, np.ndarray] | None:
+    """Pictures of the wanted frames of a stretch, by seeking to them; ``None`` where seeking does not get there.
+
+    Raises:
+        VideoError: it does, and too many are lost.
+    """
+    pictures = None
+    for _ in islice(source.seeks(wanted[0]), len(SEEK_BACK)):
+        frames = ((frame.pts, frame) for frame in source.frames(from_key=True))
+        picked = pick(frames, wanted, span[0], span[-1], Screen(source.path, source.aspect, size))
+        lost, among = _lost(picked, span, wanted)
+        good = lost <= _may_be_lost(among) and len(picked.used) == len(wanted)
+        pictures = picked.pictures if good else None
+        # What was reached from before the stretch is as good as it gets; else the index may be off.
+        reached = bool(picked.seen) and picked.seen[0] <= wanted[0]
+        if reached and not good:
+            raise VideoError(f"{source.path}: damaged, only {among - lost} of {among} frames can be decoded")
+        if reached or lost == 0:
+            break
+    return pictures
+
+
+def _lost(picked: Picked, span: list[int], wanted: list[int]) -> tuple[int, int]:
+    """How many frames are missing among those of the stretch that were gone through, and how many those are."""
+    low, high = min([*picked.used.values(), wanted[0]]), max([*picked.used.values(), wanted[-1]])
+    through = span[bisect_left(span, low) : bisect_left(span, high + 1)]
+    return len(set(through).difference(picked.seen)), len(through)
+
+
+def _may_be_lost(frames: int) -> int:
+    return max(1, int(_LOST * frames))
 
 
 def _decode_counted(
     path: str | PathLike[str], cut: _Cut, choose: Callable[[int], Tensor], listed: int, size: int | None
 ) -> Tensor:
     """The same without packet times: one pass counts frames, a second keeps the chosen ones; ``listed`` if known."""
-    with _opened(path) as (container, stream):
-        times = _decoded_times(container, stream, cut)
-        span = _within(path, stream, times, cut)
-        if len(span) < listed - max(1, _LOST * listed):
-            raise VideoError(f"{path}: damaged, only {len(span)} of {listed} frames can be decoded")
-        first = times.index(span[0])
-        chosen = [first + index for index in choose(len(span)).tolist()]
-    with _opened(path) as (container, stream):
-        kept = _keep(enumerate(container.decode(stream)), set(chosen), size)
-    if len(kept) != len(set(chosen)):
-        raise VideoError(f"{path}: decoded to {len(times)} frames once and to fewer the second time")
-    return torch.from_numpy(np.stack([kept[index] for index in chosen]))
+    with opened(path) as source:
+        listing = _decoded_times(source, cut)
+        span = _within(source, listing, cut)
+        lost = max(listed - len(span), source.faults)
+        if lost > _may_be_lost(len(span) + lost):
+            raise VideoError(f"{path}: damaged, only {len(span)} of {len(span) + lost} frames can be decoded")
+        first = listing.times.index(span[0])
+        chosen = [first + place for place in choose(len(span)).tolist()]
+    with opened(path) as source:
+        wanted = sorted(set(chosen))
+        picked = pick(enumerate(source.frames()), wanted, 0, wanted[-1], Screen(path, source.aspect, size))
+    if list(picked.used.values()) != wanted:
+        raise VideoError(f"{path}: decoded to {len(listing.times)} frames once and to fewer the second time")
+    return torch.from_numpy(np.stack([picked.pictures[place] for place in chosen]))
 
 
-def _checked(
-    frames: int,
-    start: float | None,
-    end: float | None,
-    first_frame: int | None,
-    last_frame: int | None,
-    mode: str,
-    size: int | None,
-) -> _Cut:
-    if frames < 1:
-        raise ValueError(f"frames: wanted at least 1, got {frames}")
-    if mode not in ("uniform", "random"):
-        raise ValueError(f"mode: wanted 'uniform' or 'random', got {mode!r}")
-    if size is not None and size < 1:
-        raise ValueError(f"size: wanted at least 1 pixel, got {size}")
-    in_seconds, in_frames = (start, end) != (None, None), (first_frame, last_frame) != (None, None)
-    if in_seconds and in_frames:
+def _checked(start: Any, end: Any, first_frame: Any, last_frame: Any) -> _Cut:
+    """The stretch; refuses one that is none, by the name of the argument."""
+    for name, value in (("start", start), ("end", end)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: wanted a number of seconds, got {type(value).__name__} {value!r}")
+        if not math.isfinite(value):
+            open_end = "; leave it out for the end of the video" if name == "end" and value > 0 else ""
+            raise ValueError(f"{name}: wanted a finite number of seconds, got {value}{open_end}")
+    first = None if first_frame is None else _whole("first_frame", first_frame, 0)
+    last = None if last_frame is None else _whole("last_frame", last_frame, 0)
+    if (start, end) != (None, None) and (first, last) != (None, None):
         raise ValueError("give start and end (seconds) or first_frame and last_frame, not both")
-    if in_seconds and not 0 <= (start or 0.0) < (float("inf") if end is None else end):
-        raise ValueError(f"start, end: wanted 0 <= start < end in seconds, got {start} and {end}")
-    if in_frames and not 0 <= (first_frame or 0) <= (float("inf") if last_frame is None else last_frame):
-        raise ValueError(f"first_frame, last_frame: wanted 0 <= first <= last, got {first_frame} and {last_frame}")
-    return _Cut(start, end, first_frame, last_frame)
+    if start is not None and start < 0:
+        raise ValueError(f"start: wanted at least 0 s, got {start}")
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"end: wanted more than start ({start or 0.0} s), got {end}")
+    if last is not None and last < (first or 0):
+        raise ValueError(f"last_frame: wanted at least first_frame ({first or 0}), got {last}")
+    return _Cut(None if start is None else float(start), None if end is None else float(end), first, last)
 
 
-def _import_av() -> Any:
+def _whole(name: str, value: Any, least: int, unit: str = "") -> int:
     try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading videos needs PyAV: pip install 'dsts_kernels[train]'") from error
-    return av
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: wanted an int, got {type(value).__name__} {value!r}")
+    if number < least:
+        raise ValueError(f"{name}: wanted at least {least}{unit}, got {number}")
+    return number
 
 
-@contextmanager
-def _opened(path: str | PathLike[str]) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A video and its stream, decoded by one thread; errors of FFmpeg inside become :class:`VideoError`."""
-    av = _import_av()
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise VideoError(f"{path}: has no video stream")
-            if stream.codec_context is None:
-                raise VideoError(f"{path}: this FFmpeg has no decoder for its video stream")
-            stream.codec_context.thread_type = "SLICE"
-            stream.codec_context.thread_count = 1  # loaders already run one process a core
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: {error.strerror or error}") from error
-
-
-def _origin(stream: VideoStream) -> int:
-    return stream.start_time or 0
-
-
-def _seconds(stream: VideoStream, pts: int) -> float:
-    return float((pts - _origin(stream)) * stream.time_base)
-
-
-def _seeks(container: InputContainer, stream: VideoStream, pts: int) -> Iterator[None]:
-    """Moves before ``pts``, further back each time it is resumed, last to the beginning; ends early if it cannot."""
-    origin = _origin(stream)
-    targets = [pts - round(back / stream.time_base) for back in _SEEK_BACK]
-    # MPEG-TS seeks by dts, which begin before the first pts; FLV refuses to go there.
-    for target in [*(target for target in targets if target > origin), origin, origin - round(1 / stream.time_base)]:
-        try:
-            container.seek(target, stream=stream, backward=True)
-        except _import_av().FFmpegError:
-            return
-        yield
-
-
-def _from_key(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Frames from the next key frame on: MPEG-TS seeks to any frame, and what comes before a key frame is rubbish."""
-    keyed = False
-    for packet in container.demux(stream):
-        keyed = keyed or packet.is_keyframe or packet.size == 0
-        if keyed:
-            yield from packet.decode()
-
-
-def _packet_times(container: InputContainer, stream: VideoStream, cut: _Cut) -> list[int] | None:
-    """Ascending pts of the frames from before the cut to past its end, or ``None`` where packets do not tell."""
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+def _listing(source: Source, cut: _Cut) -> Listing | None:
+    """The frames from before the cut to past its end, or ``None`` where packets do not tell."""
+    if source.container.format.name == "avi" and source.stream.codec_context.has_b_frames:
         return None  # AVI has no pts, and those made up by FFmpeg are out of order
     if cut.start is None:
-        return _listed(container, stream, cut.end)
-    start = max(_origin(stream), _origin(stream) + round((cut.start - _ROUNDING) / stream.time_base))
-    for _ in _seeks(container, stream, start):
-        times = _listed(container, stream, cut.end)
-        if times is None or (times and times[0] <= start):
-            return times
+        return source.listed(cut.end, None if cut.last is None else cut.last + 1)
+    start = max(source.start_pts, source.pts(cut.start - ROUNDING))
+    for _ in source.seeks(start):
+        listing = source.listed(cut.end)
+        if listing is None or (listing.times and listing.times[0] <= start):
+            return listing
     return None
 
 
-def _listed(container: InputContainer, stream: VideoStream, end: float | None) -> list[int] | None:
-    """Ascending pts from the next key frame (what is shown before it cannot be decoded) to past ``end`` seconds."""
-    times: list[int] = []
-    key: int | None = None
-    for packet in container.demux(stream):
-        if packet.size == 0:
-            continue
-        if packet.pts is None:
-            return None
-        if key is None and packet.is_keyframe:
-            key = packet.pts
-        if key is not None and packet.pts >= key and not packet.is_discard and not packet.is_corrupt:
-            times.append(packet.pts)
-        # No later packet is shown before its own dts.
-        if end is not None and packet.dts is not None and _seconds(stream, packet.dts) > end + _ROUNDING:
-            break
-    times.sort()
-    return None if len(set(times)) < len(times) else times
+def _decoded_times(source: Source, cut: _Cut) -> Listing:
+    """Every frame from the beginning of the file to past the cut's end, by decoding them.
 
-
-def _decoded_times(container: InputContainer, stream: VideoStream, cut: _Cut) -> list[int]:
-    """Ascending pts of every frame from the beginning of the file to past the cut's end, by decoding them.
-
-    Where the frames' own do not ascend (B-frames in AVI) they are counted at the stream's rate.
+    Where the frames' own times do not ascend (B-frames in AVI) they are counted at the stream's rate.
     """
-    rate = stream.average_rate or stream.guessed_rate or 25
-    step = max(1, round(1 / (rate * stream.time_base)))
+    step = max(1, round((source.step or 1 / 25) / float(source.stream.time_base)))
     times: list[int] = []
     counted: list[int] = []
-    for frame in container.decode(stream):
-        counted.append(_origin(stream) + len(counted) * step)
+    for frame in source.frames():
+        counted.append(source.start_pts + len(counted) * step)
         if frame.pts is not None and len(times) == len(counted) - 1 and (not times or frame.pts > times[-1]):
             times.append(frame.pts)
         latest = times[-1] if len(times) == len(counted) else counted[-1]
-        if cut.end is not None and _seconds(stream, latest) > cut.end + _ROUNDING:
+        if cut.end is not None and source.seconds(latest) > cut.end + ROUNDING:
             break
         if cut.last is not None and len(counted) > cut.last + 1:
             break
-    return times if len(times) == len(counted) else counted
+    return Listing(times if len(times) == len(counted) else counted, 0)
 
 
-def _within(path: str | PathLike[str], stream: VideoStream, times: list[int], cut: _Cut) -> list[int]:
+def _within(source: Source, listing: Listing, cut: _Cut) -> list[int]:
     """The times that are in the cut; at least one."""
+    path, times = source.path, listing.times
     if not times:
         raise VideoError(f"{path}: holds no frame that can be decoded")
-    steps = [after - before for before, after in pairwise(times)]
-    step = float(median(steps) * stream.time_base) if steps else 0.0
-    covered = _seconds(stream, times[-1]) + step
-    start = cut.start or 0.0
-    length = _declared_length(stream)
-    wanted = min((bound for bound in (cut.end, length) if bound is not None), default=covered)
-    if cut.last is not None and len(times) > cut.last:
-        wanted = covered
-    if wanted > start and covered < wanted - max(2 * step, _LOST * (wanted - start), 2 * _ROUNDING):
-        raise VideoError(f"{path}: cut off after {covered:.2f} s, wanted frames up to {wanted:.2f} s")
-    late = _seconds(stream, times[0]) - start
-    if covered > start and late > max(2 * step, _LOST * (wanted - start), 2 * _ROUNDING):
-        raise VideoError(f"{path}: damaged, the first frame that can be decoded is {late:.2f} s late")
-    if covered <= start:
-        raise VideoError(f"{path}: ends at {covered:.2f} s, before the start of the clip at {start:.2f} s")
-    if cut.end is not None and covered < (start + cut.end) / 2:
-        raise VideoError(f"{path}: ends at {covered:.2f} s, early in the clip {start:.2f} to {cut.end:.2f} s")
+    _check_covered(source, listing, cut)
     if cut.first is not None or cut.last is not None:
         span = times[cut.first or 0 : None if cut.last is None else cut.last + 1]
         if not span:
             raise VideoError(f"{path}: has {len(times)} frames, wanted frames from {cut.first}")
         return span
-    seconds = [_seconds(stream, pts) for pts in times]
-    low = bisect_left(seconds, start - _ROUNDING) if cut.start is not None else 0
-    high = bisect_left(seconds, cut.end - _ROUNDING) if cut.end is not None else len(times)
+    seconds = [source.seconds(pts) for pts in times]
+    low = bisect_left(seconds, cut.start - ROUNDING) if cut.start is not None else 0
+    high = bisect_left(seconds, cut.end - ROUNDING) if cut.end is not None else len(times)
     # A cut between two frames shows the one before it.
     return times[low:high] or [times[max(high - 1, 0)]]
 
 
-def _declared_length(stream: VideoStream) -> float | None:
-    """What the container says of the stream's length in seconds, where it does."""
-    if stream.duration is not None and stream.duration > 0:
-        return float(stream.duration * stream.time_base)
-    try:  # Matroska, as FFmpeg writes it: HH:MM:SS.fraction
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    except (KeyError, ValueError):
-        return None
+def _check_covered(source: Source, listing: Listing, cut: _Cut) -> None:
+    """Refuses a stretch that the video does not have: it ends or starts elsewhere, was cut off, is damaged."""
+    path, times = source.path, listing.times
+    covered, step = _covered(source, listing)
+    begun, start = source.seconds(times[0]), cut.start or 0.0
+    wanted = min((bound for bound in (cut.end, source.end) if bound is not None), default=covered)
+    if cut.last is not None and len(times) > cut.last:
+        wanted = covered
+    spare = _check_end(source, covered, step, start, wanted)
+    late = begun - max(start, source.first)
+    if covered > start and late > spare:
+        raise VideoError(f"{path}: damaged, the first frame that can be decoded is {late:.2f} s late")
+    if covered <= start:
+        raise VideoError(f"{path}: ends at {covered:.2f} s, before the start of the clip at {start:.2f} s")
+    if cut.end is None:
+        return
+    middle = (start + cut.end) / 2
+    if covered < middle:
+        raise VideoError(f"{path}: ends at {covered:.2f} s, early in the clip {start:.2f} to {cut.end:.2f} s")
+    if source.first > middle and begun > middle:
+        raise VideoError(
+            f"{path}: its first frame is at {begun:.2f} s, late in the clip {start:.2f} to {cut.end:.2f} s"
+        )
 
 
-def _keep(frames: Iterator[tuple[int | None, VideoFrame]], wanted: set[int], size: int | None) -> dict[int, np.ndarray]:
-    """The frames whose key is wanted, as ``(H, W, 3)`` arrays of one shape; reads no further than the last."""
-    kept: dict[int, np.ndarray] = {}
-    shape: tuple[int, int] | None = None
-    last = max(wanted)
-    for key, frame in frames:
-        if key in wanted:
-            shape = shape or _scaled(frame, size)
-            width, height = shape
-            picture = frame.reformat(width, height, format="rgb24", interpolation="BILINEAR", threads=1)
-            kept[key] = picture.to_ndarray()
-        if key is not None and key >= last:
-            break
-    return kept
+def _covered(source: Source, listing: Listing) -> tuple[float, float]:
+    """The moment at which the last listed frame ends, and the usual seconds from frame to frame."""
+    unit = float(source.stream.time_base)
+    steps = [after - before for before, after in pairwise(listing.times)]
+    step = median(steps) * unit if steps else source.step
+    return source.seconds(listing.times[-1]) + max(step, listing.hold * unit), step
 
 
-def _scaled(frame: VideoFrame, size: int | None) -> tuple[int, int]:
-    shorter = min(frame.width, frame.height)
-    if size is None or size >= shorter:
-        return frame.width, frame.height
-    return max(size, round(frame.width * size / shorter)), max(size, round(frame.height * size / shorter))
+def _check_end(source: Source, covered: float, step: float, start: float, wanted: float) -> float:
+    """Refuses a stretch from ``start`` that should go on to ``wanted``; returns the seconds that it may lack."""
+    spare = max(2 * step, _LOST * (wanted - start), 2 * ROUNDING)
+    if wanted > start and covered < wanted - spare:
+        raise VideoError(f"{source.path}: cut off after {covered:.2f} s, wanted frames up to {wanted:.2f} s")
+    return spare

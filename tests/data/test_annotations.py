@@ -10,6 +10,8 @@ import pytest
 
 from dsts_kernels.data.annotations import read_diving48, read_finegym
 
+from .videos import truncate, write_video
+
 VOCABULARY = [
     ["Back", "15som", "05Twis", "FREE"],
     ["Back", "Dive", "NoTwis", "PIKE"],
@@ -124,6 +126,15 @@ def test_other_containers_and_mp4_first(folder: Folder):
         ([{**DIVE, "label": -1}], r"label -1: wanted one of the 3 classes"),
         ([{**DIVE, "end_frame": 0}], r"wanted 0 <= start_frame < end_frame, got 0 and 0"),
         ([{**DIVE, "vid_name": ""}], r"entry 0: vid_name is empty"),
+        (
+            [DIVE, {**DIVE, "vid_name": "other"}, {**DIVE, "label": 2, "end_frame": 9}],
+            r"entry 2 \(_8Vy3dlHg2w_00000\): label 2, but entry 0 gives it label 1",
+        ),
+        ([{**DIVE, "vid_name": "../secret"}], r"entry 0: wanted the name of a video in .*, got '\.\./secret'"),
+        ([{**DIVE, "vid_name": "/etc/motd"}], r"entry 0: wanted the name of a video in .*leads elsewhere"),
+        ([{**DIVE, "vid_name": "sub/dive"}], r"entry 0: wanted the name of a video"),
+        ([{**DIVE, "vid_name": ".."}], r"entry 0: wanted the name of a video"),
+        ([{**DIVE, "vid_name": "a\0b"}], r"entry 0: wanted the name of a video"),
     ],
 )
 def test_bad_diving48(folder: Folder, entries: Any, reason: str):
@@ -193,6 +204,94 @@ def test_finegym_cut_files_come_first(folder: Folder):
     assert staged.path == full and staged.start is not None
 
 
+EVENT_VIDEO = f"{VIDEO}_E_002407_002435"
+
+
+def test_finegym_events(folder: Folder):
+    """mmaction2 cuts videos into events first: times of elements then count from the event's start."""
+    there, full = folder.video(f"{EVENT_VIDEO}.mp4"), folder.video(f"{VIDEO}.mp4")
+    within = {EVENT_VIDEO: SEGMENTS[VIDEO]["E_002407_002435"]["segments"]}
+    for segments in (SEGMENTS, within):
+        one, staged = folder.finegym(segments=segments).clips
+        assert one.path == staged.path == there
+        assert (one.start, one.end, staged.start, staged.end) == pytest.approx((3.45, 5.64, 7.0, 11.5))
+    there.unlink()
+    assert folder.finegym(segments=SEGMENTS).clips[0].path == full
+    with pytest.raises(
+        ValueError, match=r"info\.json: .*mmaction2's event_annotation\.json times elements within events"
+    ):
+        folder.finegym(segments=within)
+
+
+def test_finegym_events_need_segments(folder: Folder):
+    folder.video(f"{EVENT_VIDEO}.mp4")
+    with pytest.raises(ValueError, match=rf"line 1: {ELEMENT} is to be cut from .*{EVENT_VIDEO}\.mp4: pass segments="):
+        folder.finegym()
+
+
+@pytest.mark.parametrize(
+    "place", [f"{ELEMENT}/{ELEMENT}.mp4", f"{VIDEO}/{ELEMENT}.mp4", f"{EVENT_VIDEO}/{ELEMENT}.mkv"]
+)
+def test_elements_in_folders(folder: Folder, place: str):
+    (folder.path / "videos" / place).parent.mkdir()
+    there = folder.video(place)
+    assert folder.finegym().clips[0].path == there
+
+
+def test_full_videos_in_folders(folder: Folder):
+    (folder.path / "videos" / VIDEO).mkdir()
+    there = folder.video(f"{VIDEO}/{VIDEO}.mp4")
+    one, staged = folder.finegym(segments=SEGMENTS).clips
+    assert one.path == staged.path == there and one.start == pytest.approx(2410.77)
+
+
+def test_dives_in_folders(folder: Folder):
+    (folder.path / "videos" / DIVE["vid_name"]).mkdir()
+    there = folder.video(f"{DIVE['vid_name']}/{DIVE['vid_name']}.mp4")
+    assert folder.diving48([DIVE]).clips[0].path == there
+
+
+@pytest.mark.parametrize(
+    ("folders", "hint"),
+    [
+        (["videos", "subactions", "events"], "mmaction2's layout, pass one of its folders: subactions, events, videos"),
+        ([ELEMENT], "folders of these names without videos, perhaps frames"),
+    ],
+)
+def test_layouts_that_are_refused_by_name(folder: Folder, folders: list[str], hint: str):
+    for name in folders:
+        (folder.path / "videos" / name).mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"holds none of the 2 videos, .*{hint}"):
+        folder.finegym()
+
+
+def test_mmaction_list_of_videos(folder: Folder):
+    there = folder.video(f"{ELEMENT}.mp4")
+    assert folder.finegym(f"{ELEMENT}.mp4 1\n").clips[0] == (there, 1, None, None, None, None, ELEMENT)
+
+
+def test_gym530(folder: Folder):
+    folder.video(f"{ELEMENT}.mp4")
+    categories = "Glabel:   0; set:  1; (VT) tsukahara piked\nGlabel:   1; set: 21; (FX) stag jump      \n"
+    read = folder.finegym(categories=categories)
+    assert read.class_names == ["(VT) tsukahara piked", "(FX) stag jump"]
+    assert read.class_attributes == {"set": [0, 1]} and [clip.label for clip in read.clips] == [1, 0]
+
+
+@pytest.mark.needs("av")
+def test_of_two_files_with_one_name_the_readable_one(folder: Folder):
+    """A download that broke off, its second try, and one that is whole but comes last in the order of preference."""
+    broken, cut, good = (folder.path / "videos" / f"{ELEMENT}.{kind}" for kind in ("mp4", "mov", "avi"))
+    write_video(good, 20)
+    truncate(write_video(cut, 40, faststart=True), 0.6)
+    broken.write_bytes(b"moov" * 20)
+    assert folder.finegym().clips[0].path == good
+    good.unlink()
+    assert folder.finegym().clips[0].path == cut
+    cut.unlink()
+    assert folder.finegym().clips[0].path == broken
+
+
 def test_finegym_full_videos_need_segments(folder: Folder):
     folder.video(f"{VIDEO}.mp4")
     with pytest.raises(ValueError, match=rf"train\.txt, line 1: {ELEMENT} is to be cut from .*: pass segments="):
@@ -205,7 +304,10 @@ def test_finegym_full_videos_need_segments(folder: Folder):
         ("\n \n", r"train\.txt: wanted at least one line"),
         (f"{ELEMENT} 1\n\n{ELEMENT}\n", r"train\.txt, line 3: wanted '<youtube id>_E_"),
         (f"{ELEMENT} one\n", r"line 1: wanted '<youtube id>_E_"),
-        (f"{VIDEO}_E_002407_002435 1\n", r"line 1: wanted '<youtube id>_E_"),
+        (f"{VIDEO}_E_002407_002435 1\n", r"line 1: wanted '<youtube id>_E_.*this names an event"),
+        (f"{ELEMENT} 48 1\n", r"line 1: wanted .*mmaction2's list of frame folders"),
+        (f"{ELEMENT} 1\n{STAGED} 0\n{ELEMENT} 2\n", rf"line 3: {ELEMENT} has label 2, but line 1 gives it label 1"),
+        (f"../{ELEMENT} 1\n", r"line 1: wanted the name of a video in .*leads elsewhere"),
         (f"{ELEMENT} 1\n{ELEMENT} 3\n", r"line 2: label 3: wanted one of the 3 classes of .*categories\.txt"),
     ],
 )
@@ -221,6 +323,12 @@ def test_bad_elements(folder: Folder, lines: str, reason: str):
         ("", "wanted one line a class, the file is empty"),
         ("0 (VT) vault\n", "line 1: wanted 'Clabel"),
         (CATEGORIES + CATEGORIES, "line 4: class 0 is there twice"),
+        ("set: 1; vault\n", "line 1: wanted 'Clabel.*FineGym's list of sets"),
+        (
+            CATEGORIES + "Glabel: 3; set: 1; (VT) x\n",
+            "line 4: wanted classes numbered by Clabel or by Glabel, got both",
+        ),
+        ("Glabel: 1; set: 1; (VT) x\n", "classes go up to 1 but class 0 is not there"),
         (CATEGORIES.replace("Clabel:   1", "Clabel:   7"), "classes go up to 7 but class 1 is not there"),
     ],
 )
@@ -253,7 +361,10 @@ SEGMENT = (*EVENT, "segments", "A_0003_0005")
         ([1], r"info\.json: wanted an object of one entry a video, got list"),
         ({}, rf"info\.json: has no '{VIDEO}'"),
         (changed(*EVENT, value=...), rf"info\.json: {VIDEO}: has no 'E_002407_002435'"),
-        (changed(*EVENT, "segments", value=None), r"E_002407_002435: 'segments': wanted dict, got NoneType None"),
+        (
+            changed(*EVENT, "segments", value=None),
+            r"E_002407_002435: 'segments': wanted dict, got NoneType None: the event has no",
+        ),
         (changed(*SEGMENT, value=...), r"E_002407_002435, segments: has no 'A_0003_0005'"),
         (changed(*SEGMENT, "timestamps", value=...), r"A_0003_0005: has no 'timestamps'"),
         (changed(*SEGMENT, "timestamps", value=[]), r"A_0003_0005: wanted at least one timestamp"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -67,46 +68,94 @@ def test_items(good: Annotations, source: Path):
     assert clips.skipped == {} and clips.report() == "0 of 6 clips left out"
 
 
-def test_what_is_left_out(mixed: Annotations):
-    clips = VideoClips(mixed, frames=4, size=32, train=False)
+def test_what_is_left_out_of_training(mixed: Annotations):
+    clips = VideoClips(mixed, frames=4, size=32, train=True)
     assert len(clips) == 3 and clips.labels.tolist() == [0, 1, 2] and clips.attributes["set"].tolist() == [0, 1, 1]
     assert clips.skipped == {"missing": ["missing"], "corrupt": ["noise"]}
     assert clips.report() == "2 of 5 clips left out: 1 missing, 1 corrupt (first: missing)"
 
 
-def test_replaced_while_decoding(mixed: Annotations):
+def test_what_is_left_out_of_evaluation(mixed: Annotations):
+    """A file that breaks off is left out whole; length, labels and attributes are those of what is read."""
     clips = VideoClips(mixed, frames=4, size=32, train=False)
-    with pytest.warns(UserWarning, match=r"short\.mp4: cut off after .*; another clip is read instead of short"):
-        picture, label = clips[1]
-    assert label == 2 and torch.equal(picture, clips[2][0])
-    assert clips.skipped["replaced"] == ["short"]
-    assert clips.report() == "3 of 5 clips left out: 1 missing, 1 corrupt, 1 replaced (first: missing)"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert clips[1][1] == 2
+    assert len(clips) == 2 and clips.labels.tolist() == [0, 2] and clips.attributes["set"].tolist() == [0, 1]
+    assert clips.skipped == {"missing": ["missing"], "corrupt": ["noise", "short"]}
+    assert [clips[index][1] for index in range(2)] == [0, 2]
 
 
-def test_without_check_the_rest_is_found_while_decoding(mixed: Annotations):
+def test_clips_of_good_files_that_do_not_decode(source: Path):
+    """A stretch after the end, and one in frames: told at construction, each counted once."""
+    after = Clip(source, 1, 7.0, 8.0, None, None, "after")
+    beyond = Clip(source, 2, None, None, 90, 95, "beyond")
+    clips = VideoClips(annotated(after, clip(source), beyond, clip(source, 2)), frames=4, size=32, train=False)
+    assert clips.labels.tolist() == [0, 2] and clips.skipped == {"unreadable": ["after", "beyond"]}
+    assert clips.report() == "2 of 4 clips left out: 2 unreadable (first: after)"
+    assert [label for _, label in DataLoader(clips, batch_size=None)] == [0, 2]
+    with pytest.raises(VideoError, match=r"none of 1 clips can be decoded: .*good\.mp4: ends at 2\.00 s"):
+        VideoClips(annotated(after), train=False)
+
+
+def test_evaluation_replaces_nothing(mixed: Annotations):
+    """What only reading shows raises by its index, and makes a loader's batch smaller."""
     clips = VideoClips(mixed, frames=4, size=32, train=False, check=False)
     assert len(clips) == 4 and clips.skipped == {"missing": ["missing"]}
-    with pytest.warns(UserWarning):
-        assert [clips[index][1] for index in range(4)] == [0, 2, 2, 2]
-    assert clips.skipped["replaced"] == ["noise", "short"]
+    with pytest.warns(UserWarning, match=r"short\.mp4: cut off after .*; short is left out"):
+        with pytest.raises(VideoError, match=r"short\.mp4: cut off"):
+            clips[2]
+    with pytest.warns(UserWarning, match=r"noise\.mp4: .*; noise is left out"):
+        batches = [labels.tolist() for _, labels in DataLoader(clips, batch_size=3)]
+    assert batches == [[0], [2]]
+    assert clips.skipped["unreadable"] == ["noise", "short"]
+    with pytest.raises(VideoError, match=r"none of the 2 clips of a batch can be decoded, e\.g\. noise"):
+        clips.__getitems__([1, 2])
+
+
+def test_training_replaces_by_a_clip_drawn(source: Path, tmp_path: Path):
+    """By seed, epoch and index alone: not by the order of reading, what failed before, or who reads."""
+    short = truncate(Path(shutil.copy(source, tmp_path / "short.mp4")), 0.6)
+    entries = [clip(source, number) if number % 4 else clip(short, number) for number in range(12)]
+    annotations = Annotations(tuple(entries), [str(n) for n in range(12)], {}, {})
+
+    def made(seed: int = 0) -> VideoClips:
+        return VideoClips(annotations, frames=2, size=16, train=True, seed=seed)
+
+    def drawn(clips: VideoClips, order: Iterable[int]) -> dict[int, tuple[int, float]]:
+        items = {index: clips[index] for index in order}
+        return {index: (label, float(picture.sum())) for index, (picture, label) in items.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = drawn(made(), range(12))
+        clips = made()
+        assert drawn(clips, reversed(range(12))) == alone and drawn(clips, range(12)) == alone
+        loaded = [label for _, label in DataLoader(made(), num_workers=2, batch_size=None)]
+        assert loaded == [alone[index][0] for index in range(12)]
+        replaced = {index: alone[index][0] for index in (0, 4, 8)}
+        assert all(label % 4 for label in replaced.values()) and clips.skipped["replaced"] == ["short"] * 3
+        assert all(alone[index][0] == index for index in range(12) if index % 4)
+        elsewhere = []
+        for epoch in range(1, 5):
+            clips.set_epoch(epoch)
+            elsewhere.append({index: clips[index][1] for index in (0, 4, 8)})
+        assert any(labels != replaced for labels in elsewhere)
+        assert any({index: made(seed)[index][1] for index in (0, 4, 8)} != replaced for seed in range(1, 5))
+        assert clips[-12][1] == clips[0][1]
 
 
 def test_one_warning_a_file(source: Path, tmp_path: Path):
     short = truncate(Path(shutil.copy(source, tmp_path / "short.mp4")), 0.6)
-    clips = VideoClips(annotated(clip(short), clip(short), clip(source, 2)), frames=4, size=32, train=False)
-    with pytest.warns(UserWarning) as caught:
-        assert clips[0][1] == 2
+    clips = VideoClips(annotated(clip(short), clip(short), clip(source, 2)), frames=4, size=32, train=True)
+    with pytest.warns(UserWarning, match="another clip is read instead of short") as caught:
+        assert clips[0][1] == clips[1][1] == 2
     assert len(caught) == 1 and clips.skipped["replaced"] == ["short", "short"]
+    assert clips.report() == "2 of 3 clips left out: 2 replaced (first: short)"
 
 
 def test_workers_count_for_all(mixed: Annotations):
-    clips = VideoClips(mixed, frames=4, size=32, train=False)
-    labels = [label for _, label in DataLoader(clips, num_workers=2, batch_size=None)]
-    assert labels == [0, 2, 2]
-    assert clips.skipped["replaced"] == ["short"]
+    clips = VideoClips(mixed, frames=4, size=32, train=False, check=False)
+    batches = [labels.tolist() for _, labels in DataLoader(clips, num_workers=2, batch_size=2)]
+    assert batches == [[0], [2]]
+    assert clips.skipped["unreadable"] == ["noise", "short"]
 
 
 def test_nothing_to_read(tmp_path: Path, source: Path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,13 +183,17 @@ def test_random_frames_repeat_with_the_seed(videos: Path):
 @needs_av
 def test_only_the_stretch_is_decoded(videos: Path, monkeypatch: pytest.MonkeyPatch):
     """Seeks: from the last key frame (every tenth frame is one) to the last frame wanted."""
-    from dsts_kernels.data import video
+    from dsts_kernels.data import streams
 
     seen: list[int] = []
-    keep = video._keep
-    monkeypatch.setattr(
-        video, "_keep", lambda frames, *rest: keep(((seen.append(key), (key, f))[1] for key, f in frames), *rest)
-    )
+    frames = streams.Source.frames
+
+    def watched(source: streams.Source, **options: bool) -> Iterator[Any]:
+        for frame in frames(source, **options):
+            seen.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(streams.Source, "frames", watched)
     decode(videos / "video.mp4", 2, start=32 / RATE, end=36 / RATE)
     assert 2 <= len(seen) <= 6
 
@@ -196,7 +202,7 @@ def test_only_the_stretch_is_decoded(videos: Path, monkeypatch: pytest.MonkeyPat
 def test_without_packet_times(videos: Path, monkeypatch: pytest.MonkeyPatch):
     from dsts_kernels.data import video
 
-    monkeypatch.setattr(video, "_packet_times", lambda *_: None)
+    monkeypatch.setattr(video, "_listing", lambda *_: None)
     path = videos / "video.mp4"
     assert frame_numbers(decode(path, 8)) == [2, 7, 12, 17, 22, 27, 32, 37]
     assert frame_numbers(decode(path, 5, start=7 / RATE, end=12 / RATE)) == [7, 8, 9, 10, 11]
