@@ -240,8 +240,8 @@ def test_processes():
 
 @pytest.mark.parametrize("step", ["training", "evaluation", "frozen"])
 def test_channels_that_lie_last_are_not_copied(step):
-    """Features of Swin, ``(B, T, H, W, C)``, tokens, and frames whose channels lie last go to the kernels and back as
-    views. Of ``(B, C, T, H, W)`` one copy is made, from layers that work channels-last, which shows that copies count."""
+    """Features of Swin ``(B, T, H, W, C)``, tokens, and frames whose channels lie last go to the kernels and back as
+    views. Of ``(B, C, T, H, W)`` one copy is made, from layers that work channels-last: so copies do count."""
     found = {}
     for kind, (make, where, known, shape) in KINDS.items():
         known = known | ({"class_tokens": 0} if kind == "BNC" else {})
