@@ -115,7 +115,8 @@ def insert_dsts(
 
     ``layout`` and ``channels``, where one is left out, are learned from a **dry run**: one pass in evaluation, without
     gradients, after which parameters, buffers, modes, hooks and random generators are as before. Hooks run in it. With
-    both given there is none, and a submodule may run several times in a pass, each time through the same DSTS.
+    both given there is none, so nothing shows whether the model calls the submodule; and that may run several times in
+    a pass, each time through the same DSTS.
 
     Args:
         model: any module.

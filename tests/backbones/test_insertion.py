@@ -172,6 +172,15 @@ def test_no_dry_run_where_all_is_known():
     assert dsts.layers[0].in_channels == 4
 
 
+def test_the_dry_run_is_in_evaluation():
+    """Every module, and without gradients."""
+    model, seen = Clips(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, args, out: seen.append(m.training or out.requires_grad))
+    insert_dsts(model, "stage1", example=CLIP, **OPTIONS)
+    assert seen and not any(seen) and all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("make, frames", [(Clips, None), (Frames, 4)])
 def test_a_clip_is_made_up(make, frames):
     """Without an example a clip for the first convolution does."""
@@ -191,7 +200,7 @@ def test_examples(example):
     assert insert_dsts(Clips(), "stage2", example=given, **OPTIONS).layers[0].in_channels == CHANNELS
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dtype_and_mode_of_the_features(dtype):
     """DSTS takes them from the features and the submodule, autocast or not; options go before."""
     model = Clips().to(dtype)

@@ -203,7 +203,7 @@ def test_export(kind, frozen, strict):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["BCTHW", "BNC"])
 def test_trace(kind):
     """``torch.jit.trace`` sees the hook."""
     model, _, x = inserted(kind)
@@ -240,8 +240,8 @@ def test_processes():
 
 @pytest.mark.parametrize("step", ["training", "evaluation", "frozen"])
 def test_channels_that_lie_last_are_not_copied(step):
-    """Features of Swin ``(B, T, H, W, C)``, tokens, and frames whose channels lie last go to the kernels and back as
-    views. Of ``(B, C, T, H, W)`` one copy is made, from layers that work channels-last: so copies do count."""
+    """Features of Swin, ``(B, T, H, W, C)``, tokens, and frames whose channels lie last go to kernels and back as
+    views. Of ``(B, C, T, H, W)`` one is made, from layers that work channels-last, which shows that copies count."""
     found = {}
     for kind, (make, where, known, shape) in KINDS.items():
         known = known | ({"class_tokens": 0} if kind == "BNC" else {})
