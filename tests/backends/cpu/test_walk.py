@@ -11,6 +11,7 @@ import torch
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import cpu
+from dsts_kernels.routing import sample_draws
 
 from .support import _C
 
@@ -71,7 +72,9 @@ def test_from_the_module_to_a_kernel(walks, dtype, kernel):
 
 
 def test_from_autograd_to_a_kernel(walks):
-    """The way back: from the derivative of an op to each kernel of its backward pass."""
-    FusedDSTS(16, num_neurons=2)(torch.randn(3, 16, 4, 7, 7).requires_grad_()).sum().backward()
+    """The way back: from the derivative of an op to each kernel of its backward pass; samples of both neurons."""
+    draws = sample_draws(3, 16, 2, 3)
+    draws = draws._replace(gumbel=1e6 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).expand(3, 3, 2))
+    FusedDSTS(16, num_neurons=2)(torch.randn(3, 16, 4, 7, 7).requires_grad_(), draws=draws).sum().backward()
     found = {name: len(frames(stack, ":_gradients")) for name, stack in walks.items() if name in BACKWARD}
     assert found == BACKWARD, walks
