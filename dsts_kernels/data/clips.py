@@ -66,6 +66,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         FileNotFoundError: every video is missing.
         VideoError: no file that is there can be read.
         ValueError: an argument is out of its range.
+        TypeError: ``seed`` is no int.
         ImportError: PyAV is not installed (when a file is first opened).
 
     Example:
@@ -86,6 +87,8 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: wanted at least 1, got {frames}")
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seed: wanted an int, got {type(seed).__name__} {seed!r}")
         self.frames, self.size, self.train, self.seed = frames, size, train, operator.index(seed)
         self._transform = TrainTransform(size) if train else EvalTransform(size)
         self._decode_size = round(size * _TRAIN_MARGIN) if train else size

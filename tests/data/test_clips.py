@@ -236,6 +236,8 @@ def test_nothing_to_read(tmp_path: Path, source: Path):
         VideoClips(annotated(), train=True)
     with pytest.raises(ValueError, match="frames: wanted at least 1, got 0"):
         VideoClips(annotated(clip(source)), train=True, frames=0)
+    with pytest.raises(TypeError, match=r"seed: wanted an int, got float 1\.5"):
+        VideoClips(annotated(clip(source)), train=True, seed=1.5)
 
 
 def test_same_sample_in_any_worker(good: Annotations):
