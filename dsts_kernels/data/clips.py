@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -52,8 +53,9 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         size: side of the pictures in pixels.
         train: random frames and :class:`TrainTransform`; else middle frames and :class:`EvalTransform`.
         seed: of all randomness.
-        check: opens every file and decodes its first frame now. For evaluation every clip is decoded, as it will be
-            read: about as long as one pass over them by as many threads as there are cores (8 at most).
+        check: opens every file and decodes its first frame now. For evaluation a file that breaks off before its end
+            is left out whole, and every clip is decoded, as it will be read: about as long as one pass over them by
+            as many threads as there are cores (8 at most).
 
     Attributes:
         class_names: one a class.
@@ -169,9 +171,9 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     def skipped(self) -> dict[str, list[str]]:
         """Reason -> names of clips.
 
-        Those ``"missing"``, ``"corrupt"`` (their file does not open) or ``"unreadable"`` (the clip does not decode) are
-        not in the data set. Those that failed to decode later, in this process or in a worker, are in its length: in
-        training they are ``"replaced"``, in evaluation they count as ``"unreadable"`` too.
+        Those ``"missing"``, ``"corrupt"`` (their file does not open, or breaks off) or ``"unreadable"`` (the clip does
+        not decode) are not in the data set. Those that failed to decode later, in this process or in a worker, are in
+        its length: in training they are ``"replaced"``, in evaluation they count as ``"unreadable"`` too.
         """
         failed = [self._clips[place].name for place in self._unreadable.nonzero().flatten().tolist()]
         found = {reason: list(names) for reason, names in self._left_out.items()}
@@ -199,7 +201,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             self._left_out["missing"] = [clip.name for clip in clips if not there[clip.path]]
         if not check:
             return present
-        faults = _faults(probe, dict.fromkeys(clip.path for clip in present))
+        faults = _faults(partial(probe, end=not self.train), dict.fromkeys(clip.path for clip in present))
         good = [clip for clip in present if clip.path not in faults]
         if not good:
             raise VideoError(f"none of {len(faults)} videos can be read: {next(iter(faults.values()))}")
@@ -252,7 +254,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             self._warned[self._file[place]] = True
             name = self._clips[place].name
             what = f"another clip is read instead of {name}" if self.train else f"{name} is left out"
-            warnings.warn(f"{error}; {what}", stacklevel=3)
+            warnings.warn(f"{error}; {what}", stacklevel=4)
 
 
 def _faults(read: Callable[[_Item], object], items: Iterable[_Item]) -> dict[_Item, str]:

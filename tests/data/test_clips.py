@@ -78,28 +78,12 @@ def test_what_is_left_out_of_training(mixed: Annotations):
 
 
 def test_what_is_left_out_of_evaluation(mixed: Annotations):
-    """Length, labels and attributes are those of what is read."""
+    """A file that breaks off is left out whole; length, labels and attributes are those of what is read."""
     with pytest.warns(UserWarning, match="only 2 of 5 clips are read"):
         clips = VideoClips(mixed, frames=4, size=32, train=False)
     assert len(clips) == 2 and clips.labels.tolist() == [0, 2] and clips.attributes["set"].tolist() == [0, 1]
-    assert clips.skipped == {"missing": ["missing"], "corrupt": ["noise"], "unreadable": ["short"]}
+    assert clips.skipped == {"missing": ["missing"], "corrupt": ["noise", "short"]}
     assert [clips[index][1] for index in range(2)] == [0, 2]
-
-
-def test_clips_before_a_file_breaks_off_are_evaluated(source: Path, tmp_path: Path):
-    """A download that stopped has the first elements whole: those are read, the others left out and counted."""
-    short = truncate(Path(shutil.copy(source, tmp_path / "short.mp4")), 0.6)
-
-    def made(path: Path) -> VideoClips:
-        entries = [Clip(path, n, n / 5, (n + 1) / 5, None, None, str(n)) for n in range(10)]
-        return VideoClips(Annotations(tuple(entries), list("abcdefghij"), {}, {}), frames=2, size=48, train=False)
-
-    with pytest.warns(UserWarning, match=r"only \d of 10 clips are read; .* unreadable .*short\.mp4: cut off"):
-        clips = made(short)
-    whole, count = made(source), len(clips)
-    assert 1 < count < 10 and clips.labels.tolist() == list(range(count))
-    assert clips.skipped == {"unreadable": [str(n) for n in range(count, 10)]}
-    assert all(torch.equal(clips[index][0], whole[index][0]) for index in range(count))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -209,7 +193,7 @@ def test_one_warning_a_file(source: Path, tmp_path: Path):
     clips = VideoClips(annotated(clip(short), clip(short), clip(source, 2)), frames=4, size=32, train=True)
     with pytest.warns(UserWarning, match="another clip is read instead of short") as caught:
         assert clips[0][1] == clips[1][1] == 2
-    assert len(caught) == 1 and clips.skipped["replaced"] == ["short", "short"]
+    assert len(caught) == 1 and caught[0].filename == __file__ and clips.skipped["replaced"] == ["short", "short"]
     assert clips.report() == "2 of 3 clips left out: 2 replaced (first: short)"
 
 
