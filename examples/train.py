@@ -204,31 +204,35 @@ class Trainer:
         known = [found for found in by_class if found is not None]
         metrics = {"top1": top1.compute().item(), "class_accuracy": by_class}
         metrics["mean_class_accuracy"] = sum(known) / len(known)  # of classes that the test set has
-        return metrics, self.routing(torch.cat(neurons, 1), label) if neurons else None
+        # Where a clip went away since the set was made, places in the batches are no longer those in the set.
+        whole = len(label) == len(self.test_set)
+        return metrics, self.routing(torch.cat(neurons, 1), label, pictures=whole) if neurons else None
 
-    def routing(self, neuron: Tensor, label: Tensor) -> dict[str, Any]:
+    def routing(self, neuron: Tensor, label: Tensor, *, pictures: bool = True) -> dict[str, Any]:
         """Which neurons the test set activated, with a few clips' frames, as ``dsts_kernels.viz`` draws them."""
         classes = label.unique()
         count = min(SHOWN, len(classes))
         classes = classes[torch.linspace(0, len(classes) - 1, count, device=classes.device).long()]
         shown = torch.cat([(label == c).nonzero()[:ALIKE, 0] for c in classes])
-        clips = torch.stack([self.test_set[int(i)][0] for i in shown])
-        low, high = clips.amin((1, 2, 3, 4), keepdim=True), clips.amax((1, 2, 3, 4), keepdim=True)
+        frames = None
+        if pictures:
+            clips = torch.stack([self.test_set[int(i)][0] for i in shown])
+            low, high = clips.amin((1, 2, 3, 4), keepdim=True), clips.amax((1, 2, 3, 4), keepdim=True)
+            frames = ((clips - low) / (high - low).clamp_min(1e-6) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
 
         def of_class(values: Tensor) -> Tensor:
-            """An attribute by class, not by clip: one that could not be read was replaced by another."""
+            """An attribute by class, not by clip: a clip that cannot be read is not in a batch."""
             empty = torch.zeros(self.test_set.num_classes, dtype=torch.int64, device=values.device)
             return empty.scatter(0, self.test_set.labels, values)
 
-        frames = ((clips - low) / (high - low).clamp_min(1e-6) * 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
         return {
             "neuron": neuron,
             "label": label,
             "class_names": list(self.test_set.class_names),
             "attributes": {name: of_class(values)[label] for name, values in self.test_set.attributes.items()},
             "attribute_names": {name: list(values) for name, values in self.test_set.attribute_names.items()},
-            "frames": frames.contiguous(),
-            "frame_samples": shown,
+            "frames": frames.contiguous() if pictures else None,
+            "frame_samples": shown if pictures else None,
         }
 
     def save(self, path: Path, routing: dict[str, Any] | None) -> None:

@@ -10,6 +10,7 @@ that made them.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -37,11 +38,14 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
 
     Item ``i`` is ``(clip, label)``: ``(3, frames, size, size)`` float32 around zero, and an int. In training its
     frames, crop, mirroring and jitter are random and depend on ``(seed, epoch, i)`` only, not on the worker or the
-    order of reading; so does the clip that is read, with its own label, where clip ``i`` does not decode.
+    order of reading; so does the clip that is read, with its own label, where clip ``i`` does not decode. That clip is
+    drawn from all others, or from those of the same part where :func:`~dsts_kernels.learning.split_train_val` made two.
 
     In evaluation a clip that does not decode is left out, of ``len``, ``labels`` and all else, and counted. One that
     fails only later (``check=False``, or a file that went away) raises :class:`VideoError` by its index, and is left
-    out of a ``DataLoader``'s batch, which is then smaller.
+    out of a ``DataLoader``'s batch, which is then smaller; a batch of which nothing is left raises too.
+
+    A warning says so where more than half of the clips are left out.
 
     Args:
         annotations: of :func:`~dsts_kernels.data.annotations.read_diving48` or ``read_finegym``.
@@ -64,6 +68,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         FileNotFoundError: every video is missing.
         VideoError: no file that is there can be read.
         ValueError: an argument is out of its range.
+        TypeError: ``seed`` is no int.
         ImportError: PyAV is not installed (when a file is first opened).
 
     Example:
@@ -84,13 +89,16 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: wanted at least 1, got {frames}")
-        self.frames, self.size, self.train, self.seed = frames, size, train, seed
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seed: wanted an int, got {type(seed).__name__} {seed!r}")
+        self.frames, self.size, self.train, self.seed = frames, size, train, operator.index(seed)
         self._transform = TrainTransform(size) if train else EvalTransform(size)
         self._decode_size = round(size * _TRAIN_MARGIN) if train else size
         self.class_names = list(annotations.class_names)
         self.num_classes = len(self.class_names)
         self._total = len(annotations.clips)
         self._left_out: dict[str, list[str]] = {}
+        self._fault = ""
         self._clips = self._readable(annotations.clips, check)
         self.labels = torch.tensor([clip.label for clip in self._clips], device="cpu")
         self.attributes = {
@@ -103,22 +111,40 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         self._unreadable = torch.zeros(len(self._clips), dtype=torch.bool, device="cpu").share_memory_()
         self._warned = torch.zeros(len(files), dtype=torch.bool, device="cpu").share_memory_()
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        if 2 * len(self._clips) < self._total:
+            why = f"; {self._fault}" if self._fault else ""
+            warnings.warn(
+                f"only {len(self._clips)} of {self._total} clips are read; {self.report()}{why}", stacklevel=2
+            )
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read_among(index)
+
+    def read_among(self, index: int, others: Tensor | None = None) -> tuple[Tensor, int]:
+        """Item ``index``, or in training, where it does not decode, one drawn from ``others``.
+
+        Args:
+            index: of the item.
+            others: ``(N,)`` int64, indices of the part of the data set that may be read; all of it by default.
+
+        Raises:
+            IndexError: there is no such item.
+            VideoError: it does not decode; in training, and neither does any of ``others``.
+        """
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"index {index} of {length} clips")
-        place = index % length
+        place = operator.index(index) % length  # an int of NumPy's or torch's would be another seed
         try:
             return self._read(place, _mixed(self.seed, int(self._epoch), place)), self._clips[place].label
         except VideoError as error:
             self._note(place, error)
             if not self.train:
                 raise
-        return self._another(place)
+        return self._another(place, torch.arange(length, device="cpu") if others is None else others)
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         """The items of a batch, as ``DataLoader`` asks for them; in evaluation without those that do not decode."""
@@ -130,8 +156,11 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
                 if self.train:
                     raise
         if not items and len(indices):
-            names = self._clips[indices[0]].name
-            raise VideoError(f"none of the {len(indices)} clips of a batch can be decoded, e.g. {names}")
+            name = self._clips[indices[0]].name
+            raise VideoError(
+                f"none of the {len(indices)} clips of a batch can be decoded, e.g. {name}; check=True leaves such "
+                "clips out before"
+            )
         return items
 
     def set_epoch(self, epoch: int) -> None:
@@ -177,6 +206,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         if not good:
             raise VideoError(f"none of {len(faults)} videos can be read: {next(iter(faults.values()))}")
         if faults:
+            self._fault = next(iter(faults.values()))
             self._left_out["corrupt"] = [clip.name for clip in present if clip.path in faults]
         if self.train:
             return good
@@ -184,6 +214,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         if len(unreadable) == len(set(good)):
             raise VideoError(f"none of {len(good)} clips can be decoded: {next(iter(unreadable.values()))}")
         if unreadable:
+            self._fault = self._fault or next(iter(unreadable.values()))
             self._left_out["unreadable"] = [clip.name for clip in good if clip in unreadable]
         return [clip for clip in good if clip not in unreadable]
 
@@ -204,18 +235,18 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         generator = torch.Generator("cpu").manual_seed(seed)
         return self._transform(self._decode(self._clips[place], generator), generator)
 
-    def _another(self, unread: int) -> tuple[Tensor, int]:
+    def _another(self, unread: int, others: Tensor) -> tuple[Tensor, int]:
         """A clip drawn for one that does not decode; what was unreadable elsewhere or before plays no part."""
         seed, epoch = self.seed, int(self._epoch)
         generator = torch.Generator("cpu").manual_seed(_mixed(seed, epoch, unread, "another"))
-        for place in torch.randperm(len(self), generator=generator, device="cpu").tolist():
+        for place in others[torch.randperm(len(others), generator=generator, device="cpu")].tolist():
             if place == unread:
                 continue
             try:
                 return self._read(place, _mixed(seed, epoch, unread, place)), self._clips[place].label
             except VideoError as error:
                 self._note(place, error)
-        raise VideoError(f"none of the {len(self)} clips can be decoded, e.g. {self._clips[unread].path}")
+        raise VideoError(f"none of the {len(others)} clips can be decoded, e.g. {self._clips[unread].path}")
 
     def _note(self, place: int, error: VideoError) -> None:
         self._unreadable[place] = True
@@ -223,7 +254,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             self._warned[self._file[place]] = True
             name = self._clips[place].name
             what = f"another clip is read instead of {name}" if self.train else f"{name} is left out"
-            warnings.warn(f"{error}; {what}", stacklevel=3)
+            warnings.warn(f"{error}; {what}", stacklevel=4)
 
 
 def _faults(read: Callable[[_Item], object], items: Iterable[_Item]) -> dict[_Item, str]:

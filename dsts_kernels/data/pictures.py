@@ -1,8 +1,8 @@
 """Decoded frames as a player shows them: upright, with square pixels, in RGB; and a neighbour where one is lost.
 
 What a file's pictures need beyond decoding stands beside them: the display matrix of a phone's camera, the aspect of a
-pixel. Colours follow the matrix and range that the stream states (FFmpeg's default where it states none), transparency
-is left out, and more than 8 bits are rounded to 8.
+pixel. Colours follow the matrix and range that the stream states (BT.601 where it states none), transparency is left
+out, and more than 8 bits are rounded to 8.
 """
 
 from __future__ import annotations

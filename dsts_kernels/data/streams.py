@@ -54,6 +54,8 @@ class Source:
         end: moment at which the stream ends in seconds, as the container states it, or ``None``.
         step: seconds from frame to frame by the stream's rate, or 0.
         aspect: of a pixel, width by height, or ``None``.
+        timeless: the container has no times at which frames are shown: AVI with B-frames, for which FFmpeg makes up
+            times that are a frame late or out of order.
         faults: packets that could not be decoded so far.
     """
 
@@ -71,6 +73,7 @@ class Source:
         self.step = float(1 / rate) if rate else 0.0
         self.end = self._declared_end()
         self.aspect = stream.sample_aspect_ratio
+        self.timeless = container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
 
     def seconds(self, pts: int) -> float:
         """A moment of the stream's clock in seconds of the file."""

@@ -30,6 +30,7 @@ __all__ = ["VideoError", "decode", "frame_indices", "probe"]
 
 _LOST = 0.05  # share of a stretch that may be missing, as containers are not exact about their length
 _FAR = 60.0  # s; what seeking does not find further into a video is not looked for from its beginning
+_LONGEST = 1e9  # s; no video lasts 31 years, and clocks of 64 bits still count it in nanoseconds
 
 
 class _Cut(NamedTuple):
@@ -216,9 +217,11 @@ def _checked(start: Any, end: Any, first_frame: Any, last_frame: Any) -> _Cut:
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: wanted a number of seconds, got {type(value).__name__} {value!r}")
-        if not math.isfinite(value):
-            open_end = "; leave it out for the end of the video" if name == "end" and value > 0 else ""
+        open_end = "; leave it out for the end of the video" if name == "end" and value > 0 else ""
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name}: wanted a finite number of seconds, got {value}{open_end}")
+        if value > _LONGEST:
+            raise ValueError(f"{name}: wanted at most {_LONGEST:g} s, got {value}{open_end}")
     first = None if first_frame is None else _whole("first_frame", first_frame, 0)
     last = None if last_frame is None else _whole("last_frame", last_frame, 0)
     if (start, end) != (None, None) and (first, last) != (None, None):
@@ -246,8 +249,8 @@ def _whole(name: str, value: Any, least: int, unit: str = "") -> int:
 
 def _listing(source: Source, cut: _Cut) -> Listing | None:
     """The frames from before the cut to past its end, or ``None`` where packets do not tell."""
-    if source.container.format.name == "avi" and source.stream.codec_context.has_b_frames:
-        return None  # AVI has no pts, and those made up by FFmpeg are out of order
+    if source.timeless:
+        return None
     if cut.start is None:
         return source.listed(cut.end, None if cut.last is None else cut.last + 1)
     start = max(source.start_pts, source.pts(cut.start - ROUNDING))
@@ -261,14 +264,14 @@ def _listing(source: Source, cut: _Cut) -> Listing | None:
 def _decoded_times(source: Source, cut: _Cut) -> Listing:
     """Every frame from the beginning of the file to past the cut's end, by decoding them.
 
-    Where the frames' own times do not ascend (B-frames in AVI) they are counted at the stream's rate.
+    Where frames have no times of their own, or those do not ascend, they are counted at the stream's rate.
     """
     step = max(1, round((source.step or 1 / 25) / float(source.stream.time_base)))
     times: list[int] = []
     counted: list[int] = []
     for frame in source.frames():
         counted.append(source.start_pts + len(counted) * step)
-        if frame.pts is not None and len(times) == len(counted) - 1 and (not times or frame.pts > times[-1]):
+        if not source.timeless and len(times) == len(counted) - 1 and _ascends(times, frame.pts):
             times.append(frame.pts)
         latest = times[-1] if len(times) == len(counted) else counted[-1]
         if cut.end is not None and source.seconds(latest) > cut.end + ROUNDING:
@@ -276,6 +279,10 @@ def _decoded_times(source: Source, cut: _Cut) -> Listing:
         if cut.last is not None and len(counted) > cut.last + 1:
             break
     return Listing(times if len(times) == len(counted) else counted, 0)
+
+
+def _ascends(times: list[int], pts: int | None) -> bool:
+    return pts is not None and (not times or pts > times[-1])
 
 
 def _within(source: Source, listing: Listing, cut: _Cut) -> list[int]:

@@ -56,14 +56,17 @@ class EpochSplit(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: got {index}, wanted one of {len(self)} samples")
-        return self.dataset[int(self.indices[index])]
+        place, read_among = int(self.indices[index]), getattr(self.dataset, "read_among", None)
+        # VideoClips may read another sample instead of a broken one: of this part, since the other must not see it too.
+        return self.dataset[place] if read_among is None else read_among(place, self.indices)
 
 
 def split_train_val(dataset: Dataset, fraction: float = 0.5, seed: int = 0) -> tuple[EpochSplit, EpochSplit]:
     """``dataset`` as a training and a validation part, disjoint, which :meth:`EpochSplit.set_epoch` draws anew.
 
     Args:
-        dataset: map-style, with a length.
+        dataset: map-style, with a length. Where it has ``read_among(index, others)``, as
+            :class:`~dsts_kernels.data.VideoClips`, samples that it replaces are replaced from the same part.
         fraction: share of the validation part, which trains upstream parameters. **Assumption**: one half.
         seed: of the permutations.
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +17,7 @@ from dsts_kernels.data.annotations import Annotations, Clip, read_diving48, read
 from dsts_kernels.data.clips import VideoClips
 from dsts_kernels.data.transforms import EvalTransform
 from dsts_kernels.data.video import VideoError, decode
+from dsts_kernels.learning import split_train_val
 
 from .videos import RATE, frame_numbers, truncate, write_video
 
@@ -77,10 +79,32 @@ def test_what_is_left_out_of_training(mixed: Annotations):
 
 def test_what_is_left_out_of_evaluation(mixed: Annotations):
     """A file that breaks off is left out whole; length, labels and attributes are those of what is read."""
-    clips = VideoClips(mixed, frames=4, size=32, train=False)
+    with pytest.warns(UserWarning, match="only 2 of 5 clips are read"):
+        clips = VideoClips(mixed, frames=4, size=32, train=False)
     assert len(clips) == 2 and clips.labels.tolist() == [0, 2] and clips.attributes["set"].tolist() == [0, 1]
     assert clips.skipped == {"missing": ["missing"], "corrupt": ["noise", "short"]}
     assert [clips[index][1] for index in range(2)] == [0, 2]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_it_is_said_where_most_clips_are_left_out(source: Path, tmp_path: Path, train: bool):
+    """An accuracy on a few clips should not look like one on all; of a half and fewer nothing is said."""
+    (tmp_path / "noise.mp4").write_bytes(b"noise" * 100)
+    bad = [clip(tmp_path / "noise.mp4")] * 2
+    with pytest.warns(
+        UserWarning,
+        match=r"only 1 of 3 clips are read; 2 of 3 clips left out: 2 corrupt \(first: noise\); .*noise\.mp4: Invalid",
+    ):
+        VideoClips(annotated(*bad, clip(source)), train=train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VideoClips(annotated(*bad, clip(source), clip(source)), train=train)
+
+
+def test_most_stretches_are_not_there(source: Path):
+    after = [Clip(source, 1, 7.0, 8.0, None, None, "after")] * 2
+    with pytest.warns(UserWarning, match=r"only 1 of 3 clips are read; .*2 unreadable.*good\.mp4: ends at 2\.00 s"):
+        VideoClips(annotated(*after, clip(source)), train=False)
 
 
 def test_clips_of_good_files_that_do_not_decode(source: Path):
@@ -106,7 +130,7 @@ def test_evaluation_replaces_nothing(mixed: Annotations):
         batches = [labels.tolist() for _, labels in DataLoader(clips, batch_size=3)]
     assert batches == [[0], [2]]
     assert clips.skipped["unreadable"] == ["noise", "short"]
-    with pytest.raises(VideoError, match=r"none of the 2 clips of a batch can be decoded, e\.g\. noise"):
+    with pytest.raises(VideoError, match=r"none of the 2 clips of a batch can be decoded, e\.g\. noise; check=True"):
         clips.__getitems__([1, 2])
 
 
@@ -142,12 +166,34 @@ def test_training_replaces_by_a_clip_drawn(source: Path, tmp_path: Path):
         assert clips[-12][1] == clips[0][1]
 
 
+def test_a_part_replaces_from_itself(source: Path, tmp_path: Path):
+    """What one part of Upstream-Downstream Learning reads, the other never sees, whatever is broken."""
+    short = truncate(Path(shutil.copy(source, tmp_path / "short.mp4")), 0.6)
+    entries = [clip(short if number % 2 else source, number) for number in range(12)]
+    clips = VideoClips(Annotations(tuple(entries), [str(n) for n in range(12)], {}, {}), frames=2, size=16, train=True)
+    parts = split_train_val(clips, 0.5, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for epoch in range(4):
+            parts[0].set_epoch(epoch)
+            for part in parts:
+                own = part.indices.tolist()
+                read = [part[index][1] for index in range(len(part))]
+                assert set(read) <= set(own) and all(label % 2 == 0 for label in read)
+                assert [label for label, index in zip(read, own, strict=True) if index % 2 == 0] == [
+                    index for index in own if index % 2 == 0
+                ]
+        bad = torch.tensor([1, 3, 5])
+        with pytest.raises(VideoError, match=r"none of the 3 clips can be decoded, e\.g\. .*short\.mp4"):
+            clips.read_among(3, bad)
+
+
 def test_one_warning_a_file(source: Path, tmp_path: Path):
     short = truncate(Path(shutil.copy(source, tmp_path / "short.mp4")), 0.6)
     clips = VideoClips(annotated(clip(short), clip(short), clip(source, 2)), frames=4, size=32, train=True)
     with pytest.warns(UserWarning, match="another clip is read instead of short") as caught:
         assert clips[0][1] == clips[1][1] == 2
-    assert len(caught) == 1 and clips.skipped["replaced"] == ["short", "short"]
+    assert len(caught) == 1 and caught[0].filename == __file__ and clips.skipped["replaced"] == ["short", "short"]
     assert clips.report() == "2 of 3 clips left out: 2 replaced (first: short)"
 
 
@@ -174,6 +220,8 @@ def test_nothing_to_read(tmp_path: Path, source: Path):
         VideoClips(annotated(), train=True)
     with pytest.raises(ValueError, match="frames: wanted at least 1, got 0"):
         VideoClips(annotated(clip(source)), train=True, frames=0)
+    with pytest.raises(TypeError, match=r"seed: wanted an int, got float 1\.5"):
+        VideoClips(annotated(clip(source)), train=True, seed=1.5)
 
 
 def test_same_sample_in_any_worker(good: Annotations):
@@ -183,6 +231,14 @@ def test_same_sample_in_any_worker(good: Annotations):
     for pictures in (backwards, [picture for picture, _ in DataLoader(clips, batch_size=None, num_workers=2)]):
         assert all(torch.equal(*pair) for pair in zip(alone, pictures, strict=True))
     assert not torch.equal(alone[0], alone[1])
+
+
+def test_numbers_of_any_kind_are_the_same_item(good: Annotations):
+    """Samplers give ints, or numbers of NumPy's or torch's."""
+    clips = VideoClips(good, frames=4, size=32, train=True)
+    for index in (np.int64(3), torch.tensor(3), np.int32(-3)):
+        assert torch.equal(clips[index][0], clips[3][0])
+    assert torch.equal(VideoClips(good, frames=4, size=32, train=True, seed=np.int64(0))[3][0], clips[3][0])
 
 
 def test_epochs_and_seeds_differ_and_repeat(good: Annotations):

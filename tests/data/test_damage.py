@@ -50,7 +50,8 @@ def test_damaged_first_or_last_packet(tmp_path: Path, place: int):
     path = damage(pictures_apart(tmp_path), place, codec_header=0)
     found = frame_numbers(decode(path, 40))
     assert [n for n in range(40) if found[n] != n] == [place] and found[place] == abs(place - 1)
-    assert frame_numbers(decode(path, 4, first_frame=place // 2, last_frame=place // 2 + 3))
+    near = [1, 1, 2, 3] if place == 0 else [36, 37, 38, 38]
+    assert frame_numbers(decode(path, 4, first_frame=near[1] - 1, last_frame=near[1] + 2)) == near
     probe(path)
 
 
@@ -86,7 +87,7 @@ def test_the_end_is_probed(tmp_path: Path, kind: str):
     path = write_video(tmp_path / f"video.{kind}", 100, faststart=True)
     probe(path, end=True)
     truncate(path, 0.6)
-    probe(path) if kind != "avi" else None
+    probe(path)
     if kind != "ts":  # says nothing of its length
         with pytest.raises(VideoError, match=rf"video\.{kind}: "):
             probe(path, end=True)

@@ -115,6 +115,17 @@ def test_codecs_and_open_groups(tmp_path: Path, codec: str, kind: str, options: 
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_avi_with_frames_out_of_order(tmp_path: Path, codec: str):
+    """Its frames have no times: the first is at 0 s, whatever FFmpeg makes up."""
+    path = write_video(tmp_path / "video.avi", 40, codec=codec_or_skip(codec), options={"bf": "2"})
+    for first, after in ((0, 2), (7, 13), (20, 25), (38, 40)):
+        clip = decode(path, after - first, start=first / RATE, end=after / RATE)
+        assert frame_numbers(clip) == list(range(first, after))
+        clip = decode(path, after - first, first_frame=first, last_frame=after - 1)
+        assert frame_numbers(clip) == list(range(first, after))
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_listing_stops_at_the_last_frame_wanted(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch):
     path = write_video(tmp_path / "long.mp4", 240, codec=codec_or_skip(codec))
     read: list[int] = []
@@ -170,6 +181,10 @@ def test_names(tmp_path: Path, name: str | bytes, monkeypatch: pytest.MonkeyPatc
         ({"end": float("nan")}, "end: wanted a finite number of seconds, got nan"),
         ({"start": float("inf")}, "start: wanted a finite number of seconds, got inf"),
         ({"start": float("nan")}, "start: wanted a finite number of seconds, got nan"),
+        ({"end": 1e300}, r"end: wanted at most 1e\+09 s, got 1e\+300; leave it out for the end of the video"),
+        ({"start": 1e308}, r"start: wanted at most 1e\+09 s, got 1e\+308$"),
+        pytest.param({"end": 10**400}, r"end: wanted at most 1e\+09 s, got 1000", id="end 10**400"),
+        ({"start": 2**70}, r"start: wanted at most 1e\+09 s, got 1180591620717411303424$"),
         ({"start": -0.5}, r"start: wanted at least 0 s, got -0\.5"),
         ({"end": 0}, r"end: wanted more than start \(0\.0 s\), got 0"),
         ({"start": 3, "end": 2}, r"end: wanted more than start \(3 s\), got 2"),

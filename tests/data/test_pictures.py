@@ -155,38 +155,43 @@ def test_formats_of_pixels(tmp_path: Path, codec: str, pixels: str, kind: str):
 @pytest.mark.parametrize(
     ("stated", "matrix", "colour", "white"),
     [
+        (None, None, (81, 90, 240), (235, 128, 128)),
         ("tv", "bt709", (81, 90, 240), (235, 128, 128)),
         ("tv", "smpte170m", (81, 90, 240), (235, 128, 128)),
         ("pc", "smpte170m", (76, 85, 255), (255, 128, 128)),
     ],
 )
-def test_colours_as_stated(tmp_path: Path, stated: str, matrix: str, colour: tuple[int, ...], white: tuple[int, ...]):
-    """A red of BT.601 in either range; read as BT.709 it is another red."""
+def test_colours_as_stated(
+    tmp_path: Path, stated: str | None, matrix: str | None, colour: tuple[int, ...], white: tuple[int, ...]
+):
+    """A red of BT.601 in either range; read as BT.709 it is another red. What states nothing is BT.601, also in HD."""
     found = []
     for values in (colour, white):
         path = tmp_path / f"{values[0]}.mp4"
-        write_planes(path, values, {"color_range": stated, "colorspace": matrix, "crf": "1"})
+        options = {} if stated is None else {"color_range": stated, "colorspace": matrix}
+        write_planes(path, values, {**options, "crf": "1"}, *((WIDTH, HEIGHT) if stated else (1280, 720)))
         found.append(decode(path, 1)[0, HEIGHT // 2, WIDTH // 2].tolist())
     red = (255, 23, 0) if matrix == "bt709" else (254, 0, 0)
     assert np.abs(np.subtract(found[0], red)).max() <= 3
     assert np.abs(np.subtract(found[1], (255, 255, 255))).max() <= 3
 
 
-def write_planes(path: Path, values: tuple[int, ...], options: dict[str, str]) -> None:
+def write_planes(path: Path, values: tuple[int, ...], options: dict[str, str], width: int, height: int) -> None:
     """Two frames of one colour in YUV."""
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec_or_skip("libx264"), rate=20, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
-        full = options["color_range"] == "pc"
         for number in range(2):
-            frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p")
+            frame = av.VideoFrame(width, height, "yuv420p")
             for plane, value in zip(frame.planes, values, strict=True):
                 plane.update(bytes([value]) * plane.buffer_size)
-            frame.pts, frame.color_range = number, 2 if full else 1
-            frame.colorspace = 1 if options["colorspace"] == "bt709" else 6
+            frame.pts = number
+            if "colorspace" in options:
+                frame.color_range = 2 if options["color_range"] == "pc" else 1
+                frame.colorspace = 1 if options["colorspace"] == "bt709" else 6
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

@@ -15,7 +15,9 @@ import torch
 
 pytest.importorskip("torchmetrics")
 from dsts_kernels.cli import main as cli
+from dsts_kernels.data import SyntheticDives
 from dsts_kernels.learning import load_checkpoint
+from dsts_kernels.viz import information_table
 from examples import tables, train
 from tests.data.videos import write_video
 
@@ -183,6 +185,27 @@ def test_finegym(tmp_path, capsys):
     (tmp_path / "other.txt").write_text(lines[0].replace(" 0", " 7"))
     assert train.main([*TOY, *given, "--annotation", str(tmp_path / "other.txt"), "--out", str(tmp_path)]) == 2
     assert "7" in capsys.readouterr().err
+
+
+def test_a_test_clip_that_went_away(tmp_path, monkeypatch):
+    """Its batch is smaller; pictures of other clips than those that were routed are not kept."""
+
+    class Shrinking(SyntheticDives):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices if index != 3]
+
+    build = train.build_data
+
+    def shrinking(options):
+        made, test = build(options)
+        test.__class__ = Shrinking
+        return made, test
+
+    monkeypatch.setattr(train, "build_data", shrinking)
+    routing = run(tmp_path, "--epochs", "1", "--learning", "joint")["routing"]
+    assert len(routing["label"]) == routing["neuron"].shape[1] == 31
+    assert routing["frames"] is None and routing["frame_samples"] is None
+    assert information_table(routing)
 
 
 def test_resume_refuses_another_run(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from dsts_kernels.learning import split_train_val
@@ -45,6 +46,16 @@ def test_a_dataset_that_goes_by_epochs_is_told():
     data = Data(DATA)
     split_train_val(data)[1].set_epoch(7)
     assert data.epoch == 7
+
+
+def test_a_dataset_that_replaces_samples_is_told_of_the_part():
+    class Data(list):
+        def read_among(self, index: int, others: torch.Tensor) -> tuple[int, list[int]]:
+            return self[index], others.tolist()
+
+    for part in split_train_val(Data(DATA)):
+        own = part.indices.tolist()
+        assert [part[index] for index in range(len(part))] == [(index, own) for index in own]
 
 
 def test_bad_input():
