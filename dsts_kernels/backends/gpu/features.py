@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -17,29 +19,32 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def extent(x: Tensor) -> int:
-    """The largest offset within a sample of ``(B, C, T, H, W)``."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+# Every launch asks these, and few kinds of features come: answers are kept by sizes and strides.
+@functools.lru_cache(maxsize=1024)
+def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum((size - 1) * stride for size, stride in zip(sizes[1:], strides[1:], strict=True))
 
 
 def needs_int64(*features: Tensor) -> bool:
-    """Whether offsets within a sample need 64 bits."""
-    return any(extent(x) > INT32 for x in features)
+    """Whether offsets within a sample of ``(B, C, T, H, W)`` need 64 bits."""
+    return any(_extent(x.shape, x.stride()) > INT32 for x in features)
 
 
-def has_flat_positions(x: Tensor) -> bool:
-    """Whether the positions of a sample follow one another at one stride."""
-    strides = [stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
-    sizes = [size for size in x.shape[2:] if size > 1]
-    return all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
+@functools.lru_cache(maxsize=1024)
+def _kernel_strides(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    longer = [(size, stride) for size, stride in zip(sizes[2:], strides[2:], strict=True) if size > 1]
+    if any(before[1] != after[0] * after[1] for before, after in itertools.pairwise(longer)):
+        return strides, False
+    step = longer[-1][1] if longer else 1
+    return (*strides[:4], step), True
 
 
 def kernel_strides(x: Tensor) -> tuple[tuple[int, ...], bool]:
-    """Strides for a kernel, and :func:`has_flat_positions`, with which the last one leads from position to position."""
-    if not has_flat_positions(x):
-        return x.stride(), False
-    step = next((x.stride(i) for i in (4, 3, 2) if x.shape[i] > 1), 1)
-    return (*x.stride()[:4], step), True
+    """Strides of ``x (B, C, T, H, W)`` for a kernel, and whether its positions follow one another at one stride.
+
+    Where they do, the last one leads from position to position.
+    """
+    return _kernel_strides(x.shape, x.stride())
 
 
 def as_ndhwc(x: Tensor) -> Tensor:

@@ -11,14 +11,7 @@ from torch import Tensor
 from ..gpu import features
 from ..gpu.lists import Plan
 
-# Where the fields of a plan lie among its int32: dsts_kernels.backends.gpu.lists.Plan says what they mean.
-PLAN = tl.constexpr(len(Plan._fields))
-FILTERS = tl.constexpr(Plan._fields.index("filters"))
-SPATIAL_BLOCKS = tl.constexpr(Plan._fields.index("spatial_blocks"))
-TEMPORAL_BLOCKS = tl.constexpr(Plan._fields.index("temporal_blocks"))
-SPATIAL_CHANNELS = tl.constexpr(Plan._fields.index("spatial_channels"))
-TEMPORAL_START = tl.constexpr(Plan._fields.index("temporal_start"))
-ROW = tl.constexpr(Plan._fields.index("row"))
+PLAN = tl.constexpr(len(Plan._fields))  # int32 of a plan
 
 
 class Size(NamedTuple):
@@ -51,9 +44,31 @@ def kernel_strides(x: Tensor) -> tuple[Strides, bool]:
 
 
 @triton.jit
+def plan_at(plans, row, FIELD: tl.constexpr):
+    """Where a field of plan ``row`` of ``plans [rows, PLAN]`` lies.
+
+    A test holds this to :class:`..gpu.lists.Plan`. Numbers of its fields as constexprs would cost a launch 2 us each:
+    it compares all globals that its kernel reads with what they were.
+    """
+    if FIELD == "filters":
+        index: tl.constexpr = 0
+    elif FIELD == "spatial_blocks":
+        index: tl.constexpr = 1
+    elif FIELD == "temporal_blocks":
+        index: tl.constexpr = 2
+    elif FIELD == "spatial_channels":
+        index: tl.constexpr = 3
+    elif FIELD == "temporal_start":
+        index: tl.constexpr = 4
+    elif FIELD == "row":
+        index: tl.constexpr = 5
+    return plans + row * 6 + index
+
+
+@triton.jit
 def plan_field(plans, row, FIELD: tl.constexpr):
-    """A field of plan ``row`` of ``plans [rows, PLAN]``."""
-    return tl.load(plans + row * PLAN + FIELD)
+    """A field of plan ``row``."""
+    return tl.load(plan_at(plans, row, FIELD))
 
 
 @triton.jit

@@ -24,10 +24,6 @@ from ..gpu import features, grids
 from ..gpu.kernels import PLAIN, ConvEpilogue
 from . import launch, tuning
 from .common import (
-    FILTERS,
-    ROW,
-    SPATIAL_CHANNELS,
-    TEMPORAL_START,
     Strides,
     box_start,
     boxes_of,
@@ -111,9 +107,9 @@ def load_filters(
             mask = (k < k_channels)[:, None] & (o < outputs)[None, :]
             f = tl.load(start + k[:, None] * outputs + o[None, :], mask=mask, other=0.0)
     else:
-        temporal_start = plan_field(plan, b, TEMPORAL_START)
-        row = plan_field(plan, b, ROW)
-        listed = k < tl.where(is_spatial, plan_field(plan, b, SPATIAL_CHANNELS), k_channels - temporal_start)
+        temporal_start = plan_field(plan, b, "temporal_start")
+        row = plan_field(plan, b, "row")
+        listed = k < tl.where(is_spatial, plan_field(plan, b, "spatial_channels"), k_channels - temporal_start)
         place = row.to(tl.int64) * k_channels + tl.where(is_spatial, 0, temporal_start) + k
         channel = tl.load(order + place, mask=listed, other=0)
         cells = channel.to(tl.int64)[:, None] * outputs + o[None, :]
@@ -208,7 +204,7 @@ def conv_kernel(
             chosen = (index >= 0) & (index < slots)
             base = tl.where(chosen, index, 0).to(tl.int32)
         else:
-            base = tl.maximum(plan_field(plan, b, FILTERS), 0)  # without a slot the panel is NaN
+            base = tl.maximum(plan_field(plan, b, "filters"), 0)  # without a slot the panel is NaN
 
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range(0, k1 - k0):  # from 0: elsewhere Triton loses track of alignment
@@ -231,7 +227,7 @@ def conv_kernel(
             if UNIFORM:
                 bias_row += base * outputs
             else:
-                bias_row += plan_field(plan, b, ROW) * outputs
+                bias_row += plan_field(plan, b, "row") * outputs
         if k1 - k0 == length:
             m = tl.arange(0, BM)
             for part in tl.static_range(PARTS):

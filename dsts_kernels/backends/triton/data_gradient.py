@@ -18,9 +18,6 @@ from ..gpu.lists import Groups
 from ..packing import tile_channels
 from . import launch, tuning
 from .common import (
-    FILTERS,
-    SPATIAL_CHANNELS,
-    TEMPORAL_START,
     Strides,
     box_positions,
     box_start,
@@ -132,7 +129,7 @@ def data_gradient_kernel(
     c0 = tl.program_id(0) % across * BN
     start = box_start(box, size, BOX)
     t0, h0, w0 = start
-    filters_slot = plan_field(plans, b, FILTERS)
+    filters_slot = plan_field(plans, b, "filters")
     slot = tl.maximum(filters_slot, 0)
     blocks = tl.cdiv(outputs, BK)
     spatial_steps = 9 * blocks
@@ -142,8 +139,8 @@ def data_gradient_kernel(
     c = place
     row = order + b.to(tl.int64) * channels
     if LISTED:
-        spatial_steps = tl.where(c0 < plan_field(plans, b, SPATIAL_CHANNELS), spatial_steps, 0)
-        temporal_steps = tl.where(c0 + BN > plan_field(plans, b, TEMPORAL_START), temporal_steps, 0)
+        spatial_steps = tl.where(c0 < plan_field(plans, b, "spatial_channels"), spatial_steps, 0)
+        temporal_steps = tl.where(c0 + BN > plan_field(plans, b, "temporal_start"), temporal_steps, 0)
         c = tl.load(row + place, mask=known, other=0)
 
     spatial = tl.zeros((BM, BN), tl.float32)

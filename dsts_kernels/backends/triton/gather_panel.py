@@ -18,10 +18,6 @@ from ..gpu.lists import Lists
 from ..packing import tile_channels
 from . import launch
 from .common import (
-    SPATIAL_BLOCKS,
-    SPATIAL_CHANNELS,
-    TEMPORAL_BLOCKS,
-    TEMPORAL_START,
     kernel_strides,
     plan_field,
     position_offsets,
@@ -116,8 +112,9 @@ def gather_panel_kernel(
     chosen = tl.load(neuron + b)
     known = (chosen >= 0) & (chosen < neurons)
     gather_columns(
-        x, order, gate, panel, b, row, plan_field(plans, row, SPATIAL_BLOCKS), plan_field(plans, row, TEMPORAL_BLOCKS),
-        plan_field(plans, row, SPATIAL_CHANNELS), plan_field(plans, row, TEMPORAL_START), known, channels,
+        x, order, gate, panel, b, row,
+        plan_field(plans, row, "spatial_blocks"), plan_field(plans, row, "temporal_blocks"),
+        plan_field(plans, row, "spatial_channels"), plan_field(plans, row, "temporal_start"), known, channels,
         positions, size, stride, width, FLAT_POSITIONS, INDEX_64, BP, BK,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from ..gpu.grids import next_power
 from ..gpu.lists import PLAN as PLAN_INTS
 from ..gpu.lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, Lists
 from . import tuning
-from .common import FILTERS, PLAN, ROW, SPATIAL_BLOCKS, SPATIAL_CHANNELS, TEMPORAL_BLOCKS, TEMPORAL_START
+from .common import PLAN, plan_at
 
 BY_SPATIAL, BY_TEMPORAL = tl.constexpr(READ_BY_SPATIAL), tl.constexpr(READ_BY_TEMPORAL)
 
@@ -121,7 +121,6 @@ def list_channels_kernel(
         exists = tl.load(neuron_of + row) >= 0
     else:
         filters = tl.load(slots + row)
-    fields = plans + row * PLAN
     if exists:
         spatial_count = 0
         both_count = 0
@@ -133,12 +132,12 @@ def list_channels_kernel(
         spatial_at = 0
         both_at = spatial_count
         temporal_at = spatial_count + both_count
-        tl.store(fields + FILTERS, filters)
-        tl.store(fields + SPATIAL_BLOCKS, tl.cdiv(temporal_at, BK))
-        tl.store(fields + TEMPORAL_BLOCKS, tl.cdiv(channels - spatial_count, BK))
-        tl.store(fields + SPATIAL_CHANNELS, temporal_at)
-        tl.store(fields + TEMPORAL_START, spatial_count)
-        tl.store(fields + ROW, row)
+        tl.store(plan_at(plans, row, "filters"), filters)
+        tl.store(plan_at(plans, row, "spatial_blocks"), tl.cdiv(temporal_at, BK))
+        tl.store(plan_at(plans, row, "temporal_blocks"), tl.cdiv(channels - spatial_count, BK))
+        tl.store(plan_at(plans, row, "spatial_channels"), temporal_at)
+        tl.store(plan_at(plans, row, "temporal_start"), spatial_count)
+        tl.store(plan_at(plans, row, "row"), row)
         list_row = order + row.to(tl.int64) * channels
         for c0 in range(0, channels, CHANNELS):
             c = c0 + tl.arange(0, CHANNELS)
@@ -158,7 +157,7 @@ def list_channels_kernel(
             temporal_at += tl.sum(only_temporal.to(tl.int32), 0)
     else:
         for i in tl.static_range(PLAN):
-            tl.store(fields + i, 0)
+            tl.store(plans + row * PLAN + i, 0)
 
 
 def group_samples(neuron: Tensor, neurons: int) -> Groups:

@@ -19,14 +19,8 @@ from ..gpu.lists import panel_width
 from ..packing import tile_channels
 from . import tuning
 from .common import (
-    FILTERS,
-    PLAN,
-    ROW,
-    SPATIAL_BLOCKS,
-    SPATIAL_CHANNELS,
-    TEMPORAL_BLOCKS,
-    TEMPORAL_START,
     kernel_strides,
+    plan_at,
     size_of,
 )
 from .gather_panel import gather_columns, gather_grid
@@ -114,13 +108,12 @@ def route_and_gather_kernel(
     temporal_blocks = tl.cdiv(channels - split, BK)
     if is_writer:
         tl.store(neuron + b, chosen.to(tl.int64))
-        fields = plan + b * PLAN
-        tl.store(fields + FILTERS, tl.sum(tl.where(n < chosen, blocks_all, 0), 0))
-        tl.store(fields + SPATIAL_BLOCKS, spatial_blocks)
-        tl.store(fields + TEMPORAL_BLOCKS, temporal_blocks)
-        tl.store(fields + SPATIAL_CHANNELS, split)
-        tl.store(fields + TEMPORAL_START, split)
-        tl.store(fields + ROW, chosen)
+        tl.store(plan_at(plan, b, "filters"), tl.sum(tl.where(n < chosen, blocks_all, 0), 0))
+        tl.store(plan_at(plan, b, "spatial_blocks"), spatial_blocks)
+        tl.store(plan_at(plan, b, "temporal_blocks"), temporal_blocks)
+        tl.store(plan_at(plan, b, "spatial_channels"), split)
+        tl.store(plan_at(plan, b, "temporal_start"), split)
+        tl.store(plan_at(plan, b, "row"), chosen)
         for i in range(b * 256, num_counters, batch * 256):
             place = i + tl.arange(0, 256)
             tl.store(arrival_counters + place, tl.zeros((256,), tl.int32), mask=place < num_counters)

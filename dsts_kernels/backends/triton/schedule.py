@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import PLAN, SPATIAL_BLOCKS, TEMPORAL_BLOCKS
+from .common import plan_at
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def block_counts(
         spatial = tl.where(mask, tl.cdiv(width, BK), 0)
         temporal = tl.zeros_like(spatial)
     else:
-        spatial = tl.load(plan + b * PLAN + SPATIAL_BLOCKS, mask=mask, other=0)
-        temporal = tl.load(plan + b * PLAN + TEMPORAL_BLOCKS, mask=mask, other=0)
+        spatial = tl.load(plan_at(plan, b, "spatial_blocks"), mask=mask, other=0)
+        temporal = tl.load(plan_at(plan, b, "temporal_blocks"), mask=mask, other=0)
     return spatial, temporal
 
 

@@ -21,9 +21,6 @@ from ..gpu.lists import Groups, Lists
 from ..packing import tile_channels
 from . import launch, tuning
 from .common import (
-    SPATIAL_BLOCKS,
-    SPATIAL_CHANNELS,
-    TEMPORAL_START,
     Size,
     box_start,
     boxes_of,
@@ -78,9 +75,9 @@ def weight_gradient_kernel(
         dh = tl.where(is_spatial, dh, 0)
         dw = tl.where(is_spatial, dw, 0)
         if n >= 0:
-            list_start = tl.where(is_spatial, 0, plan_field(plans, slot, TEMPORAL_START))
-            count = tl.where(is_spatial, plan_field(plans, slot, SPATIAL_CHANNELS), k_channels - list_start)
-            column += tl.where(is_spatial, 0, plan_field(plans, slot, SPATIAL_BLOCKS) * BK)
+            list_start = tl.where(is_spatial, 0, plan_field(plans, slot, "temporal_start"))
+            count = tl.where(is_spatial, plan_field(plans, slot, "spatial_channels"), k_channels - list_start)
+            column += tl.where(is_spatial, 0, plan_field(plans, slot, "spatial_blocks") * BK)
     if (n >= 0) & (tl.program_id(0) // across * BM < count):
         acc = tl.zeros((BM, BN), tl.float32)
         boxes = boxes_of(size, BOX)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsts_kernels.backends.gpu.grids import Box, best_box, cdiv, next_power
+from dsts_kernels.backends.gpu.lists import Plan
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import tuning
 from dsts_kernels.backends.triton.tuning import ARCHITECTURES, CANDIDATES, INTERPRETER, KERNELS, Tile
@@ -191,3 +192,12 @@ def test_architectures():
     """The family of a device."""
     for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100")):
         assert tuning.architecture_of(capability) == name
+
+
+def test_fields_of_plans_lie_where_their_record_says():
+    pytest.importorskip("triton")
+    from dsts_kernels.backends.triton import common
+
+    at = common.plan_at.fn
+    assert [at(0, 0, name) for name in Plan._fields] == list(range(len(Plan._fields)))
+    assert at(0, 1, Plan._fields[0]) == len(Plan._fields) == common.PLAN.value
