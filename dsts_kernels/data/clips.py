@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .records import Annotations, Clip
-from .transforms import EvalTransform, TrainTransform
+from .transforms import MEAN, STD, EvalTransform, TrainTransform
 from .video import VideoError, decode, probe
 
 __all__ = ["VideoClips"]
@@ -47,6 +47,9 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         annotations: of :func:`~dsts_kernels.data.annotations.read_diving48` or ``read_finegym``.
         frames: frames a clip, one from each of as many equal segments.
         size: side of the pictures in pixels.
+        stride: from frame to frame; ``None`` spreads them over the clip. See
+            :func:`~dsts_kernels.data.video.frame_indices`.
+        mean, std: of red, green and blue, for pixels from 0 to 1; clips are normalised by them.
         train: random frames and :class:`TrainTransform`; else middle frames and :class:`EvalTransform`.
         seed: of all randomness.
         check: opens every file and decodes its first frame now. For evaluation a file that breaks off before its end
@@ -78,14 +81,19 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         *,
         frames: int = 8,
         size: int = 112,
+        stride: int | None = None,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
         train: bool,
         seed: int = 0,
         check: bool = True,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: wanted at least 1, got {frames}")
-        self.frames, self.size, self.train, self.seed = frames, size, train, seed
-        self._transform = TrainTransform(size) if train else EvalTransform(size)
+        if stride is not None and stride < 1:
+            raise ValueError(f"stride: wanted at least 1 frame, got {stride}")
+        self.frames, self.size, self.stride, self.train, self.seed = frames, size, stride, train, seed
+        self._transform = (TrainTransform if train else EvalTransform)(size, mean=mean, std=std)
         self._decode_size = round(size * _TRAIN_MARGIN) if train else size
         self.class_names = list(annotations.class_names)
         self.num_classes = len(self.class_names)
@@ -198,6 +206,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             mode="random" if self.train else "uniform",
             generator=generator,
             size=self._decode_size,
+            stride=self.stride,
         )
 
     def _read(self, place: int, seed: int) -> Tensor:
