@@ -25,6 +25,7 @@ from .results import Classification, LeftOut, Times, WindowResult
 __all__ = ["Classifier"]
 
 MADE_UP_CLASSES = 48  # of a model without weights: as many as Diving48 has
+SHOWN_SIZE = 144  # pixels of the shorter side of frames that are kept, at least
 NOT_OURS = (
     "; wanted a checkpoint of examples/train.py. A file of weights alone says neither backbone nor clips: "
     "examples/train.py --weights starts from one"
@@ -166,7 +167,7 @@ class Classifier:
             path: the video, a file.
             length, hop: of its windows in seconds; see :meth:`ClipSampling.windows`.
             batch: windows at a time.
-            keep: windows whose frames the answer has, evenly spaced.
+            keep: windows whose frames the answer has, evenly spaced; not timed.
             progress: goes through the windows, as ``tqdm.tqdm`` does.
 
         Returns:
@@ -180,7 +181,8 @@ class Classifier:
         if batch < 1 or keep < 0:
             raise ValueError(f"batch, keep: got {batch} and {keep}, wanted at least 1 and 0")
         windows = self.sampling.windows(extent(path), length, hop)
-        kept = {round(place * (len(windows) - 1) / max(1, keep - 1)) for place in range(min(keep, len(windows)))}
+        count = min(keep, len(windows))
+        kept = {round(place * (len(windows) - 1) / max(1, count - 1)) for place in range(count)}
         left_out: list[LeftOut] = []
         read = self._read(path, windows, progress, left_out)
         results: list[WindowResult] = []
@@ -192,7 +194,7 @@ class Classifier:
             for place, number in enumerate(numbers):
                 neurons = tuple(int(neuron) for r in routings for neuron in r.neuron[:, place])
                 spatial = tuple(float(gate.double().mean()) for r in routings for gate in r.gate[:, place])
-                shown = frames[place] if number in kept else None
+                shown = self._shown(path, windows, number, frames[place]) if number in kept else None
                 results.append(WindowResult(windows[number], probabilities[place], neurons, spatial, shown))
         if not results:
             raise VideoError(left_out[0].reason)
@@ -217,6 +219,12 @@ class Classifier:
                 continue
             clip = self.sampling.transform(frames)
             yield number, frames, clip, time.perf_counter() - began
+
+    def _shown(self, path: str | os.PathLike, windows: list[Window], number: int, frames: Tensor) -> Tensor:
+        """The frames of a window for people, who want more pixels than a small model."""
+        if self.sampling.size >= SHOWN_SIZE:
+            return frames
+        return self.sampling.decode(path, windows[number] if len(windows) > 1 else None, size=SHOWN_SIZE)
 
     @torch.no_grad()
     def _run(self, clips: Tensor, path: str | os.PathLike) -> tuple[Tensor, list[Routing], float, float]:

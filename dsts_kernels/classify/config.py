@@ -102,10 +102,9 @@ class ClassifierConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint keeps them."""
-        sampling = {f.name: getattr(self.sampling, f.name) for f in fields(self.sampling) if f.init}
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         dsts = None if self.dsts is None else dict(self.dsts)
-        return own | {"sampling": sampling, "options": dict(self.options), "dsts": dsts}
+        return own | {"sampling": self.sampling.to_dict(), "options": dict(self.options), "dsts": dsts}
 
     @classmethod
     def from_dict(cls, content: object) -> ClassifierConfig:

@@ -15,6 +15,9 @@ from ..data.sampling import Window
 __all__ = ["Classification", "LeftOut", "Times", "WindowResult"]
 
 
+NAMED = 3  # neurons of a layer that a line of text names besides the most frequent one
+
+
 class Times(NamedTuple):
     """Seconds of wall clock: reading and making clips, the model without DSTS, DSTS."""
 
@@ -42,7 +45,8 @@ class WindowResult:
         probabilities: ``(classes,)`` float32.
         neurons: chosen, one a DSTS layer.
         spatial: share of the channels that the chosen neuron of each layer sends to its spatial operator.
-        frames: ``(F, H, W, 3)`` uint8 as decoded, where they were kept; the model sees the square in their middle.
+        frames: ``(F, H, W, 3)`` uint8, where they were kept, for people: the model sees the square in their middle,
+            often smaller.
     """
 
     window: Window
@@ -116,7 +120,9 @@ class Classification:
         if len(self.windows) == 1:
             return f"neuron {next(iter(counts))}"
         (first, windows), *others = counts.items()
-        more = "".join(f", {neuron} in {times}" for neuron, times in others)
+        more = "".join(f", {neuron} in {times}" for neuron, times in others[:NAMED])
+        rest = sum(times for _, times in others[NAMED:])
+        more += f", others in {rest}" if rest else ""
         return f"neuron {first} in {windows} of {len(self.windows)} windows{more}"
 
     def _per_window(self) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -73,14 +73,7 @@ class ClipSampling:
         Raises:
             ValueError: an argument is out of its range.
         """
-        if length is not None and self.stride is not None:
-            raise ValueError(
-                f"length: got {length} s for a model whose clips are every {self.stride}th of {self.frames} frames, "
-                "wanted none: that is how long a window is"
-            )
-        for name, value in (("length", length), ("hop", hop)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: got {value}, wanted seconds above 0")
+        self.check(length, hop)
         duration = video.end - video.start
         whole = [Window(video.start, video.end)]
         if self.stride is not None:
@@ -101,14 +94,29 @@ class ClipSampling:
             starts = [video.start + number * (last - video.start) / (count - 1) for number in range(count)]
         return [Window(start, start + length) for start in starts]
 
-    def decode(self, path: str | PathLike[str], window: Window | None = None) -> Tensor:
-        """The frames of a window, or of the whole video: ``(frames, H, W, 3)`` uint8, the shorter side ``size``.
+    def check(self, length: float | None, hop: float | None) -> None:
+        """Refuses what :meth:`windows` cannot take, before there is a video."""
+        if length is not None and self.stride is not None:
+            raise ValueError(
+                f"window: got {length} s for a model whose clips are {self.frames} frames at a stride of "
+                f"{self.stride}, wanted none: that is how long a window is"
+            )
+        for name, value in (("window", length), ("hop", hop)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, wanted seconds above 0")
 
-        A video of smaller pictures keeps its size.
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what makes the same one again."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def decode(self, path: str | PathLike[str], window: Window | None = None, size: int | None = None) -> Tensor:
+        """The frames of a window, or of the whole video: ``(frames, H, W, 3)`` uint8.
+
+        Their shorter side is ``size`` (by default that of a clip); a video of smaller pictures keeps its own.
 
         Raises:
             VideoError: the file is missing, corrupt, cut off, or holds nothing of the window.
             ImportError: PyAV is not installed.
         """
         start, end = (None, None) if window is None else window
-        return decode(path, self.frames, start=start, end=end, size=self.size, stride=self.stride)
+        return decode(path, self.frames, start=start, end=end, size=size or self.size, stride=self.stride)
