@@ -72,6 +72,9 @@ class Classifier:
         freeze: fold and pack DSTS for inference; without, :class:`FusedDSTS` runs as it is.
         trained: the weights are; said with every answer.
 
+    Attributes:
+        config: what a checkpoint said, or ``None`` for a model of your own.
+
     Raises:
         TypeError, ValueError: an argument that is no such thing; what :func:`freeze_dsts` refuses.
     """
@@ -88,6 +91,7 @@ class Classifier:
     ) -> None:
         self.device = usable(device)
         self.sampling, self.class_names, self.trained = sampling, tuple(class_names), trained
+        self.config: ClassifierConfig | None = None
         self.model = model.eval().to(self.device)
         if freeze and any(isinstance(part, FusedDSTS) for part in self.model.modules()):
             freeze_dsts(self.model)
@@ -118,7 +122,7 @@ class Classifier:
         except (TypeError, ValueError) as error:
             raise ValueError(f"path: got {str(path)!r}, whose classifier cannot be made: {error}") from error
         load_state(model, content["model"], source=str(path))
-        return cls(model, config.sampling, config.class_names, device=device, freeze=freeze)
+        return cls._of(config, model, device=device, freeze=freeze)
 
     @classmethod
     def untrained(
@@ -149,7 +153,13 @@ class Classifier:
             torch.manual_seed(seed)
             known = ClassifierConfig.of(backbone, names, **config)
             model = known.build()
-        return cls(model, known.sampling, names, device=device, freeze=freeze, trained=False)
+        return cls._of(known, model, device=device, freeze=freeze, trained=False)
+
+    @classmethod
+    def _of(cls, config: ClassifierConfig, model: nn.Module, **options: Any) -> Classifier:
+        self = cls(model, config.sampling, config.class_names, **options)
+        self.config = config
+        return self
 
     def __call__(
         self,

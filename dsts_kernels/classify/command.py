@@ -183,6 +183,7 @@ def document(
     """All answers as one JSON document."""
     model = {
         "checkpoint": None if given.model is None else str(given.model),
+        "backbone": classifier.config.backbone,
         "trained": classifier.trained,
         "frozen": not given.no_freeze,
         "classes": len(classifier.class_names),

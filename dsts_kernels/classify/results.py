@@ -36,7 +36,7 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WindowResult:
     """A window's answer.
 
@@ -56,7 +56,7 @@ class WindowResult:
     frames: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classification:
     """A video's answer.
 

@@ -22,6 +22,7 @@ __all__ = ["plot_classification"]
 FRAMES = 5  # of a window, at most
 ROW, GAP = 0.95, 0.04  # height of a frame in inches, and the space between two
 DIMMED = 0.4  # brightness of what a model does not see
+NUMBERED = 0.16  # inches of a window over time, from which on the number of its neuron is written in it
 LABEL = 30  # characters of a class's name in a line
 
 
@@ -49,17 +50,19 @@ def plot_classification(found: Classification) -> Figure:
     layers, several = len(shown[0].neurons), len(found.windows) > 1
     pictures = [picture_row(result.frames) for result in shown]
     wide = max(ROW * row.shape[1] / row.shape[0] for row in pictures)
-    left, right = 1.15, 2.6 if found.trained else 0.15  # inches: times, classes
+    left, right = 1.3, 2.6 if found.trained or several else 0.3  # inches: times, classes
     body = wide + (0.15 + 0.72 * layers if layers else 0.0)
     rows = len(shown) * (ROW + 0.1)
-    beneath = 0.85 + 0.28 * layers if several and layers else 0.1
+    beneath = 1.05 + 0.28 * layers if several and layers else 0.3
     width, height = max(left + body + right, 6.0), 0.7 + rows + beneath
     fig = figure(width, height, layout=None)
     top = fig.add_axes((left / width, beneath / height, body / width, rows / height))
     draw_rows(top, found, shown, pictures, wide, body)
     if several and layers:
-        strip = fig.add_axes((left / width, 0.5 / height, body / width, 0.28 * layers / height))
+        strip = fig.add_axes((left / width, 0.7 / height, body / width, 0.28 * layers / height))
         draw_strip(strip, found)
+    seen = "The square in the middle of a frame is what the model sees; the rest is darkened."
+    fig.text(left / width, 0.08 / height, seen, fontsize=7, color="#555555", va="bottom")
     name = found.path.name if len(found.path.name) <= 60 else f"{found.path.name[:29]}…{found.path.name[-30:]}"
     said = "frames and the neurons they activate" if layers else "frames; the model has no DSTS"
     fig.suptitle(f"{name}: {said}", fontsize=12, x=0.5, y=1 - 0.12 / height)
@@ -136,12 +139,14 @@ def draw_strip(axes: Axes, found: Classification) -> None:
     starts = [result.window.start for result in found.windows]
     ends = [min(r.window.end, s) for r, s in zip(found.windows, [*starts[1:], last], strict=True)]
     inches = axes.get_figure().get_figwidth() * axes.get_position().width
+    narrow = min(end - start for start, end in zip(starts, ends, strict=True)) / (last - first) * inches < NUMBERED
     for layer in range(layers):
         colors = [neuron_color(result.neurons[layer]) for result in found.windows]
         spans = [(start, end - start) for start, end in zip(starts, ends, strict=True)]
-        axes.broken_barh(spans, (layer - 0.44, 0.88), facecolors=colors, edgecolor="white", linewidth=0.4)
+        edge = {"linewidth": 0.0} if narrow else {"linewidth": 0.4, "edgecolor": "white"}
+        axes.broken_barh(spans, (layer - 0.44, 0.88), facecolors=colors, **edge)
         for (start, length), result in zip(spans, found.windows, strict=True):
-            if length / (last - first) * inches < 0.16:
+            if length / (last - first) * inches < NUMBERED:
                 continue
             neuron = result.neurons[layer]
             middle = start + length / 2
@@ -152,9 +157,11 @@ def draw_strip(axes: Axes, found: Classification) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(f"seconds; neurons of all {len(found.windows)} windows", fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    if min(end - start for start, end in zip(starts, ends, strict=True)) / (last - first) * inches < 0.16:
+    if narrow:  # its numbers beside it
+        axes.text(1.0 + 0.1 / inches, 1.0, "neurons", transform=axes.transAxes, fontsize=8, va="center")
+        tall = axes.get_figure().get_figheight() * axes.get_position().height
         used = sorted({neuron for result in found.windows for neuron in result.neurons})
         for place, neuron in enumerate(used):
             x = 1.0 + (0.18 + 0.24 * (place % 8)) / inches
-            y = 1.0 - 0.5 * (place // 8) - 0.25
+            y = 1.0 - (0.24 + 0.22 * (place // 8)) / tall
             axes.text(x, y, str(neuron), transform=axes.transAxes, fontsize=7, va="center", **badge(neuron))
