@@ -59,7 +59,14 @@ class Backbone:
     torchvision: bool = True
 
     def channels_of(self, width: int | None = None) -> int:
-        """Channels of the features at :attr:`where`, in a model of that width."""
+        """Channels of the features at :attr:`where`, in a model of that width.
+
+        Raises:
+            ValueError: there is no such width.
+        """
+        if width is not None and (self.width is None or not isinstance(width, int) or width < 1):
+            wanted = "none" if self.width is None else "a whole number of at least 1"
+            raise ValueError(f"width: got {width!r} for {self.name}, wanted {wanted}")
         return self.channels if width is None else self.channels * width // self.width
 
 

@@ -154,7 +154,8 @@ def answers(
     windows = sum(len(result.windows) for result in results)
     if windows > 1 and not sys.stderr.isatty():
         took = time.perf_counter() - began
-        print(f"{windows} windows of {len(results)} videos in {took:.1f} s", file=sys.stderr)
+        of = "1 video" if len(results) == 1 else f"{len(results)} videos"
+        print(f"{windows} windows of {of} in {took:.1f} s", file=sys.stderr)
     return results, unread
 
 

@@ -77,8 +77,8 @@ class ClassifierConfig:
             FileNotFoundError: no such file of weights.
             TypeError, ValueError: options or weights that do not fit, or an unknown submodule; names it.
         """
-        known, width = BACKBONES[self.backbone], self.options.get("width")
-        channels = known.channels_of(width if known.width else None)
+        known = BACKBONES[self.backbone]
+        channels = known.channels_of(self.options.get("width"))
         usual = self.where in (None, known.where)
         module = None
         # DSTS is drawn before its backbone, so that runs of the recipe give what docs/results.md has.

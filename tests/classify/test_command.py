@@ -60,7 +60,7 @@ def test_text(here, capsys):
     rows = [line for line in said.out.splitlines() if line.split()[:1] in (["0.0"], ["0.5"], ["1.0"], ["1.5"])]
     assert len(rows) == 4 and all(any(name in row for name in CLASSES) for row in rows)
     (line,) = said.err.splitlines()
-    assert line.startswith("4 windows of 1 videos in ")
+    assert line.startswith("4 windows of 1 video in ")
 
 
 def test_folder(here, capsys):
