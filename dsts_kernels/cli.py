@@ -1,4 +1,5 @@
-"""``python -m dsts_kernels``: ``info`` on what runs where, ``roofline`` for GPU times, ``plot`` for checkpoints."""
+"""``python -m dsts_kernels``: ``info`` on what runs where, ``classify`` for videos, ``plot`` for checkpoints,
+``roofline`` for GPU times."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 
 from . import __version__, backends, viz
 from .backends.build import build_details
+from .classify import command as classifying
 from .learning import load_checkpoint
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
 
@@ -131,8 +133,8 @@ def plot(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def answer(arguments: Sequence[str] | None) -> str:
-    """What a command has to say; argparse's SystemExit for one that it does not know."""
+def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
+    """What a command has to say, and its exit code; argparse's SystemExit for one that it does not know."""
     parser = argparse.ArgumentParser(prog="python -m dsts_kernels", description="Fused kernels for DSTS.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, the native build, and backends with reasons")
@@ -142,20 +144,30 @@ def answer(arguments: Sequence[str] | None) -> str:
     add_roofline(predicting)
     plotting = commands.add_parser("plot", help="draw what neurons of a checkpoint learned: gates, routing, usage")
     add_plot(plotting)
+    classes = commands.add_parser("classify", help="name the class of videos, the neurons they activate, and the time")
+    classifying.add_arguments(classes)
     given = parser.parse_args(arguments)
+    if given.command == "classify":
+        return classifying.classify(classes, given)
     if given.command == "plot":
-        return plot(plotting, given)
-    return info() if given.command == "info" else roofline(predicting, given)
+        return plot(plotting, given), 0
+    return (info() if given.command == "info" else roofline(predicting, given)), 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. A reader that wants no more of the output, such as ``head``, ends it; that is no error."""
+    code = 0
     try:
         try:
-            print(answer(arguments))
+            text, code = answer(arguments)
+            if text:
+                print(text)
         finally:  # after --help too, and not at the interpreter's end, where nothing catches it
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be flushed
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return code

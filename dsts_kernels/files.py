@@ -7,6 +7,7 @@ nothing, and wants the format that the writer put in: a name that ends in a numb
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_records", "read", "write"]
+__all__ = ["check_records", "read", "replacing", "write"]
 
 FOLDER = 0x10  # a zip record's attribute, as MS-DOS had it
 _SWITCH = threading.RLock()
@@ -40,22 +41,31 @@ def _checksums() -> Iterator[None]:
             torch.serialization.set_crc32_options(False)
 
 
-def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> None:
-    """Write ``content`` (tensors and plain Python values): the old file or the new one is there, never half of one."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A block that writes a new file, whose path it is given: the file becomes ``path`` at the block's end.
+
+    The old file or the new one is there, never half of one; where the block raises, it is the old one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.part"):  # of a save that was killed
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a save that was killed
         stale.unlink(missing_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(beside, "xb") as file, _checksums():
-            torch.save({**content, "format": form}, file)
-            file.flush()
+        yield beside
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write(path: str | os.PathLike, content: Mapping[str, Any], form: str) -> None:
+    """Write ``content`` (tensors and plain Python values): the old file or the new one is there, never half of one."""
+    with replacing(path) as beside, open(beside, "xb") as file, _checksums():
+        torch.save({**content, "format": form}, file)
 
 
 def check_records(path: str | os.PathLike) -> None:

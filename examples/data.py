@@ -21,6 +21,7 @@ def build_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """
     if options.data == "synthetic":
         shape = {"frames": options.frames, "size": options.size, "noise": options.noise}
+        shape |= {"mean": options.mean, "std": options.std}
         train = SyntheticDives(options.clips, seed=options.seed, **shape)
         return train, SyntheticDives(options.test_clips, seed=TEST_SEED, **shape)
     from dsts_kernels.data.clips import VideoClips
@@ -29,7 +30,14 @@ def build_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     for name, path in (("--annotation", options.annotation), ("--test-annotation", options.test_annotation)):
         annotations = read(options, path, name)
         clips = VideoClips(
-            annotations, frames=options.frames, size=options.size, train=name == "--annotation", seed=options.seed
+            annotations,
+            frames=options.frames,
+            size=options.size,
+            stride=options.stride,
+            mean=options.mean,
+            std=options.std,
+            train=name == "--annotation",
+            seed=options.seed,
         )
         print(clips.report())
         found.append(clips)

@@ -6,7 +6,19 @@ import argparse
 import re
 from typing import Any
 
+from dsts_kernels.backbones import BACKBONES
+from dsts_kernels.classify import ClassifierConfig
+from dsts_kernels.data import ClipSampling
 from examples.data import DATA
+
+OWN = None  # what the registry says of the backbone
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """With the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def kernel(text: str) -> tuple[int, int, int]:
@@ -17,8 +29,8 @@ def kernel(text: str) -> tuple[int, int, int]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        description="Train a small 3-d ResNet with or without DSTS.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a video classifier with or without DSTS.",
+        formatter_class=Help,
     )
     switch = argparse.BooleanOptionalAction
     data = found.add_argument_group("data")
@@ -31,13 +43,27 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--test-annotation")
     data.add_argument("--classes", help="Diving48's vocabulary, FineGym's categories")
     data.add_argument("--segments", help="FineGym: the annotation that times elements within full videos")
-    data.add_argument("--frames", type=int, default=8)
-    data.add_argument("--size", type=int, default=32, help="side of a frame")
+    own = "(default: the backbone's own)"
+    data.add_argument("--frames", type=int, default=OWN, help=f"of a clip {own}")
+    data.add_argument("--size", type=int, default=OWN, help=f"side of a frame {own}")
+    data.add_argument("--mean", type=float, nargs=3, default=OWN, help=f"of red, green and blue, from 0 to 1 {own}")
+    data.add_argument("--std", type=float, nargs=3, default=OWN, help=f"deviation of the same {own}")
+    data.add_argument(
+        "--stride", type=int, default=OWN, help="videos: from frame to frame (default: spread over the clip)"
+    )
     data.add_argument("--workers", type=int, default=0, help="processes that read clips")
 
     model = found.add_argument_group("model")
-    model.add_argument("--width", type=int, default=12, help="channels of the first stage; DSTS has four times as many")
+    model.add_argument("--backbone", choices=tuple(BACKBONES), default="tiny")
+    model.add_argument(
+        "--width", type=int, default=OWN, help=f"tiny, tpn: channels of the first layer, others follow {own}"
+    )
+    model.add_argument(
+        "--weights", default=OWN, help="of the backbone: a file, or torchvision's name such as DEFAULT; the head is new"
+    )
+    model.add_argument("--aux-head", action="store_true", help="tpn: train with its auxiliary head")
     model.add_argument("--dsts", action=switch, default=True)
+    model.add_argument("--where", default=OWN, help=f"the submodule behind which DSTS goes {own}")
     model.add_argument("--literal", action="store_true", help="DSTS written word for word, to compare times")
     model.add_argument("--layers", type=int, default=3)
     model.add_argument("--neurons", type=int, default=4)
@@ -49,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     learning = found.add_argument_group("learning")
     learning.add_argument(
-        "--learning", choices=("joint", "upstream-downstream"), help="default: upstream-downstream with DSTS"
+        "--learning", choices=("joint", "upstream-downstream"), help="(default: upstream-downstream with DSTS)"
     )
     learning.add_argument("--fraction", type=float, default=0.25, help="of the clips that train gates and scores")
     learning.add_argument("--second-order", action="store_true")
@@ -85,10 +111,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         this.error("--second-order: got it with --learning joint, wanted upstream-downstream")
     if options.balance and (not options.dsts or options.literal):
         this.error("--balance: got a weight without FusedDSTS, wanted none")
-    for name in ("epochs", "batch", "clips", "test_clips", "frames", "size", "width", "layers", "neurons"):
+    known = BACKBONES[options.backbone]
+    if options.width is not None and known.width is None:
+        this.error(f"--width: got {options.width} with --backbone {options.backbone}, wanted none: it has one width")
+    if options.aux_head and options.backbone != "tpn":
+        this.error(f"--aux-head: got it with --backbone {options.backbone}, wanted tpn")
+    if options.where is not None and not options.dsts:
+        this.error(f"--where: got {options.where!r} with --no-dsts, wanted none: there is no DSTS to put there")
+    if options.stride is not None and options.data == "synthetic":
+        this.error(
+            f"--stride: got {options.stride} with --data synthetic, wanted none: its clips have all their frames"
+        )
+    for name in ("frames", "size", "width", "mean", "std"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(known, name))
+    options.mean, options.std = list(options.mean), list(options.std)
+    counts = ("epochs", "batch", "clips", "test_clips", "frames", "size", "layers", "neurons")
+    for name in (*counts, *(n for n in ("width", "stride") if getattr(options, n) is not None)):
         if getattr(options, name) < 1:
             this.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, wanted at least 1")
     return options
+
+
+def classifier_config(options: argparse.Namespace, class_names: list[str]) -> ClassifierConfig:
+    """The model and its clips: what a checkpoint says of them.
+
+    Raises:
+        ValueError: a value out of its range; names it.
+    """
+    sampling = ClipSampling(
+        frames=options.frames,
+        size=options.size,
+        stride=options.stride,
+        mean=tuple(options.mean),
+        std=tuple(options.std),
+    )
+    own = {} if options.width is None else {"width": options.width}
+    return ClassifierConfig(
+        backbone=options.backbone,
+        class_names=tuple(class_names),
+        sampling=sampling,
+        options=own | ({"aux_logits": True} if options.aux_head else {}),
+        where=options.where,
+        dsts=dsts_options(options) if options.dsts else None,
+    )
 
 
 def dsts_options(options: argparse.Namespace) -> dict[str, Any]:

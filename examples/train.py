@@ -1,12 +1,14 @@
-"""Train a small 3-d ResNet with or without DSTS, jointly or by Upstream-Downstream Learning.
+"""Train a video classifier with or without DSTS, jointly or by Upstream-Downstream Learning.
 
     python examples/train.py                                    # the synthetic task, a few minutes on two cores
     python examples/train.py --learning joint --no-dsts
+    python examples/train.py --backbone tpn --width 8 --size 64
     torchrun --nproc-per-node 2 examples/train.py --out runs/two
     python examples/train.py --resume                           # from the end of the last whole epoch
 
 One epoch at a time: train, count the routing, evaluate, write TensorBoard's events and one checkpoint, atomically.
-``python -m dsts_kernels plot runs/synthetic/checkpoint.pt`` draws what the neurons specialise in.
+``python -m dsts_kernels plot runs/synthetic/checkpoint.pt`` draws what the neurons specialise in, and
+``python -m dsts_kernels classify CLIP --model runs/synthetic/checkpoint.pt`` classifies a video.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dsts_kernels import reference
+from dsts_kernels import files
+from dsts_kernels.backbones import classification_loss
+from dsts_kernels.classify.config import CLASSIFIER
 from dsts_kernels.learning import (
     RoutingMonitor,
     UpstreamDownstream,
@@ -42,8 +45,7 @@ from dsts_kernels.learning import (
     upstream_parameters,
 )
 from examples.data import build_data
-from examples.model import ActionNet, build_model
-from examples.options import dsts_options, parse
+from examples.options import classifier_config, parse
 
 WARM_UP = 0.15  # of the steps, to the full learning rate
 SHOWN, ALIKE = 6, 2  # classes, and test clips of each, whose frames go into a checkpoint
@@ -72,13 +74,9 @@ class Trainer:
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
         self.train_set, self.test_set = build_data(options)
-        model = build_model(
-            self.train_set.num_classes, width=options.width, dsts=options.dsts and not options.literal,
-            **dsts_options(options),
-        )  # fmt: skip
-        if options.literal:
-            model.dsts = reference.DSTS(4 * options.width, **dsts_options(options))
-        self.model: ActionNet = model.to(self.device)
+        self.config = classifier_config(options, self.train_set.class_names)
+        weights = None if options.resume else options.weights  # a checkpoint has all weights
+        self.model = self.config.build(weights=weights, literal=options.literal).to(self.device)
         self.monitor = RoutingMonitor(self.model, keep=True) if options.dsts and not options.literal else None
         self.wrapped: nn.Module = self.model
         if self.world > 1:
@@ -94,7 +92,7 @@ class Trainer:
         if options.learning == "upstream-downstream":
             self.learner = UpstreamDownstream(
                 self.wrapped,
-                F.cross_entropy,
+                classification_loss,
                 upstream_optimizer=self.optimizers[1],
                 downstream_optimizer=self.optimizers[0],
                 clip_norm=options.clip_norm,
@@ -142,7 +140,7 @@ class Trainer:
                 result = self.learner.step(*pairs)
                 yield result.train_loss, result.val_loss
                 continue
-            loss = F.cross_entropy(self.wrapped(pairs[0][0]), pairs[0][1])
+            loss = classification_loss(self.wrapped(pairs[0][0]), pairs[0][1])
             if not loss.isfinite():
                 raise FloatingPointError(f"loss: is {loss.item()} in epoch {self.epoch}; a lower --rate may help")
             total = loss + self.options.balance * self.monitor.balance() if self.options.balance else loss
@@ -246,6 +244,7 @@ class Trainer:
                 "options": {k: v for k, v in vars(self.options).items() if k != "resume"},
                 "epoch": self.epoch,
                 "model": self.model.state_dict(),
+                CLASSIFIER: self.config.to_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "exact_second_order": self.learner is None or self.learner.exact_second_order,
                 "generators": generators,
@@ -300,8 +299,8 @@ class Trainer:
 
     def write_metrics(self, out: Path) -> None:
         """The history as ``metrics.json``, in one piece."""
-        (out / "metrics.json.part").write_text(json.dumps(self.history, indent=1))
-        os.replace(out / "metrics.json.part", out / "metrics.json")
+        with files.replacing(out / "metrics.json") as beside:
+            beside.write_text(json.dumps(self.history, indent=1))
 
     def report(self, writer: Any, out: Path) -> None:
         """The newest record: a line, TensorBoard, ``metrics.json``."""

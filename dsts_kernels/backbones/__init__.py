@@ -7,6 +7,7 @@ from .checkpoint import load_mmaction2, load_state, read_state
 from .insertion import freeze_dsts, insert_dsts, remove_dsts
 from .layouts import LAYOUTS, FeatureLayout
 from .registry import BACKBONES, Backbone, create, swin3d_b
+from .tiny import TinyNet
 from .tpn import TPN, TPNOutput, classification_loss, tpn_slowonly_r50
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Backbone",
     "FeatureLayout",
     "TPNOutput",
+    "TinyNet",
     "classification_loss",
     "create",
     "freeze_dsts",

@@ -1,14 +1,14 @@
 """Backbones by name: where DSTS goes in each, what clips it was made for, and how one is made, with weights or without.
 
-:data:`BACKBONES` states them, :func:`create` makes one. TPN is ours; the others are torchvision's video models, and
-torchvision is imported only when one of them is made.
+:data:`BACKBONES` states them, :func:`create` makes one. TPN and a tiny network are here; the others are torchvision's
+video models, and torchvision is imported only when one of them is made.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import TPN_HEAD, load_mmaction2, load_state, read_state
-from .tpn import tpn_slowonly_r50
+from .tiny import TinyNet
+from .tpn import TPN
 
 __all__ = ["BACKBONES", "Backbone", "create", "swin3d_b"]
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SYNTHETIC = {"mean": (0.5,) * 3, "std": (64 / 255,) * 3}
 KINETICS = {"mean": (0.43216, 0.394666, 0.37645), "std": (0.22803, 0.22145, 0.216989)}
 
 
@@ -35,6 +37,8 @@ class Backbone:
             the shape of the features and no place; any other place is as good an argument of ``insert_dsts``.
         layout: of the features there: ``"BCTHW"`` or ``"BTHWC"``.
         channels: of the features there.
+        width: channels of its first layer, where ``create(name, ..., width=)`` may set another; ``channels`` and all
+            others follow. ``None`` where they are fixed.
         frames: of a clip that its published weights are for.
         size: side of a frame of such a clip, in pixels.
         mean, std: of red, green and blue in such clips, for pixels from 0 to 1: ``(pixel - mean) / std``.
@@ -46,12 +50,24 @@ class Backbone:
     where: str
     layout: str = "BCTHW"
     channels: int
+    width: int | None = None
     frames: int
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     head: tuple[str, ...]
     torchvision: bool = True
+
+    def channels_of(self, width: int | None = None) -> int:
+        """Channels of the features at :attr:`where`, in a model of that width.
+
+        Raises:
+            ValueError: there is no such width.
+        """
+        if width is not None and (self.width is None or not isinstance(width, int) or width < 1):
+            wanted = "none" if self.width is None else "a whole number of at least 1"
+            raise ValueError(f"width: got {width!r} for {self.name}, wanted {wanted}")
+        return self.channels if width is None else self.channels * width // self.width
 
 
 def _swin(name: str, channels: int) -> Backbone:
@@ -67,10 +83,22 @@ _TPN = Backbone(
     name="tpn",
     where="backbone.layer3",
     channels=1024,
+    width=64,
     frames=8,
     size=256,
     **IMAGENET,
     head=TPN_HEAD,
+    torchvision=False,
+)
+_TINY = Backbone(
+    name="tiny",
+    where="stages",
+    channels=48,
+    width=12,
+    frames=8,
+    size=32,
+    **SYNTHETIC,
+    head=("classifier.",),
     torchvision=False,
 )
 _S3D = Backbone(
@@ -94,9 +122,11 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
             _resnet("mc3_18"),
             _resnet("r2plus1d_18"),
             _S3D,
+            _TINY,
         )
     }
 )
+_OURS: Mapping[str, Callable[..., nn.Module]] = {"tpn": TPN, "tiny": TinyNet}
 
 
 def create(
@@ -118,10 +148,11 @@ def create(
         name: a key of :data:`BACKBONES`.
         num_classes: of the task.
         weights: ``None`` starts at random. A path is read as :func:`~dsts_kernels.backbones.read_state` says: for TPN a
-            file of mmaction2, for the others a ``state_dict`` of torchvision's. For torchvision's models also the name
-            of published weights, such as ``"KINETICS400_V1"`` or ``"DEFAULT"``, which torchvision downloads.
+            file of mmaction2, for the others a ``state_dict``. For torchvision's models also the name of published
+            weights, such as ``"KINETICS400_V1"`` or ``"DEFAULT"``, which torchvision downloads.
         new_head: leave the classifier at random, as weights for other classes need it.
-        options: of the model: of :func:`~dsts_kernels.backbones.tpn_slowonly_r50`, or of torchvision's function.
+        options: of the model: of :class:`~dsts_kernels.backbones.TPN`, of
+            :class:`~dsts_kernels.backbones.TinyNet`, or of torchvision's function.
 
     Raises:
         ImportError: torchvision is needed and cannot be imported.
@@ -136,9 +167,11 @@ def create(
         raise ValueError("new_head: got True without weights, wanted False: all layers are new")
     backbone = BACKBONES[name]
     if not backbone.torchvision:
-        model = tpn_slowonly_r50(num_classes, **options)
-        if weights is not None:
+        model = _OURS[name](num_classes, **options)
+        if isinstance(model, TPN) and weights is not None:
             load_mmaction2(model, weights, new_head=new_head)
+        elif weights is not None:
+            load_state(model, read_state(weights), source=str(weights), head=backbone.head, new_head=new_head)
         return model
     models = _torchvision_models()
     model = models.get_model(name, weights=None, num_classes=num_classes, **options)

@@ -2,19 +2,24 @@
 
 from .annotations import Annotations, Clip, read_diving48, read_finegym
 from .clips import VideoClips
+from .sampling import ClipSampling, Window
 from .synthetic import SyntheticDives
 from .transforms import EvalTransform, TrainTransform
-from .video import VideoError, decode, frame_indices, probe
+from .video import Extent, VideoError, decode, extent, frame_indices, probe
 
 __all__ = [
     "Annotations",
     "Clip",
+    "ClipSampling",
     "EvalTransform",
+    "Extent",
     "SyntheticDives",
     "TrainTransform",
     "VideoClips",
     "VideoError",
+    "Window",
     "decode",
+    "extent",
     "frame_indices",
     "probe",
     "read_diving48",

@@ -13,7 +13,7 @@ import hashlib
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .records import Annotations, Clip
-from .transforms import EvalTransform, TrainTransform
+from .transforms import MEAN, STD, EvalTransform, TrainTransform
 from .video import VideoError, decode, probe
 
 __all__ = ["VideoClips"]
@@ -51,6 +51,9 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         annotations: of :func:`~dsts_kernels.data.annotations.read_diving48` or ``read_finegym``.
         frames: frames a clip, one from each of as many equal segments.
         size: side of the pictures in pixels.
+        stride: from frame to frame; ``None`` spreads them over the clip. See
+            :func:`~dsts_kernels.data.video.frame_indices`.
+        mean, std: of red, green and blue, for pixels from 0 to 1; clips are normalised by them.
         train: random frames and :class:`TrainTransform`; else middle frames and :class:`EvalTransform`.
         seed: of all randomness.
         check: opens every file and decodes its first frame now. For evaluation a file that breaks off before its end
@@ -83,16 +86,22 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         *,
         frames: int = 8,
         size: int = 112,
+        stride: int | None = None,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
         train: bool,
         seed: int = 0,
         check: bool = True,
     ) -> None:
         if frames < 1:
             raise ValueError(f"frames: wanted at least 1, got {frames}")
+        if stride is not None and stride < 1:
+            raise ValueError(f"stride: wanted at least 1 frame, got {stride}")
         if not hasattr(seed, "__index__"):
             raise TypeError(f"seed: wanted an int, got {type(seed).__name__} {seed!r}")
-        self.frames, self.size, self.train, self.seed = frames, size, train, operator.index(seed)
-        self._transform = TrainTransform(size) if train else EvalTransform(size)
+        self.frames, self.size, self.stride, self.train = frames, size, stride, train
+        self.seed = operator.index(seed)
+        self._transform = (TrainTransform if train else EvalTransform)(size, mean=mean, std=std)
         self._decode_size = round(size * _TRAIN_MARGIN) if train else size
         self.class_names = list(annotations.class_names)
         self.num_classes = len(self.class_names)
@@ -229,6 +238,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             mode="random" if self.train else "uniform",
             generator=generator,
             size=self._decode_size,
+            stride=self.stride,
         )
 
     def _read(self, place: int, seed: int) -> Tensor:

@@ -10,12 +10,14 @@ either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from .transforms import check_normalisation, normalised
 
 __all__ = ["SHAPES", "TIMINGS", "SyntheticDives", "draw_figures", "fold", "joints"]
 
@@ -35,6 +37,7 @@ POSES = torch.tensor(
 SEGMENTS = ((0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (0, 6), (6, 7))  # torso, leg, leg, arm
 LENGTHS = {"torso": 0.34, "thigh": 0.26, "shin": 0.26, "upper arm": 0.19, "forearm": 0.19}
 CHUNK = 128  # clips drawn at a time
+MEAN, STD = (0.5,) * 3, (64 / 255,) * 3  # of a pixel in [0, 1], roughly
 
 
 def fold(time: Tensor, early: Tensor) -> Tensor:
@@ -91,9 +94,10 @@ class SyntheticDives(Dataset):
         frames, size: ``T`` and ``H = W``.
         noise: standard deviation of the pixel noise, where a figure's contrast is 0.35 to 0.8.
         seed: another one is another draw of the same task: a test set.
+        mean, std: of red, green and blue, for pixels from 0 to 1; clips are normalised by them.
         transform: applied to a clip when it is read.
 
-    Items: ``(clip (3, T, H, W) float32, about -2 to 2; label)``. Attributes: ``clips (count, T, H, W)`` uint8,
+    Items: ``(clip (3, T, H, W) float32, by default -2 to 2; label)``. Attributes: ``clips (count, T, H, W)`` uint8,
     ``labels (count,)``, ``attributes`` with ``"shape"`` and ``"timing"`` ``(count,)`` int64, ``attribute_names``,
     ``class_names``, ``num_classes``.
 
@@ -112,6 +116,8 @@ class SyntheticDives(Dataset):
         size: int = 32,
         noise: float = 0.15,
         seed: int = 0,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         for name, value, least in (("count", count, 1), ("frames", frames, 2), ("size", size, 8)):
@@ -119,7 +125,8 @@ class SyntheticDives(Dataset):
                 raise ValueError(f"{name}: got {value!r}, wanted an int of at least {least}")
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise: got {noise!r}, wanted a standard deviation of at least 0")
-        self.transform = transform
+        mean, std = check_normalisation(mean, std)
+        self.transform, self.mean, self.std = transform, [255 * m for m in mean], [255 * s for s in std]
         self.labels = torch.arange(count, device="cpu") % (len(SHAPES) * len(TIMINGS))
         self.attributes = {"shape": self.labels // len(TIMINGS), "timing": self.labels % len(TIMINGS)}
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -134,7 +141,7 @@ class SyntheticDives(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        clip = ((self.clips[index].float() - 127.5) / 64.0).expand(3, -1, -1, -1)
+        clip = normalised(self.clips[index].float().expand(3, -1, -1, -1), self.mean, self.std)
         return (clip if self.transform is None else self.transform(clip)), int(self.labels[index])
 
 

@@ -7,6 +7,7 @@ randomness comes from the generator that it is given and from nowhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 __all__ = ["EvalTransform", "TrainTransform", "resize"]
 
-MEAN, STD = 0.5, 0.25  # of a pixel in [0, 1], roughly, whatever the data set
+MEAN, STD = (0.5,) * 3, (0.25,) * 3  # of a pixel in [0, 1], roughly, whatever the data set
 _ASPECT = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
@@ -48,13 +49,21 @@ class TrainTransform:
         scale: least and largest share of the picture's area in a crop, whose aspect ratio is from 3:4 to 4:3.
         flip: probability of the mirror image.
         jitter: brightness and contrast are multiplied by up to ``1 +- jitter``; 0 leaves both.
+        mean, std: of red, green and blue, for pixels from 0 to 1.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
     def __init__(
-        self, size: int, *, scale: tuple[float, float] = (0.6, 1.0), flip: float = 0.5, jitter: float = 0.2
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float] = (0.6, 1.0),
+        flip: float = 0.5,
+        jitter: float = 0.2,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
     ) -> None:
         if size < 1:
             raise ValueError(f"size: wanted at least 1 pixel, got {size}")
@@ -65,6 +74,7 @@ class TrainTransform:
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter: wanted 0 <= jitter < 1, got {jitter}")
         self.size, self.scale, self.flip, self.jitter = size, scale, flip, jitter
+        self.mean, self.std = check_normalisation(mean, std)
 
     def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``(T, H, W, 3)`` uint8 to ``(3, T, size, size)`` float32; torch's own generator by default."""
@@ -79,7 +89,7 @@ class TrainTransform:
             pixels *= 1 + self.jitter * (2 * brighter - 1)
             gray = pixels.mean()
             pixels = ((pixels - gray) * (1 + self.jitter * (2 * contrast - 1)) + gray).clamp_(0, 1)
-        return (pixels - MEAN) / STD
+        return normalised(pixels, self.mean, self.std)
 
     def _crop(self, height: int, width: int, generator: torch.Generator | None) -> tuple[int, int, int, int]:
         """Top, left, height and width; the largest crop of an allowed aspect where no drawn one fits."""
@@ -103,21 +113,45 @@ class EvalTransform:
 
     Args:
         size: side of the result in pixels.
+        mean, std: of red, green and blue, for pixels from 0 to 1.
 
     Raises:
-        ValueError: ``size`` is below 1.
+        ValueError: an argument is out of its range.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         if size < 1:
             raise ValueError(f"size: wanted at least 1 pixel, got {size}")
         self.size = size
+        self.mean, self.std = check_normalisation(mean, std)
 
     def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``(T, H, W, 3)`` uint8 to ``(3, T, size, size)`` float32; the generator is not used."""
         clip = resize(clip, self.size)
         top, left = (clip.shape[1] - self.size) // 2, (clip.shape[2] - self.size) // 2
-        return (_channels_first(clip[:, top : top + self.size, left : left + self.size]) - MEAN) / STD
+        square = clip[:, top : top + self.size, left : left + self.size]
+        return normalised(_channels_first(square), self.mean, self.std)
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Three finite numbers each, those of ``std`` above 0.
+
+    Raises:
+        ValueError: something else; names the argument.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = isinstance(values, Sequence) and all(isinstance(v, (int, float)) for v in values)
+        if not numbers or len(values) != 3 or not all(map(math.isfinite, values)):
+            raise ValueError(f"{name}: wanted a finite number for each of red, green and blue, got {values!r}")
+    if min(std) <= 0:
+        raise ValueError(f"std: wanted numbers above 0, got {std!r}")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``(pixels - mean) / std`` of ``(3, T, H, W)``, channel by channel."""
+    mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1, 1) for values in (mean, std))
+    return (pixels - mean) / std
 
 
 def _check_clip(clip: Tensor) -> None:

@@ -26,11 +26,25 @@ from torch import Tensor
 from .pictures import Picked, Screen, pick
 from .streams import ROUNDING, SEEK_BACK, Listing, Source, VideoError, opened
 
-__all__ = ["VideoError", "decode", "frame_indices", "probe"]
+__all__ = ["Extent", "VideoError", "decode", "extent", "frame_indices", "probe"]
 
 _LOST = 0.05  # share of a stretch that may be missing, as containers are not exact about their length
 _FAR = 60.0  # s; what seeking does not find further into a video is not looked for from its beginning
 _LONGEST = 1e9  # s; no video lasts 31 years, and clocks of 64 bits still count it in nanoseconds
+
+
+class Extent(NamedTuple):
+    """When a video has pictures, in seconds as players count them.
+
+    Attributes:
+        start: the moment of its first frame.
+        end: the moment at which its last frame ends, as the container states it; where it does not, as packets tell.
+        step: from frame to frame, or 0 where that is not known.
+    """
+
+    start: float
+    end: float
+    step: float
 
 
 class _Cut(NamedTuple):
@@ -41,15 +55,22 @@ class _Cut(NamedTuple):
 
 
 def frame_indices(
-    count: int, frames: int, *, mode: str = "uniform", generator: torch.Generator | None = None
+    count: int,
+    frames: int,
+    *,
+    mode: str = "uniform",
+    generator: torch.Generator | None = None,
+    stride: int | None = None,
 ) -> Tensor:
-    """One index from each of ``frames`` equal segments of a video.
+    """One index from each of ``frames`` equal segments of a video, or every ``stride``-th of a stretch of it.
 
     Args:
         count: frames in the video, at least 1; with fewer than ``frames`` some repeat.
         frames: how many to choose.
-        mode: ``"uniform"`` takes the middle of each segment, ``"random"`` a random place in it.
+        mode: ``"uniform"`` takes the middle of each segment, ``"random"`` a random place in it. With ``stride`` the
+            stretch lies in the middle of the video, or at a random place.
         generator: of the random places; torch's own by default.
+        stride: from index to index, in a stretch of ``frames * stride``; a video with no more than that is the stretch.
 
     Returns:
         ``(frames,)`` int64, ascending, each in ``[0, count)``.
@@ -59,6 +80,15 @@ def frame_indices(
     """
     if count < 1 or frames < 1:
         raise ValueError(f"count and frames: wanted at least 1 of each, got {count} and {frames}")
+    if stride is not None:
+        if stride < 1:
+            raise ValueError(f"stride: wanted at least 1 frame, got {stride}")
+        span = min(count, frames * stride)
+        first = (count - span) // 2
+        if mode == "random":
+            first = int(torch.randint(count - span + 1, (), generator=generator, device="cpu"))
+            mode = "uniform"
+        return first + frame_indices(span, frames, mode=mode)
     if mode == "uniform":
         return (2 * torch.arange(frames, device="cpu") + 1) * count // (2 * frames)
     if mode != "random":
@@ -79,6 +109,7 @@ def decode(
     mode: str = "uniform",
     generator: torch.Generator | None = None,
     size: int | None = None,
+    stride: int | None = None,
 ) -> Tensor:
     """``frames`` frames of a video, or of a stretch of it, chosen by :func:`frame_indices`.
 
@@ -95,7 +126,7 @@ def decode(
             of the video.
         first_frame: index of the first frame of the stretch, instead of ``start``.
         last_frame: index of its last frame, itself included; past the end of the video it is the video's last.
-        mode, generator: of :func:`frame_indices`.
+        mode, generator, stride: of :func:`frame_indices`.
         size: shorter side of the result in pixels; larger videos are scaled down to it, smaller ones stay as they are.
 
     Returns:
@@ -112,7 +143,8 @@ def decode(
     size = None if size is None else _whole("size", size, 1, " pixel")
     if mode not in ("uniform", "random"):
         raise ValueError(f"mode: wanted 'uniform' or 'random', got {mode!r}")
-    choose = partial(frame_indices, frames=frames, mode=mode, generator=generator)
+    stride = None if stride is None else _whole("stride", stride, 1, " frame")
+    choose = partial(frame_indices, frames=frames, mode=mode, generator=generator, stride=stride)
     listed = 0
     with opened(path) as source:
         listing = _listing(source, cut)
@@ -155,6 +187,29 @@ def probe(path: str | PathLike[str], *, end: bool = False) -> None:
                 covered, step = _covered(source, listing)
                 _check_end(source, covered, step, source.first, source.end)
                 return
+
+
+def extent(path: str | PathLike[str]) -> Extent:
+    """When a video has pictures. Nothing is decoded where the container states its end, as most do.
+
+    Args:
+        path: the video, a file.
+
+    Raises:
+        VideoError: the file is missing, corrupt, or has no video.
+        ImportError: PyAV is not installed.
+    """
+    with opened(path) as source:
+        if source.end is not None and source.end > source.first:
+            return Extent(source.first, source.end, source.step)
+        listing = source.listed()
+        if listing is not None and listing.times:
+            return Extent(source.seconds(listing.times[0]), *_covered(source, listing))
+    with opened(path) as source:
+        listing = _decoded_times(source, _Cut(None, None, None, None))
+        if not listing.times:
+            raise VideoError(f"{path}: holds no frame that can be decoded")
+        return Extent(source.seconds(listing.times[0]), *_covered(source, listing))
 
 
 def _sought(source: Source, span: list[int], wanted: list[int], size: int | None) -> dict[int, np.ndarray] | None:

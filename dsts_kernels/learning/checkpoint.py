@@ -41,14 +41,21 @@ def refuse_shards(name: str, value: Any) -> None:
         )
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike, map_location: torch.device | str = "cpu", *, hint: str = ""
+) -> dict[str, Any]:
     """Read a file of :func:`save_checkpoint`; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        map_location: where its tensors go.
+        hint: what to do about a file that is none, for errors.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a checkpoint, or a damaged one.
     """
-    return files.read(path, FORMAT, "a checkpoint", map_location=map_location)
+    return files.read(path, FORMAT, "a checkpoint", map_location=map_location, hint=hint)
 
 
 def generator_states(device: torch.device | str = "cpu") -> dict[str, Tensor]:

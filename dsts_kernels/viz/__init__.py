@@ -1,12 +1,13 @@
 """Figures of a trained DSTS: what neurons specialize in, who chooses them, and how both came about in training.
 
-:mod:`.checkpoint` draws all that a checkpoint has data for; :mod:`.measures` turns gates and
-routing into numbers, on torch alone; :mod:`.specialization` and :mod:`.training` draw them, in the palette of
+:mod:`.checkpoint` draws all that a checkpoint has data for; :mod:`.measures` turns gates and routing into numbers, on
+torch alone; :mod:`.specialization`, :mod:`.training` and, for one video, :mod:`.clips` draw them, in the palette of
 :mod:`.style`, with matplotlib, which is imported with the first figure. Layers and neurons are numbered from 0, as in
-``FusedDSTS.layers`` and ``Routing.neuron``. ``python -m dsts_kernels plot`` is the same from a shell.
+``FusedDSTS.layers`` and ``Routing.neuron``. From a shell: ``python -m dsts_kernels plot`` and ``classify --figure``.
 """
 
 from .checkpoint import draw, find_gates
+from .clips import plot_classification
 from .measures import (
     activation,
     gate_shares,
@@ -27,6 +28,7 @@ __all__ = [
     "information_text",
     "mutual_information",
     "plot_activation",
+    "plot_classification",
     "plot_examples",
     "plot_gates",
     "plot_saturation",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..files import replacing
 from .measures import gate_shares, information_table
 from .specialization import plot_activation, plot_examples, plot_gates
 from .training import plot_saturation, plot_usage
@@ -97,8 +98,10 @@ def draw(checkpoint: Mapping[str, Any], directory: str | Path) -> list[Path]:
     written = []
     for stem, plot in plots.items():
         written.append(directory / f"{stem}.png")
-        plot().savefig(written[-1], dpi=DPI)
+        with replacing(written[-1]) as beside:
+            plot().savefig(beside, dpi=DPI, format="png")
     if rows is not None:
         written.append(directory / INFORMATION)
-        written[-1].write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        with replacing(written[-1]) as beside:
+            beside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return written

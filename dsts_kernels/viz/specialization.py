@@ -94,14 +94,15 @@ def pick_examples(routing: Mapping[str, Any], most: int = 12, per_class: int = 3
     return [index for _, index in sorted(chosen[:most])]
 
 
-def _cells(axes: Axes, neuron: Sequence[int], left: float, y: float) -> None:
+def cells(axes: Axes, neuron: Sequence[int], left: float, y: float, side: float = 0.8) -> None:
     """A square for every layer, in the colour of the neuron that was chosen there, with its number."""
     from matplotlib.patches import Rectangle
 
     for layer, chosen in enumerate(neuron):
         color = neuron_color(chosen)
-        axes.add_patch(Rectangle((left + layer * 0.9, y - 0.4), 0.8, 0.8, facecolor=color, edgecolor="none"))
-        axes.text(left + layer * 0.9 + 0.4, y, str(chosen), ha="center", va="center", color=ink(color), fontsize=11)
+        x = left + layer * 0.9
+        axes.add_patch(Rectangle((x, y - side / 2), side, side, facecolor=color, edgecolor="none"))
+        axes.text(x + side / 2, y, str(chosen), ha="center", va="center", color=ink(color), fontsize=11)
 
 
 def plot_examples(routing: Mapping[str, Any], *, most: int = 12, per_class: int = 3) -> Figure:
@@ -146,7 +147,7 @@ def plot_examples(routing: Mapping[str, Any], *, most: int = 12, per_class: int 
         for place, step in enumerate(steps):
             x = place * (aspect + 0.06)
             axes.imshow(frames[index, step].numpy(), "gray", vmin=0, vmax=255, extent=(x, x + aspect, y + 0.5, y - 0.5))
-        _cells(axes, routing["neuron"][:, routing["frame_samples"][index]].tolist(), left, y)
+        cells(axes, routing["neuron"][:, routing["frame_samples"][index]].tolist(), left, y)
     axes.set(xlim=(0, right), ylim=(y + 0.55, -0.55), aspect="auto")
     names = [textwrap.fill(routing["class_names"][label], 24) for label in groups]
     axes.set_yticks([sum(rows) / len(rows) for rows in groups.values()], labels=names, fontsize=9)
@@ -156,11 +157,11 @@ def plot_examples(routing: Mapping[str, Any], *, most: int = 12, per_class: int 
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     title = fig.suptitle("Neurons that example clips activate, by layer", fontsize=12)
-    _fit(fig, axes, title, right * 0.8, (y + 1.1) * 0.8)
+    fit(fig, axes, title, right * 0.8, (y + 1.1) * 0.8)
     return fig
 
 
-def _fit(fig: Figure, axes: Axes, title: Text, width: float, height: float) -> None:
+def fit(fig: Figure, axes: Axes, title: Text, width: float, height: float) -> None:
     """Give the axes exactly these inches, so that frames keep their aspect, and the figure room for names and title."""
     names = max(label.get_window_extent().width for label in axes.get_yticklabels()) / fig.dpi + 0.25
     full = max(names + width + 0.2, title.get_window_extent().width / fig.dpi + 0.3)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from dsts_kernels.backbones import BACKBONES, TPN, Backbone, create, registry, swin3d_b
+from dsts_kernels.backbones import BACKBONES, Backbone, create, swin3d_b
 from tests.support.torchvision_ops import torchvision
 
 OF_TORCHVISION = [
@@ -17,7 +17,9 @@ OF_TORCHVISION = [
     for backbone in BACKBONES.values()
     if backbone.torchvision
 ]
-ALL = [pytest.param(BACKBONES["tpn"], id="tpn"), *OF_TORCHVISION]
+OURS = [pytest.param(backbone, id=backbone.name) for backbone in BACKBONES.values() if not backbone.torchvision]
+ALL = [*OURS, *OF_TORCHVISION]
+SMALL = {"tpn": {"width": 2, "blocks": (1, 1, 1, 1)}, "tiny": {"width": 2}}
 
 
 @cache
@@ -81,18 +83,32 @@ def test_clips_are_those_of_the_published_weights(backbone: Backbone):
     assert f"`clip_len={backbone.frames}`" in published.meta["_docs"]
 
 
-def test_tpn_with_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "tpn_slowonly_r50", partial(TPN, width=2, blocks=(1, 1, 1, 1)))
-    model = create("tpn", 5, aux_logits=True)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "tpn.pth")
-    again = create("tpn", 5, weights=tmp_path / "tpn.pth")
+@pytest.mark.parametrize("backbone", OURS)
+def test_width(backbone: Backbone):
+    """The features follow it; by default it is what is stated."""
+    options = dict(SMALL[backbone.name], width=2 * SMALL[backbone.name]["width"])
+    model, seen = create(backbone.name, 3, **options).eval(), []
+    model.get_submodule(backbone.where).register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(torch.randn(1, 3, 8, 32, 32))
+    assert seen[0][1] == backbone.channels_of(options["width"]) != backbone.channels
+    assert backbone.channels_of() == backbone.channels == backbone.channels_of(backbone.width)
+
+
+@pytest.mark.parametrize("backbone", OURS)
+def test_ours_with_weights(tmp_path, backbone: Backbone):
+    name, options, path = backbone.name, SMALL[backbone.name], tmp_path / "weights.pth"
+    head, channels = {"tpn": ("cls_head.fc_cls", 64), "tiny": ("classifier", 8)}[name]
+    model = create(name, 5, **options, **({"aux_logits": True} if name == "tpn" else {}))
+    torch.save({"state_dict": model.state_dict()}, path)
     wanted = model.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
-    other = create("tpn", 6, weights=tmp_path / "tpn.pth", new_head=True)
-    assert other.cls_head.fc_cls.out_features == 6
-    assert torch.equal(other.backbone.conv1.conv.weight, model.backbone.conv1.conv.weight)
-    with pytest.raises(ValueError, match=r"fc_cls.weight: got \(5, 64\), wanted \(6, 64\)"):
-        create("tpn", 6, weights=tmp_path / "tpn.pth")
+    again = create(name, 5, weights=path, **options)
+    assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())
+    other = create(name, 6, weights=path, new_head=True, **options)
+    assert other.get_submodule(head).out_features == 6
+    body = [key for key in other.state_dict() if not key.startswith(backbone.head)]
+    assert body and all(torch.equal(other.state_dict()[key], wanted[key]) for key in body)
+    with pytest.raises(ValueError, match=rf"{head}.weight: got \(5, {channels}\), wanted \(6, {channels}\)"):
+        create(name, 6, weights=path, **options)
 
 
 @pytest.mark.needs("torchvision")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("torchmetrics")
+from dsts_kernels.backbones import BACKBONES, create
+from dsts_kernels.classify import Classifier, ClassifierConfig
 from dsts_kernels.cli import main as cli
 from dsts_kernels.data import SyntheticDives
 from dsts_kernels.learning import load_checkpoint
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.needs("torchmetrics")
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--clips", "48", "--test-clips", "32", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
 TOY += ["--neurons", "2", "--layers", "2", "--threads", "1", "--quiet"]
+TPN = ["--backbone", "tpn", "--width", "2", "--size", "32"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +117,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, learning):
 
 def killed_after_an_epoch(command: list[str], out: Path) -> None:
     """Start a run, and kill it with all its processes in the middle of an epoch after the first."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(command, start_new_session=True) as process:
         until = time.monotonic() + 200
         while not (out / "metrics.json").exists():
             assert time.monotonic() < until and process.poll() is None
@@ -132,9 +133,8 @@ def test_two_processes_killed_and_resumed(tmp_path):
     command += [str(ROOT / "examples" / "train.py"), *TOY, "--clips", "480", "--epochs", "3", "--out"]
     killed_after_an_epoch([*command, str(tmp_path / "a")], tmp_path / "a")
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["epoch"] < 2
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for given in ([str(tmp_path / "a"), "--resume"], [str(tmp_path / "b")]):
-        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     resumed, alone = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in "ab")
     assert_same(comparable(resumed), comparable(alone))
@@ -208,6 +208,64 @@ def test_a_test_clip_that_went_away(tmp_path, monkeypatch):
     assert information_table(routing)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [TPN, [*TPN, "--aux-head", "--learning", "joint"], [*TPN, "--where", "backbone.layer2.0", "--literal"]],
+    ids=["default", "auxiliary head", "elsewhere, literal"],
+)
+def test_backbone(tmp_path, options):
+    """TPN learns too; its checkpoint says what it is, and resumes to the bits of a run left alone."""
+    toy = ["--clips", "16", "--test-clips", "16", "--batch", "4", *options]
+    state = run(tmp_path / "a", *toy, "--epochs", "1")
+    config = ClassifierConfig.from_dict(state["classifier"])
+    known = BACKBONES["tpn"]
+    assert (config.backbone, config.sampling.frames, config.sampling.size) == ("tpn", 4, 32)
+    assert (config.sampling.mean, config.sampling.std) == (known.mean, known.std)
+    assert config.class_names == tuple(SyntheticDives.class_names)
+    assert config.build().state_dict().keys() == state["model"].keys()
+    assert any(key.startswith(f"{config.where or known.where}.") and ".gate" in key for key in state["model"])
+    run(tmp_path / "b", *toy, "--epochs", "2")  # rates are a matter of the number of epochs
+    stop = train.Trainer.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "save", lambda self, *args: (stop(self, *args), self.epoch == 0 and 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "c", *toy, "--epochs", "2")
+    resumed = run(tmp_path / "c", *toy, "--epochs", "2", "--resume")
+    alone = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
+    assert torch.equal(resumed["model"]["backbone.conv1.conv.weight"], alone["model"]["backbone.conv1.conv.weight"])
+    assert resumed["generators"] and str(strip(resumed)) == str(strip(alone))
+
+
+def strip(state: dict) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in state["history"]]
+
+
+def test_pretrained_weights(tmp_path):
+    """A file's weights are where training starts from, but the head; a resumed run needs the file no more."""
+    given = create("tpn", 5, width=2)
+    torch.save(given.state_dict(), tmp_path / "tpn.pth")
+    options = train.parse([*TOY, *TPN, "--weights", str(tmp_path / "tpn.pth"), "--out", str(tmp_path / "out")])
+    model = train.Trainer(options).model.state_dict()
+    body = [key for key in given.state_dict() if not key.startswith(BACKBONES["tpn"].head)]
+    assert body and all(torch.equal(model[key], given.state_dict()[key]) for key in body)
+    assert model["cls_head.fc_cls.weight"].shape[0] == 16
+    (tmp_path / "tpn.pth").unlink()
+    options.resume = True
+    train.Trainer(options)
+
+
+@pytest.mark.needs("torchvision")
+def test_backbone_of_torchvision(tmp_path, torchvision):
+    """Any of the registry, with DSTS of its own size; then a video through the checkpoint."""
+    video = write_video(tmp_path / "clip.mp4", 12)
+    toy = ["--clips", "4", "--test-clips", "2", "--batch", "2", "--layers", "1", "--learning", "joint", "--epochs", "1"]
+    assert train.main(["--backbone", "mc3_18", "--frames", "4", "--size", "24", "--neurons", "2", "--threads", "1",
+                       "--quiet", *toy, "--out", str(tmp_path)]) == 0  # fmt: skip
+    found = Classifier.load(tmp_path / "checkpoint.pt")(video)
+    assert found.probabilities.shape == (16,) and len(found.windows[0].neurons) == 1
+    (tmp_path / "checkpoint.pt").unlink()  # 240 MB
+
+
 def test_resume_refuses_another_run(tmp_path, capsys):
     run(tmp_path, "--epochs", "1")
     assert train.main([*TOY, "--out", str(tmp_path), "--resume", "--epochs", "1", "--rate", "1"]) == 2
@@ -235,6 +293,12 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         (["--learning", "joint", "--second-order"], "--second-order"),
         (["--epochs", "0"], "--epochs: got 0, wanted at least 1"),
         (["--scoring-kernel", "3"], "wanted a kernel such as 1x3x3"),
+        (["--backbone", "r3d_18", "--width", "8"], "--width: got 8 with --backbone r3d_18, wanted none"),
+        (["--aux-head"], "--aux-head: got it with --backbone tiny, wanted tpn"),
+        (["--where", "stem", "--no-dsts"], "--where: got 'stem' with --no-dsts"),
+        (["--stride", "2"], "--stride: got 2 with --data synthetic"),
+        (["--backbone", "tnp"], "invalid choice: 'tnp'"),
+        (["--size", "0"], "--size: got 0, wanted at least 1"),
     ],
 )
 def test_options_that_do_not_fit(options, says, capsys):
@@ -249,6 +313,10 @@ def test_options_that_do_not_fit(options, says, capsys):
         (["--data", "diving48"], "--annotation: got nothing, wanted a path"),
         (["--scoring-kernel", "2x2x2"], "scoring_kernel: got (2, 2, 2)"),
         (["--batch", "4000"], "--batch: got 4000"),
+        (["--where", "stage"], "where: got 'stage', wanted a submodule of TinyNet, such as 'stages'"),
+        (["--std", "1", "0", "1"], "std: wanted numbers above 0"),
+        (["--weights", "none.pth"], "'none.pth', wanted a file of weights; there is no such file"),
+        ([*TPN, "--width", "3"], "width: got 3, wanted a multiple of 2"),
         (["--fraction", "2"], "fraction: got 2.0"),
         (["--learning", "joint", "--rate", "1e30"], "a lower --rate may help"),
     ],

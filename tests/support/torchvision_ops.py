@@ -8,7 +8,10 @@ tests alone: the package never does this.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -33,3 +36,15 @@ def torchvision() -> ModuleType:
         for schema in SCHEMAS:
             _LIBRARY[0].define(schema)
         return importlib.import_module("torchvision")
+
+
+def for_processes() -> str:
+    """A ``PYTHONPATH`` with which processes of their own find this tree, and torchvision as :func:`torchvision` has it.
+
+    What imports torchvision by itself where it is installed (torchmetrics) would fail there otherwise.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if importlib.util.find_spec("torchvision") is None:
+        return str(root)
+    torchvision()
+    return os.pathsep.join([str(Path(__file__).parent / "at_start"), str(root)] if _LIBRARY else [str(root)])
