@@ -270,13 +270,14 @@ def conv_grid(
 ) -> ConvGrid:
     """Of a convolution over at most ``width`` columns of a panel, by ``taps``, and ``sum_taps`` sums of its result."""
     tile = choose_tile("conv", architecture, kind, size, outputs, batch, small=sum_taps == 9)
-    return _grid_of(tile, processors, batch, size, outputs, cdiv(width, tile.k) * taps)
+    return grid_of(tile, processors, batch, size, outputs, cdiv(width, tile.k) * taps)
 
 
 @functools.lru_cache(maxsize=1024)  # every launch asks
-def _grid_of(
+def grid_of(
     tile: Tile, processors: int, batch: int, size: tuple[int, int, int], outputs: int, k_blocks: int
 ) -> ConvGrid:
+    """Of ``k_blocks`` a tile at most."""
     box = grids.best_box(tile.m, *size)
     tiles = grids.box_tiles(box, size, outputs, tile.n)
     return ConvGrid(tile, box, grids.persistent_grid(batch, tiles, k_blocks, processors, tile.per_sm))

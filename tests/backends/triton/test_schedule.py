@@ -112,9 +112,9 @@ def test_iteration_ranges(blocks, per_sample, programs, uniform):
 
 
 @pytest.mark.parametrize("least", [1, 8, 1000])
-def test_the_least_a_program_takes(least, monkeypatch):
+def test_the_least_a_program_takes(least, min_k_blocks):
     """No range is shorter than that, and where all the work is shorter one program takes it."""
-    monkeypatch.setattr(grids, "MIN_K_BLOCKS", least)
+    min_k_blocks(least)
     ranges, _, lengths = dealt_out([(3, 4)], 1, 13, 0)
     taken = [stop - start for start, stop in ranges if start < stop]
     assert sum(taken) == sum(lengths) == 39
@@ -139,13 +139,13 @@ def test_gated_convolution_on_any_chip(multiprocessors, monkeypatch, in_any_orde
 
 
 @pytest.mark.parametrize("batch, size", [(1, (1, 3, 3)), (2, (1, 5, 3))], ids=str)
-def test_small_batches_are_split(batch, size, multiprocessors, monkeypatch, in_any_order):
+def test_small_batches_are_split(batch, size, multiprocessors, min_k_blocks, monkeypatch, in_any_order):
     """Fewer tiles than multiprocessors: several programs a tile, added up by the last to come, in order."""
     inputs = gated_inputs(batch, 100, 24, size, gate="all-half")
     ref, spy = literal_gated(*wide(inputs)), spy_on(monkeypatch, "conv_kernel")
     tiles = batch * best_box(32, *size).tiles(*size)
     for least in (8, 1):
-        monkeypatch.setattr(grids, "MIN_K_BLOCKS", least)
+        min_k_blocks(least)
         for count in (7, 13):
             multiprocessors(count)
             out = BACKEND.gated_conv3d(*inputs)
@@ -175,7 +175,7 @@ SKIPS = {
     ],
     ids=str,
 )
-def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors, monkeypatch, in_any_order):
+def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors, min_k_blocks, in_any_order):
     """A frozen layer's activation, skip in either memory format, and sums of whole and of split tiles."""
     dsts = FusedDSTS(40, num_layers=1, num_neurons=2, mixing_kernel=mixing_kernel, backend="eager").eval()
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_epilogue_on_any_chip(taps, mixing_kernel, count, skip, multiprocessors,
     layer, x = dsts.freeze(backend="triton").layers[0], torch.randn(2, 40, 2, 5, 3)
     arguments = (layer.weights(), layer.options(taps))
     wanted, skip = dsts.double()(x.double()) - x, SKIPS[skip](x)
-    monkeypatch.setattr(grids, "MIN_K_BLOCKS", 2)
+    min_k_blocks(2)
     multiprocessors(count)
     y, sums, *_ = frozen_layer(x, None, skip, *arguments, backend="triton")
     assert_close(y, wanted if skip is None else wanted + skip, factor=2)
