@@ -53,7 +53,7 @@ class GatedNet(nn.Module):
 
 
 def images(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First frames ``(count, 1, 16, 16)`` of drifting stripes, and which way the stripes lie."""
+    """First frames ``(count, 1, 16, 16)`` of stripes, and which way the stripes lie."""
     clips, labels = stripes(count, device)
     return clips[:, :1, 0], labels // 2
 

@@ -1,4 +1,4 @@
-"""A timm backbone that sees frames, with DSTS behind a stage that sees clips; trained, then frozen.
+"""A timm backbone that sees frames, with DSTS behind one of its modules that sees clips; trained, then frozen.
 
     python examples/timm_frames.py
     python examples/timm_frames.py --model resnet50 --where layer3 --size 224 --device cuda
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dsts_kernels import freeze_dsts, insert_dsts
-from examples.small import CLASSES, FRAMES, at_least_1, parser, report, stripes
+from examples.small import CLASSES, FRAMES, SIZE, SMALL, at_least_1, parser, report, stripes
 
 
 def batch(count: int, options) -> tuple[Tensor, Tensor]:
@@ -37,10 +37,10 @@ def classify(model: nn.Module, frames: Tensor) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    this = parser(__doc__, steps=40)
+    this = parser(__doc__, steps=80)
     this.add_argument("--model", default="test_resnet", help="any that timm.list_models() names")
-    this.add_argument("--where", default="layer2", help="the stage that DSTS goes behind")
-    this.add_argument("--size", type=at_least_1, default=32, help="side of a frame")
+    this.add_argument("--where", default="act1", help="the submodule that DSTS goes behind")
+    this.add_argument("--size", type=at_least_1, default=SIZE, help="side of a frame")
     options = this.parse_args(arguments)
     torch.manual_seed(options.seed)
     if not timm.is_model(options.model):
@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = timm.create_model(options.model, num_classes=CLASSES)
     example = (FRAMES, 3, options.size, options.size)
     try:
-        insert_dsts(
-            model, options.where, frames=FRAMES, example=example, num_layers=2, num_neurons=4, score_reduction="mean"
-        )
+        insert_dsts(model, options.where, frames=FRAMES, example=example, **SMALL)
     except ValueError as error:  # no such stage, or one that does not return features
         this.error(str(error))
     model.to(options.device)
