@@ -100,15 +100,18 @@ class SemHashGate(NotScripted):
             if not tracked((logits,)):  # a comparison then, for which no op is needed
                 return (logits > 0).to(logits.dtype)
             noise = hard = None
-        rows = math.prod(samples)
-        if self.training and noise is None and self.noise_std:
-            noise = torch.empty(logits.shape, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+        shape = math.prod(samples), math.prod(logits.shape[len(samples) :])
+        if noise is not None:
+            noise = noise.reshape(shape)
+        elif self.training and self.noise_std:
+            noise = torch.empty(shape, dtype=accumulate_dtype(logits.dtype), device=logits.device)
             noise.normal_(0.0, self.noise_std, generator=generator)
-        if self.training and hard is None and self.hard_fraction < 1:
-            hard = self._draw_hard(rows, logits.device, generator)
-        shape = rows, math.prod(logits.shape[len(samples) :])
-        noise = None if noise is None else noise.reshape(shape)
-        hard = None if hard is None else hard.reshape(rows)
+        if hard is not None:
+            hard = hard.reshape(shape[0])
+        elif self.training and self.hard_fraction < 1:
+            hard = self._draw_hard(shape[0], logits.device, generator)
+        if logits.shape == shape:  # each change of shape costs a step of autograd
+            return ops.semhash_gate(logits, noise, hard, backend=self.backend)
         return ops.semhash_gate(logits.reshape(shape), noise, hard, backend=self.backend).reshape(logits.shape)
 
     def _samples(self, logits: Tensor) -> torch.Size:

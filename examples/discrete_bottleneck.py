@@ -6,7 +6,8 @@ The text is words of four letters out of a small lexicon. The encoder makes one 
 ``SemHashGate`` turns it into bits, and the decoder has to tell the letters from these bits alone. In training some
 codes are soft and all have noise; in evaluation they are bits, so that a word has one number.
 
-Source: Kaiser and Bengio, Discrete Autoencoders for Sequence Models, 2018 (Improved SemHash), without its language model.
+Source: Kaiser and Bengio, Discrete Autoencoders for Sequence Models, 2018 (Improved SemHash); without its language
+model.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         logits, _ = model(letters := texts(64))
         _, codes = model(lexicon.to(options.device))  # (32, 1, bits) of 0 and 1
     right = (logits.argmax(2) == letters).float().mean()
-    different = len(codes.flatten(1).unique(dim=0))
-    print(f"{right:.1%} of the letters come back from bits; {WORDS} words have {different} codes of {options.bits} bits")
+    count = len(codes.flatten(1).unique(dim=0))
+    print(f"{right:.1%} of the letters come back from bits; {WORDS} words have {count} codes of {options.bits} bits")
     return report(losses)
 
 

@@ -3,8 +3,8 @@
     python examples/gaternet.py
 
 A small gater network sees the image first. Through a bottleneck it gives a logit for each filter of the backbone, and
-``SemHashGate`` makes gates of 0 and 1 of them; the backbone's filters are multiplied by these. The cross-entropy reaches
-the gater straight through the gates, and a penalty closes the gates that do not help.
+``SemHashGate`` makes gates of 0 and 1 of them, which the backbone's filters are multiplied by. The cross-entropy
+reaches the gater straight through the gates, and a penalty closes the gates that do not help.
 
 Source: Chen et al., You Look Twice: GaterNet for Dynamic Filter Selection in CNNs, CVPR 2019. The task is ours: the
 direction of a striped pattern in noise.

@@ -4,7 +4,7 @@
     python examples/lightning_module.py --learning joint
 
 Joint training is Lightning's own loop over one optimizer. The paper's Algorithm 1 is three passes a step over two
-batches, so there the module optimises by itself: ``UpstreamDownstream`` takes the step, and the loader gives both parts.
+batches, so there the module optimises by itself: ``UpstreamDownstream`` takes the step, the loader gives both parts.
 
 Needs lightning: ``pip install -e '.[examples]' -c constraints.txt``.
 """
@@ -47,10 +47,8 @@ class DSTSClassifier(lightning.LightningModule):
         if self.automatic_optimization:
             return
         if self.trainer.world_size > 1:  # Lightning wraps this module, and the learner would not see it
-            raise ValueError(
-                f"devices: got {self.trainer.world_size} processes, wanted one: examples/distributed.py trains by sides "
-                "in several"
-            )
+            count = self.trainer.world_size
+            raise ValueError(f"devices: got {count} processes, wanted one: examples/distributed.py has a way for more")
         upstream, downstream = self.optimizers(use_pl_optimizer=False)
         self.learner = UpstreamDownstream(
             self.model, F.cross_entropy, upstream_optimizer=upstream, downstream_optimizer=downstream, clip_norm=5.0

@@ -3,8 +3,8 @@
     python examples/timm_frames.py
     python examples/timm_frames.py --model resnet50 --where layer3 --size 224 --device cuda
 
-Frames go through the backbone as a batch, ``(B*T, 3, H, W)``. ``insert_dsts(..., frames=T)`` says how many make a clip, so
-that DSTS sees ``(B, C, T, H, W)``; the logits of a clip are the mean of its frames'. The backbone has random weights.
+Frames go through the backbone as a batch, ``(B*T, 3, H, W)``. ``insert_dsts(..., frames=T)`` says how many make a clip,
+so that DSTS sees ``(B, C, T, H, W)``; the logits of a clip are the mean of its frames'. Weights are random.
 
 Needs timm: ``pip install -e '.[examples]' -c constraints.txt``.
 """
@@ -37,7 +37,7 @@ def classify(model: nn.Module, frames: Tensor) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    this = parser(__doc__, steps=80)
+    this = parser(__doc__, steps=120)
     this.add_argument("--model", default="test_resnet", help="any that timm.list_models() names")
     this.add_argument("--where", default="act1", help="the submodule that DSTS goes behind")
     this.add_argument("--size", type=at_least_1, default=SIZE, help="side of a frame")

@@ -137,7 +137,7 @@ def test_timm_options(torchvision, options, says, capsys):
     assert_refused(timm_frames, options, says, capsys)
 
 
-@pytest.mark.needs("lightning")
+@pytest.mark.needs("lightning", "torchvision")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("learning", ["joint", "upstream-downstream"])
 def test_lightning(torchvision, learning):
@@ -149,7 +149,7 @@ def test_lightning(torchvision, learning):
     assert_learns(losses, 0.75)
 
 
-@pytest.mark.needs("lightning")
+@pytest.mark.needs("lightning", "torchvision")
 def test_lightning_in_several_processes(torchvision):
     """Where Lightning wraps the module the learner would not average gradients: an error says what does."""
     from examples import lightning_module
