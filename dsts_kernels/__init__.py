@@ -7,6 +7,7 @@
 from . import backends, functional, reference
 from .backbones import freeze_dsts, insert_dsts, remove_dsts
 from .frozen import FrozenDSTS
+from .gates import SemHashGate
 from .modules import DSTSLayer, FusedDSTS
 from .routing import Draws, Routing
 
@@ -18,6 +19,7 @@ __all__ = [
     "FrozenDSTS",
     "FusedDSTS",
     "Routing",
+    "SemHashGate",
     "backends",
     "freeze_dsts",
     "functional",

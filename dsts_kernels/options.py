@@ -17,7 +17,7 @@ from .ops.relevance import SCORING_KERNELS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LayerOptions", "OptionKeywords", "count", "device_of", "one_of", "takes_options"]
+__all__ = ["LayerOptions", "OptionKeywords", "count", "device_of", "number", "one_of", "takes_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ class LayerOptions:
             "mixing_kernel": _kernel("mixing_kernel", self.mixing_kernel, MIXING_KERNELS),
             "norm": one_of("norm", self.norm, ("batch", None)),
             "activation": one_of("activation", self.activation, ("relu", None)),
-            "noise_std": _number("noise_std", self.noise_std, 0.0),
-            "hard_fraction": _number("hard_fraction", self.hard_fraction, 0.0, 1.0),
+            "noise_std": number("noise_std", self.noise_std, 0.0),
+            "hard_fraction": number("hard_fraction", self.hard_fraction, 0.0, 1.0),
             "score_reduction": one_of("score_reduction", self.score_reduction, ("sum", "mean")),
-            "gumbel_tau": _number("gumbel_tau", self.gumbel_tau, 0.0, above=True),
+            "gumbel_tau": number("gumbel_tau", self.gumbel_tau, 0.0, above=True),
             "routing_gradient": one_of("routing_gradient", self.routing_gradient, ("selected", "all")),
             "backend": one_of("backend", self.backend, (None, *BACKENDS)),
         }
@@ -142,7 +142,7 @@ def device_of(device: object) -> torch.device | None:
         raise ValueError(f"device: got {device!r}, wanted a torch device ({error})") from error
 
 
-def _number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
+def number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {_checks.describe(value)}, wanted a number")
     try:
