@@ -22,7 +22,7 @@ MAX_CTAS = 1024  # of a persistent CUDA C++ kernel, whose schedule lies in share
 GATHER_POSITIONS = 64  # of a CTA that gathers
 GATHER_BYTES = 16384  # of whole positions, all channels each, that a CTA of the CUDA C++ gather keeps in shared memory
 SUM_POSITIONS = 64  # at least, of a CTA that sums features
-# Channels that a CUDA C++ CTA sums, about, where channels lie side by side and elsewhere: it decides the parts alone.
+# How many channels a CUDA C++ CTA sums, about: where channels lie side by side, and elsewhere. Only parts depend on it.
 SUM_CHANNELS_LAST, SUM_CHANNELS = 64, 32
 CTAS_PER_PROCESSOR = 4  # about so many in a launch without products, to hide the latency of memory
 
