@@ -73,8 +73,7 @@ def _check(model: nn.Module) -> list[FrozenDSTS]:
     for name, module in model.named_modules():
         where = f"model.{name}" if name else "model"
         if isinstance(module, DSTSLayer):  # what a FusedDSTS consists of
-            owner = f"model.{name.rpartition('.layers.')[0]}".rstrip(".") if ".layers." in f".{name}" else where
-            raise ValueError(f"{owner}: got a DSTS module with weights to train, wanted a frozen one: freeze() it first")
+            raise ValueError(f"{where}: got a DSTSLayer, whose weights train, wanted a FrozenDSTS: freeze() makes it")
         if module.training:
             raise ValueError(f"{where}: got {type(module).__name__} in training mode, wanted evaluation: model.eval()")
         if not isinstance(module, FrozenDSTS):
@@ -94,8 +93,8 @@ def _check(model: nn.Module) -> list[FrozenDSTS]:
 class StandardDSTS(nn.Module):
     """A :class:`FrozenDSTS` in torch's own operators: made by :func:`standard`.
 
-    The call is that of the frozen module; the output lies contiguous. It follows moves and casts as that does, and refuses
-    training mode. Its weights are dense tables, as long for every neuron as for the one that lists most.
+    The call is that of the frozen module; the output lies contiguous. It follows moves and casts as that does, and
+    refuses training mode. Its weights are tables, as wide for every neuron as for the one that lists most channels.
     """
 
     def __init__(self, frozen: FrozenDSTS) -> None:
@@ -177,7 +176,7 @@ class StandardLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Routing]:
-        """``x (B, C, T, H, W)`` to ``(B, O, T, H, W)``, to which ``skip`` is added; both in the dtype of the filters."""
+        """``x (B, C, T, H, W)`` to ``(B, O, T, H, W)``, plus ``skip``; all in the dtype of the filters."""
         b, _, t, h, w = x.shape
         outputs = self.bias.shape[1]
         sums = tap_sums(x.to(self.scoring.dtype), self.taps)
@@ -226,3 +225,54 @@ def under_taps(x: Tensor, kernel: Kernel) -> list[Tensor]:
     return [
         padded[:, :, dt : dt + t, dh : dh + h, dw : dw + w] for dt in range(i) for dh in range(j) for dw in range(k)
     ]
+
+
+def to_onnx(
+    model: nn.Module,
+    args: Tensor | Sequence[Any],
+    path: str | os.PathLike,
+    *,
+    dynamic_shapes: Sequence[Any] | None = None,
+) -> None:
+    """Write ``standard(model)`` as ONNX, opset 18: the old file or the new one is there, never half of one.
+
+    Weights beyond 2 GB go to ``<path>.data`` beside it. Needs the extra ``deploy``.
+
+    Args:
+        model: what :func:`standard` takes, in float32, float64 or float16.
+        args: what it is called with, one tensor or a sequence; the values do not matter.
+        path: of the file.
+        dynamic_shapes: sizes that stay open, one entry an argument as ``torch.export.export`` takes them, such as
+            ``[{0: "batch", 2: "frames", 3: "height", 4: "width"}]``; an open one must be 2 at least in ``args``.
+            ``None``: the first of every tensor, as one ``"batch"``.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        TypeError: weights or arguments in bfloat16, of which onnxruntime has no matrix products on a CPU.
+        ValueError: as :func:`standard`.
+    """
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter writes with it
+    except ImportError as error:
+        raise ImportError("to_onnx: onnx and onnxscript are missing: pip install 'dsts_kernels[deploy]'") from error
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    model, tensors = standard(model), [a for a in args if isinstance(a, Tensor)]
+    for name, tensor in [*model.state_dict(keep_vars=True).items(), *(("args", a) for a in tensors)]:
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16:
+            raise TypeError(
+                f"{name}: got torch.bfloat16, wanted float32, float64 or float16: onnxruntime multiplies no bfloat16 "
+                "on a CPU; model.float() converts a model and its frozen modules"
+            )
+    if dynamic_shapes is None:
+        args = tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.shape[0] == 1 else a for a in args)
+        dynamic_shapes = [{0: "batch"} if isinstance(a, Tensor) else None for a in args]
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, args, dynamo=True, opset_version=OPSET, dynamic_shapes=tuple(dynamic_shapes), verbose=False
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        program.save(Path(beside, path.name))
+        for written in sorted(Path(beside).iterdir(), key=lambda file: file.name == path.name):  # weights first
+            os.replace(written, path.parent / written.name)

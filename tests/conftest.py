@@ -174,6 +174,8 @@ def in_any_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if absent := config.stash.get(ABSENT, set()):
-        terminalreporter.write_line(f"left out: tests that need {', '.join(sorted(absent))} (extras train and bench)")
+        terminalreporter.write_line(
+            f"left out: tests that need {', '.join(sorted(absent))} (extras train, bench and deploy)"
+        )
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"repeat these inputs with --seed {config.getoption('--seed')}")
