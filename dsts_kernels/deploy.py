@@ -248,7 +248,7 @@ def to_onnx(
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        TypeError: weights or arguments in bfloat16, of which onnxruntime has no matrix products on a CPU.
+        TypeError: weights or arguments in bfloat16, which onnxruntime does not run on a CPU.
         ValueError: as :func:`standard`.
     """
     try:
@@ -260,7 +260,7 @@ def to_onnx(
     for name, tensor in [*model.state_dict(keep_vars=True).items(), *(("args", a) for a in tensors)]:
         if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16:
             raise TypeError(
-                f"{name}: got torch.bfloat16, wanted float32, float64 or float16: onnxruntime multiplies no bfloat16 "
+                f"{name}: got torch.bfloat16, wanted float32, float64 or float16: onnxruntime runs no bfloat16 "
                 "on a CPU; model.float() converts a model and its frozen modules"
             )
     if dynamic_shapes is None:

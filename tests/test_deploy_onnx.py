@@ -42,10 +42,11 @@ class Beside(nn.Module):
         return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_every_option(dtype, tmp_path):
     """Each sample takes its own route through every kind of module: outputs, neurons and scores of ours."""
-    kinds = [dict(num_layers=2, num_neurons=4) | options for options in OPTIONS.values()]
+    kinds = [dict(num_neurons=4) | options | dict(num_layers=1) for options in OPTIONS.values()]
     pairs = [pair(8, dtype, **options) for options in kinds]
     model = Beside([fused.eval().freeze() for _, fused in pairs]).eval()
     x = torch.randn(4, 8, 3, 4, 5).to(dtype)
@@ -66,7 +67,7 @@ def test_classifier_of_any_size(tmp_path):
     """A whole model: opset 18, every size open, nothing of ours in the file, no file half written."""
     import onnx
 
-    model, path = frozen_classifier(), tmp_path / "sub" / "model.onnx"
+    model, path = frozen_classifier(num_layers=2), tmp_path / "sub" / "model.onnx"
     sizes = [{0: "batch", 2: "frames", 3: "height", 4: "width"}]
     deploy.to_onnx(model, torch.randn(2, 3, 4, 8, 8), path, dynamic_shapes=sizes)
     written = onnx.load(path)
@@ -79,6 +80,7 @@ def test_classifier_of_any_size(tmp_path):
         assert_close(run(path, x)[0], model(x), factor=2)
 
 
+@pytest.mark.slow
 def test_one_clip_leaves_the_batch_open(tmp_path):
     """An example of one clip does not fix the batch."""
     model = frozen_classifier(num_layers=1)
