@@ -37,13 +37,14 @@ def exported(model: torch.nn.Module, *, every_size: bool = True) -> torch.export
         return torch.export.export(model, (torch.randn(SIZES[0]),), dynamic_shapes=(sizes,))
 
 
-def run_python(script: str, folder: Path) -> None:
-    """In a process of its own, whose module path is the repository."""
+def run_python(script: str, folder: Path) -> str:
+    """What a process of its own says, whose module path is the repository."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 LOADED = """
@@ -55,7 +56,7 @@ assert "dsts_kernels" not in sys.modules
 try:
     torch.export.load("frozen.pt2")
 except Exception as error:
-    assert "dsts_kernels" in str(error), error
+    print(error)  # torch's own words, or a warning of it, name the op
 else:
     raise AssertionError("loaded an op that nobody registered")
 import dsts_kernels
@@ -66,11 +67,11 @@ torch.save([program(x) for x in clips], "frozen.pt")
 
 def test_export_in_another_process(tmp_path):
     """Any batch, frames, height and width; ours needs one import, standard operators need none."""
-    model, clips = frozen_classifier(), [torch.randn(size) for size in SIZES]
+    model, clips = frozen_classifier(num_layers=2), [torch.randn(size) for size in SIZES]
     torch.export.save(exported(model), tmp_path / "frozen.pt2")
     torch.export.save(exported(deploy.standard(model)), tmp_path / "standard.pt2")
     torch.save(clips, tmp_path / "clips.pt")
-    run_python(LOADED, tmp_path)
+    assert "dsts_kernels.frozen_layer" in run_python(LOADED, tmp_path)
     for name in ("frozen", "standard"):
         for y, x in zip(torch.load(tmp_path / f"{name}.pt"), clips, strict=True):
             assert_close(y, model(x), name=name, factor=2)
