@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsts_kernels import deploy
+from dsts_kernels import deploy, ops
 from dsts_kernels.backends.build import build_record
+from dsts_kernels.ops.frozen_layer import frozen_layer_op
 from dsts_kernels.testing import assert_close
 
 from .support.classifiers import frozen_classifier
+from .support.modules import pair
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = torch.export.Dim.DYNAMIC
@@ -37,11 +39,16 @@ def exported(model: torch.nn.Module, *, every_size: bool = True) -> torch.export
         return torch.export.export(model, (torch.randn(SIZES[0]),), dynamic_shapes=(sizes,))
 
 
-def run_python(script: str, folder: Path) -> str:
+def run_python(script: str, folder: Path, *arguments: str) -> str:
     """What a process of its own says, whose module path is the repository."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", script, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -132,6 +139,60 @@ def test_aoti_and_program_without_python(tmp_path):
     assert done.returncode == 0, done.stderr
     assert_close(torch.load(tmp_path / "out.pt"), model(clips), name="mixing in C++", factor=2)
     refusals(program, tmp_path)
+    library_computes_what_the_package_does(next((tmp_path / "build").glob("libdsts_ops.*")), tmp_path)
+
+
+CALLED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+op = torch.ops.dsts_kernels.frozen_layer
+torch.save([op(*arguments) for arguments in torch.load("calls.pt")], "results.pt")
+for arguments in torch.load("refused.pt"):
+    try:
+        op(*arguments)
+    except Exception as error:
+        print(type(error).__name__, error)
+    else:
+        raise AssertionError(arguments)
+assert "dsts_kernels" not in sys.modules
+"""
+LAYERS = {
+    "default": {},
+    "mean-3x3-scores": dict(scoring_kernel=(1, 3, 3), scoring_width=2, score_reduction="mean"),
+    "mixing-1x3x3": dict(mixing_kernel=(1, 3, 3)),
+    "mixing-3x1x1": dict(mixing_kernel=(3, 1, 1), activation=None),
+    "one-neuron": dict(num_neurons=1),
+}
+
+
+def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
+    """The op in a process without the package: bit for bit ours for options, dtypes and grids, sums and skips too."""
+    calls, refused = [], []
+    for options in LAYERS.values():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for size in ((7, 20, 3, 6, 9), (1, 20, 1, 1, 4), (3, 20, 9, 40, 40), (0, 20, 2, 3, 3)):
+                layer = pair(20, dtype, num_layers=1, **options)[1].eval().freeze().layers[0]
+                x = torch.randn(size).to(dtype)
+                sums = ops.tap_sums(x, layer.taps) if len(calls) % 2 else None
+                skip = None if len(calls) % 3 else x.to(memory_format=torch.channels_last_3d)
+                calls.append((x, sums, skip, *layer.weights(), *layer.options((0, 1, 9)[len(calls) % 3]), None))
+    for dtype, algorithm in ((torch.float64, "auto"), (torch.float32, "direct")):
+        layer = pair(20, dtype, num_layers=1)[1].eval().freeze(algorithm=algorithm).layers[0]
+        refused.append((torch.randn(1, 20, 2, 3, 3).to(dtype), None, None, *layer.weights(), *layer.options(0), None))
+    refused += [(x[:, :19], *rest) for x, *rest in calls[:1]] + [(x.half(), *rest) for x, *rest in calls[:1]]
+    torch.save(calls, folder / "calls.pt")
+    torch.save(refused, folder / "refused.pt")
+    said = run_python(CALLED, folder, str(library)).splitlines()
+    for call, results in zip(calls, torch.load(folder / "results.pt"), strict=True):
+        for ours, theirs in zip(frozen_layer_op(*call), results, strict=True):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+    wanted = (
+        "blocked, as freeze()",
+        "blocked, as freeze()",
+        "x has shape [7, 19, 3, 6, 9]; wanted (B, 20",
+        "wanted Float",
+    )
+    assert len(said) == len(wanted) and all(text in line for text, line in zip(wanted, said, strict=True)), said
 
 
 def refusals(program: Path, folder: Path) -> None:

@@ -24,9 +24,9 @@ namespace {
 using at::Tensor;
 namespace cpu = dsts::cpu;
 
-constexpr int64_t kBlock = 16;             // outputs of a packed block: packing.BLOCK
-constexpr int64_t kCallPositions = 4096;   // groups.CALL_POSITIONS
-constexpr int64_t kFilterRows = 12;        // winograd.FILTER_ROWS
+constexpr int64_t kBlock = 16;            // outputs of a packed block: packing.BLOCK
+constexpr int64_t kCallPositions = 4096;  // groups.CALL_POSITIONS
+constexpr int64_t kFilterRows = 12;       // winograd.FILTER_ROWS
 
 dsts::DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -79,7 +79,8 @@ cpu::TileSizes tile_sizes(int64_t batch, const Tensor& x) {
       if (!fits(h, i) || !fits(w, j)) continue;
       const int64_t points = inputs_of<SpatialTiles>(i) * inputs_of<SpatialTiles>(j);
       const int64_t cost = points * (batch * t * tiles(h, i) * tiles(w, j) + kFilterRows);
-      if (least < 0 || cost < least || (cost == least && i * j > best.h * best.w)) least = cost, best.h = i, best.w = j;
+      if (least < 0 || cost < least || (cost == least && i * j > best.h * best.w))
+        least = cost, best.h = i, best.w = j;
     }
   least = -1;
   for (const int k : TemporalTiles::sizes) {
@@ -122,14 +123,14 @@ struct Layer {
   void check(const Tensor& x, const Tensor& scoring, std::string_view packing) const {
     TORCH_CHECK_VALUE(packing == "blocked", "frozen_layer: got filters packed as ", packing,
                       "; wanted blocked, as freeze() packs for a CPU that dsts_kernels has kernels for");
-    TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == inputs(), "frozen_layer: x has shape ", x.sizes(), "; wanted (B, ",
-                      inputs(), ", T, H, W)");
+    TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == inputs(), "frozen_layer: x has shape ", x.sizes(),
+                      "; wanted (B, ", inputs(), ", T, H, W)");
     TORCH_CHECK_TYPE(x.scalar_type() == filters.scalar_type(), "frozen_layer: x has dtype ", x.scalar_type(),
                      "; wanted ", filters.scalar_type(), ", which the filters have");
     for (const Tensor& t : {scoring, channels, starts, filters, bias})
       TORCH_CHECK_VALUE(t.is_contiguous(), "frozen_layer: a weight has gaps; wanted dense ones");
-    TORCH_CHECK_VALUE(filters.numel() == filter_starts().back(), "frozen_layer: filters has ", filters.numel(),
-                      " elements; wanted ", filter_starts().back());
+    TORCH_CHECK_VALUE(filters.numel() == filter_starts().back(), "frozen_layer: filters has ",
+                      filters.numel(), " elements; wanted ", filter_starts().back());
     TORCH_CHECK_VALUE(!mixing || (mixing->is_contiguous() && mixing_kernel.size() == 3),
                       "frozen_layer: mixing has gaps, or its kernel is not of three sizes");
   }
@@ -165,17 +166,19 @@ void run(const Tensor& x, int64_t neuron, int64_t first, std::vector<int64_t>& s
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_layer(
-    const Tensor& x, const std::optional<Tensor>& given_sums, const std::optional<Tensor>& skip, const Tensor& scoring,
-    const Tensor& channels, const Tensor& starts, const Tensor& filters, const Tensor& bias,
-    const std::optional<Tensor>& mixing, int64_t score_elements, at::IntArrayRef mixing_kernel, bool relu,
-    std::string_view packing, int64_t next_taps, std::optional<std::string_view>) {
+    const Tensor& x, const std::optional<Tensor>& given_sums, const std::optional<Tensor>& skip,
+    const Tensor& scoring, const Tensor& channels, const Tensor& starts, const Tensor& filters,
+    const Tensor& bias, const std::optional<Tensor>& mixing, int64_t score_elements,
+    at::IntArrayRef mixing_kernel, bool relu, std::string_view packing, int64_t next_taps,
+    std::optional<std::string_view>) {
   const Layer layer{channels, starts, filters, bias, mixing, mixing_kernel};
   layer.check(x, scoring, packing);
   const int64_t B = x.size(0), O = layer.outputs(), taps = scoring.size(2);
   const int64_t positions = x.size(2) * x.size(3) * x.size(4);
   Tensor sums = given_sums ? given_sums->contiguous() : at::empty({B, x.size(1), taps}, scoring.options());
   if (!given_sums)
-    check(cpu::tap_sums({features_of("x", x), sums.data_ptr(), static_cast<int>(taps), at::get_num_threads()}));
+    check(
+        cpu::tap_sums({features_of("x", x), sums.data_ptr(), static_cast<int>(taps), at::get_num_threads()}));
   Tensor scores = at::linear(sums.flatten(1), scoring.flatten(1));
   if (score_elements * positions > 1) scores = scores.div(score_elements * positions);
   const Tensor neuron = scores.argmax(1);
@@ -183,7 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_layer(
   Tensor y = skip ? at::empty_like(*skip) : empty_features(x, B, O, x.scalar_type());
   Tensor next_sums = at::empty({B, O, next_taps}, scores.options());
   cpu::Epilogue epilogue{};
-  epilogue.out = features_of("y", y), epilogue.relu = relu, epilogue.taps = next_taps ? static_cast<int>(next_taps) : 1;
+  epilogue.out = features_of("y", y), epilogue.relu = relu,
+  epilogue.taps = next_taps ? static_cast<int>(next_taps) : 1;
   if (skip) epilogue.skip = features_of("skip", *skip);
   if (next_taps) epilogue.sums = next_sums.data_ptr(), epilogue.sums_stride_b = O * next_taps;
 
@@ -205,7 +209,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_layer(
 TORCH_LIBRARY(dsts_kernels, m) {
   m.def(
       "frozen_layer(Tensor x, Tensor? sums, Tensor? skip, Tensor scoring, Tensor channels, Tensor starts, "
-      "Tensor filters, Tensor bias, Tensor? mixing, int score_elements, int[] mixing_kernel, bool relu, str packing, "
+      "Tensor filters, Tensor bias, Tensor? mixing, int score_elements, int[] mixing_kernel, bool relu, str "
+      "packing, "
       "int next_taps, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

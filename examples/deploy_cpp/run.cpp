@@ -40,7 +40,8 @@ double median_ms(torch::inductor::AOTIModelPackageLoader& model, const at::Tenso
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     model.run({input});
-    times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+    times.push_back(
+        std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
   }
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2];
