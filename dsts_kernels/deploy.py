@@ -236,7 +236,7 @@ def to_onnx(
 ) -> None:
     """Write ``standard(model)`` as ONNX, opset 18: the old file or the new one is there, never half of one.
 
-    Weights beyond 2 GB go to ``<path>.data`` beside it. Needs the extra ``deploy``.
+    Weights beyond 1.5 GB go to ``<path>.data`` beside it. Needs the extra ``deploy``.
 
     Args:
         model: what :func:`standard` takes, in float32, float64 or float16.
