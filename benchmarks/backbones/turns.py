@@ -1,0 +1,110 @@
+"""Steps that take turns: what one costs over another, without the machine's drift.
+
+In a round every step runs once, in an order that turns round from round to round. The overhead of a step is the median
+over rounds of its time over the base's time in the same round, with an interval that holds it 95 times in 100.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.op import interval
+from benchmarks.report.machine import synchronise
+
+__all__ = ["Overhead", "Turns"]
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 20
+ROUND_SECONDS, MOST_CALLS = 0.1, 100  # of a step on a GPU, whose single steps are short
+GPU_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Of one step over another, as shares of that: the median, and what the median lies between."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Turns:
+    """Steps by name, and the seconds of each in every round.
+
+    Args:
+        steps: what is timed, by name.
+        before: runs ahead of every step and is not timed: gradients dropped, say.
+        device: a GPU is timed by its own events, a CPU by the clock.
+    """
+
+    def __init__(
+        self, steps: dict[str, Callable[[], object]], before: Callable[[], object], device: torch.device
+    ) -> None:
+        self.steps, self.before, self.device = steps, before, device
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+        self.gflop: dict[str, float] = {}
+        self.calls = 1
+
+    def warm_up(self) -> float:
+        """Every step once, its operations counted, and as often more as the device wants; seconds of a round."""
+        spent = 0.0
+        for name, step in self.steps.items():
+            self.before()
+            with FlopCounterMode(display=False) as counter:
+                start = time.perf_counter()
+                step()
+                synchronise(self.device)
+                once = time.perf_counter() - start
+            self.gflop[name] = counter.get_total_flops() / 1e9
+            if self.device.type == "cuda":
+                once = min(self.timed(step, 1) for _ in range(GPU_WARM_UP))
+                self.calls = max(self.calls, min(MOST_CALLS, int(ROUND_SECONDS / once)))
+            spent += once
+        self.before()
+        return spent * self.calls
+
+    def rounds_in(self, seconds: float, once: float) -> int:
+        """Rounds that fit, within bounds."""
+        return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / once)))
+
+    def timed(self, step: Callable[[], object], calls: int) -> float:
+        """Seconds of a call, over several."""
+        if self.device.type == "cuda":
+            return self.timed_by_events(step, calls)
+        spent = 0.0
+        for _ in range(calls):
+            self.before()
+            start = time.perf_counter()
+            step()
+            spent += time.perf_counter() - start
+        return spent / calls
+
+    def timed_by_events(self, step: Callable[[], object], calls: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in events:
+            self.before()
+            start.record()
+            step()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    def round(self) -> None:
+        """Every step in turn."""
+        names = list(self.steps)
+        if len(self.seconds[names[0]]) % 2:
+            names.reverse()
+        for name in names:
+            self.seconds[name].append(self.timed(self.steps[name], self.calls))
+        self.before()
+
+    def overhead(self, name: str, base: str) -> Overhead:
+        """Of a step over another."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        ratios = [one / other - 1 for one, other in pairs]
+        return Overhead(statistics.median(ratios), *interval(ratios))
