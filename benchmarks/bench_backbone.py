@@ -23,10 +23,14 @@ from benchmarks.conftest import Recorder, Settings
 SECONDS = 60.0  # about so long do the turns of a case and mode take
 
 
+def asked(config: pytest.Config) -> bool:
+    """Whether somebody wants whole backbones: they take minutes."""
+    return bool(config.getoption("--backbone")) or any("bench_backbone" in argument for argument in config.args)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def wanted(pytestconfig: pytest.Config) -> None:
-    named = any("bench_backbone" in argument for argument in pytestconfig.args)
-    if not (named or pytestconfig.getoption("--backbone")):
+    if not asked(pytestconfig):
         pytest.skip("needs --backbone")
 
 
@@ -80,15 +84,14 @@ def test_cost(
     mode: str, case: Case, workload: Workload, settings: Settings, recorder: Recorder, benchmark: Callable
 ) -> None:
     models = workload.models(mode)
-    errors = workload.parity(mode, models)
 
     def drop_gradients() -> None:
         for model in models.values():
             model.zero_grad(set_to_none=True)
 
     turns = Turns(workload.steps(mode, models), drop_gradients, settings.device)
-    once = turns.warm_up()
-    rounds = settings.rounds or turns.rounds_in(SECONDS, once)
+    errors = workload.warm_up(mode, models, turns)
+    rounds = settings.rounds or turns.rounds_in(SECONDS)
     benchmark.pedantic(turns.round, rounds=rounds if benchmark.enabled else 1)
     rows = rows_of(case, mode, turns, models, errors)
     recorder.backbones += rows

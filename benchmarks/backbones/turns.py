@@ -48,28 +48,29 @@ class Turns:
         self.steps, self.before, self.device = steps, before, device
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
         self.gflop: dict[str, float] = {}
+        self.once: dict[str, float] = {}
         self.calls = 1
 
-    def warm_up(self) -> float:
-        """Every step once, its operations counted, and as often more as the device wants; seconds of a round."""
-        spent = 0.0
-        for name, step in self.steps.items():
-            self.before()
-            with FlopCounterMode(display=False) as counter:
-                start = time.perf_counter()
-                step()
-                synchronise(self.device)
-                once = time.perf_counter() - start
-            self.gflop[name] = counter.get_total_flops() / 1e9
-            if self.device.type == "cuda":
-                once = min(self.timed(step, 1) for _ in range(GPU_WARM_UP))
-                self.calls = max(self.calls, min(MOST_CALLS, int(ROUND_SECONDS / once)))
-            spent += once
+    def warm_up(self, name: str) -> object:
+        """One step for the first time, its operations counted; what it returned. Every step needs it once."""
+        step = self.steps[name]
         self.before()
-        return spent * self.calls
+        with FlopCounterMode(display=False) as counter:
+            start = time.perf_counter()
+            result = step()
+            synchronise(self.device)
+            once = time.perf_counter() - start
+        self.gflop[name] = counter.get_total_flops() / 1e9
+        if self.device.type == "cuda":  # a library may have searched for algorithms
+            once = min(self.timed(step, 1) for _ in range(GPU_WARM_UP))
+            self.calls = max(self.calls, min(MOST_CALLS, int(ROUND_SECONDS / once)))
+        self.before()
+        self.once[name] = once
+        return result
 
-    def rounds_in(self, seconds: float, once: float) -> int:
-        """Rounds that fit, within bounds."""
+    def rounds_in(self, seconds: float) -> int:
+        """Rounds that fit, within bounds; by the time that each step took to warm up."""
+        once = self.calls * sum(self.once.values())
         return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / once)))
 
     def timed(self, step: Callable[[], object], calls: int) -> float:

@@ -21,6 +21,7 @@ from benchmarks.backbones.models import (
     training,
     variant_of,
 )
+from benchmarks.backbones.turns import Turns
 from benchmarks.features import make_clips
 from benchmarks.margins import ATTEMPTS, MARGIN, ROLL, margins, separate_draws
 from benchmarks.parity import (
@@ -78,55 +79,49 @@ class Workload:
         """Every variant of a mode, by name."""
         return {name: variant_of(self.backbone, name, mode, self.case, self.reference) for name in VARIANTS[mode]}
 
-    def parity(self, mode: str, models: dict[str, nn.Module]) -> dict[str, float]:
-        """The largest error of each variant with DSTS; in training they are also given the draws of their steps.
+    def warm_up(self, mode: str, models: dict[str, nn.Module], turns: Turns) -> dict[str, float]:
+        """Every step for the first time, and the largest error of each variant with DSTS.
+
+        What leaves the place of DSTS in those steps is compared with the literal module's output for what arrives
+        there. In training the fused module's gradients are too, and steps get their draws.
 
         Raises:
-            AssertionError: one is beyond tolerance.
+            AssertionError: an error is beyond tolerance.
         """
-        found = self.evaluation_parity(models) if mode == "evaluation" else self.training_parity(models)
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
+
+        def leaves(name: str) -> Tensor:
+            return features_of(models[name], self.case, lambda: turns.warm_up(name))
+
+        x = leaves("backbone")
+        found: dict[str, float] = {}
+        if mode == "evaluation":
+            wanted = evaluation_oracle(self.reference, x).output
+        else:
+            found["fused"], wanted = self.training_parity(models, x)
+        for name in VARIANTS[mode][1:]:
+            error = self.checked(name, {"output": relative_error(leaves(name), wanted)})
+            found[name] = max(error, found.get(name, 0.0))
+        for name in turns.steps.keys() - set(VARIANTS[mode]):
+            turns.warm_up(name)
         return found
 
-    def evaluation_parity(self, models: dict[str, nn.Module]) -> dict[str, float]:
-        def leaves(name: str) -> Tensor:
-            return features_of(models[name], self.case, lambda: evaluation(models[name], self.clips))
-
-        wanted = evaluation_oracle(self.reference, leaves("backbone")).output
-        names = [name for name in models if name != "backbone"]
-        return {name: self.checked(name, {"output": relative_error(leaves(name), wanted)}) for name in names}
-
-    def training_parity(self, models: dict[str, nn.Module]) -> dict[str, float]:
-        """Outputs at the place of DSTS; of the fused one also every gradient, from the features that arrive there."""
-
-        @torch.no_grad()
-        def forward(model: nn.Module) -> None:
-            torch.manual_seed(SEED)
-            model(self.clips)
-
-        def leaves(name: str) -> Tensor:
-            return features_of(models[name], self.case, lambda: forward(models[name]))
-
+    def training_parity(self, models: dict[str, nn.Module], x: Tensor) -> tuple[float, Tensor]:
+        """Gives all steps draws that leave no scores nearly tied on features ``x``; the largest error of the fused
+        module's output and gradients, and the literal output."""
         problem = self.case.problem()
-        x = leaves("backbone")
-        literal = build("literal", "training", problem, self.reference)
+        wide = widened(build("literal", "training", problem, self.reference))
+        rows = x.to(wide.layers[0].gate.dtype)
         with torch.no_grad():
             draws = make_draws(problem, self.device, self.dtype)
-            wide = widened(literal)
-            rows = x.to(wide.layers[0].gate.dtype)
             draws = separate_draws(lambda draws: wide(rows, draws=draws, return_routing=True)[1], draws)
         literal = build("literal", "training", problem, self.reference)  # statistics of before
         grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED)).to(x)
         oracle = training_oracle(literal, x, draws, grad)
-        fused = training_errors(dsts_in(models["fused"], self.case), x, draws, grad, oracle)
-        found = {}
-        for name in ("literal", "fused"):
+        fused = dsts_in(models["fused"], self.case)
+        error = self.checked("fused", training_errors(fused, x, draws, grad, oracle))
+        for name in VARIANTS["training"][1:]:
             give_draws(dsts_in(models[name], self.case), draws)
-            placed = {"output": relative_error(leaves(name), oracle.output)}
-            found[name] = self.checked(name, placed)
-        found["fused"] = max(found["fused"], self.checked("fused", fused))
-        return found
+        return error, oracle.output
 
     def checked(self, name: str, errors: dict[str, float]) -> float:
         try:

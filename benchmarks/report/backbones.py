@@ -93,8 +93,8 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     Each is ``goal``, ``measured``, ``wanted`` and ``met``.
     """
-    on_cpu = not results["machine"]["cuda"] or "H100" not in results["machine"]["device"]
-    known = GOALS["cpu" if on_cpu else "H100"]
+    on_cpu = bool(results["machine"]["isa"])
+    known = GOALS["cpu"] if on_cpu else GOALS["H100"] if "H100" in results["machine"]["device"] else {}
     found = []
     for row in results["backbones"]:
         name, _, shape = row["case"].partition(" ")
