@@ -44,7 +44,7 @@ def measure_here(variant: str, mode: str, case: Case) -> dict[str, float | str]:
     reference = make_reference(case.problem(), dtype, device, lazy=True)
     model = variant_of(make_backbone(case), variant, mode, case, reference)
     if mode == "training" and variant != "backbone":
-        give_draws(dsts_in(model, case), make_draws(case.problem(), device, dtype))
+        give_draws(dsts_in(model, case), [make_draws(case.problem(), device, dtype)])
     targets = torch.arange(case.batch, device=device) % CLASSES
 
     def step_on(case: Case) -> Callable[[], object]:

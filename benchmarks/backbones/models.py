@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ __all__ = [
     "CLASSES",
     "DEFAULT",
     "GRAPH",
+    "KINDS",
     "VARIANTS",
     "Case",
     "dsts_in",
@@ -31,6 +33,7 @@ __all__ = [
     "features_of",
     "give_draws",
     "make_backbone",
+    "other_half",
     "training",
     "variant_of",
 ]
@@ -41,6 +44,7 @@ VARIANTS = {
     "evaluation": ("backbone", "literal", "fused", "frozen"),
     "training": ("backbone", "literal", "fused"),
 }
+KINDS = {"evaluation": 1, "training": 2}  # of steps, by their draws: see other_half
 GRAPH = " graph"  # ends the name of a variant that is replayed as a CUDA graph
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
 
@@ -145,13 +149,19 @@ def dsts_in(model: nn.Module, case: Case) -> nn.Module:
     return next(part for name, part in model.get_submodule(case.about.where).named_modules() if name.endswith("dsts"))
 
 
-def give_draws(dsts: nn.Module, draws: Draws) -> None:
-    """The same draws in every step: all variants do the same work, with as many hard samples."""
+def give_draws(dsts: nn.Module, draws: Sequence[Draws]) -> None:
+    """These draws in turn, one a step, so that all variants do the same work."""
+    following = itertools.cycle(draws)
 
     def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | {"draws": draws}
+        return args, kwargs | {"draws": next(following)}
 
     dsts.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def other_half(draws: Draws) -> Draws:
+    """The same noise, and hard samples where they were soft: over both just half are hard, as the paper has it."""
+    return draws._replace(hard=~draws.hard)
 
 
 def features_of(model: nn.Module, case: Case, run: Callable[[], object]) -> Tensor:

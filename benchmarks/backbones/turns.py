@@ -1,7 +1,8 @@
 """Steps that take turns: what one costs over another, without the machine's drift.
 
 In a round every step runs once, in an order that turns round from round to round. The overhead of a step is the median
-over rounds of its time over the base's time in the same round, with an interval that holds it 95 times in 100.
+over rounds of its time over the base's time in the same round, with an interval that holds it 95 times in 100. Where
+steps are of several kinds, of as many rounds as there are kinds together.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ class Turns:
         steps: what is timed, by name.
         before: runs ahead of every step and is not timed: gradients dropped, say.
         device: a GPU is timed by its own events, a CPU by the clock.
+        kinds: of steps that come one after the other, as with draws that alternate; a time is of as many of each.
     """
 
     def __init__(
-        self, steps: dict[str, Callable[[], object]], before: Callable[[], object], device: torch.device
+        self,
+        steps: dict[str, Callable[[], object]],
+        before: Callable[[], object],
+        device: torch.device,
+        kinds: int = 1,
     ) -> None:
-        self.steps, self.before, self.device = steps, before, device
+        self.steps, self.before, self.device, self.kinds = steps, before, device, kinds
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
         self.gflop: dict[str, float] = {}
         self.once: dict[str, float] = {}
@@ -69,9 +75,13 @@ class Turns:
         return result
 
     def rounds_in(self, seconds: float) -> int:
-        """Rounds that fit, within bounds; by the time that each step took to warm up."""
+        """Rounds that fit, within bounds, as many of each kind; by the time that each step took to warm up."""
         once = self.calls * sum(self.once.values())
-        return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / once)))
+        return self.whole(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / once))))
+
+    def whole(self, rounds: int) -> int:
+        """No fewer rounds, with as many of each kind."""
+        return -(-rounds // self.kinds) * self.kinds
 
     def timed(self, step: Callable[[], object], calls: int) -> float:
         """Seconds of a call, over several."""
@@ -104,8 +114,14 @@ class Turns:
             self.seconds[name].append(self.timed(self.steps[name], self.calls))
         self.before()
 
+    def means(self, name: str) -> list[float]:
+        """Seconds of a step, over as many rounds as there are kinds."""
+        seconds = self.seconds[name]
+        starts = range(0, len(seconds) - self.kinds + 1, self.kinds)
+        return [statistics.fmean(seconds[start : start + self.kinds]) for start in starts]
+
     def overhead(self, name: str, base: str) -> Overhead:
         """Of a step over another."""
-        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        pairs = zip(self.means(name), self.means(base), strict=True)
         ratios = [one / other - 1 for one, other in pairs]
         return Overhead(statistics.median(ratios), *interval(ratios))

@@ -18,6 +18,7 @@ from benchmarks.backbones.models import (
     features_of,
     give_draws,
     make_backbone,
+    other_half,
     training,
     variant_of,
 )
@@ -34,7 +35,7 @@ from benchmarks.parity import (
     widened,
 )
 from benchmarks.variants import SEED, build, make_draws, make_reference
-from dsts_kernels.reference import DSTS
+from dsts_kernels.reference import DSTS, Draws
 
 __all__ = ["Workload"]
 
@@ -111,16 +112,20 @@ class Workload:
         problem = self.case.problem()
         wide = widened(build("literal", "training", problem, self.reference))
         rows = x.to(wide.layers[0].gate.dtype)
-        with torch.no_grad():
-            draws = make_draws(problem, self.device, self.dtype)
-            draws = separate_draws(lambda draws: wide(rows, draws=draws, return_routing=True)[1], draws)
+
+        @torch.no_grad()
+        def separated(draws: Draws) -> Draws:
+            return separate_draws(lambda draws: wide(rows, draws=draws, return_routing=True)[1], draws)
+
+        draws = separated(make_draws(problem, self.device, self.dtype))
         literal = build("literal", "training", problem, self.reference)  # statistics of before
         grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED)).to(x)
         oracle = training_oracle(literal, x, draws, grad)
         fused = dsts_in(models["fused"], self.case)
         error = self.checked("fused", training_errors(fused, x, draws, grad, oracle))
+        both = [draws, separated(other_half(draws))]
         for name in VARIANTS["training"][1:]:
-            give_draws(dsts_in(models[name], self.case), draws)
+            give_draws(dsts_in(models[name], self.case), both)
         return error, oracle.output
 
     def checked(self, name: str, errors: dict[str, float]) -> float:

@@ -5,7 +5,6 @@ Needs nothing but the results, like :mod:`benchmarks.report.tables`.
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 __all__ = ["COLUMNS", "footnotes", "goals", "markdown", "plain", "table"]
@@ -75,7 +74,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     for row in (row for row in rows if "mode" not in row):
         lines.append(["-", row["case"], "-", row["note"], *["-"] * (len(COLUMNS) - LEFT - 1)])
     for row in sorted((row for row in rows if "mode" in row), key=order):
-        ms = statistics.median(row["seconds"]) * 1e3
+        ms = row["ms"]
         cells = [row["mode"], row["case"], TITLES[row["variant"]], f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"]
         if "overhead" in row:
             cells += [percent(row["overhead"]), f"{percent(row['low'])} to {percent(row['high'])}"]
@@ -119,7 +118,8 @@ def footnotes(results: dict[str, Any]) -> list[str]:
     notes = [
         "variants take turns in one run; overhead: median over rounds of a variant's time over the backbone's in the "
         "same round; 95% of it: what that median lies between (bootstrap).",
-        "training: forward, loss and backward with every gradient, without the optimizer.",
+        "training: forward, loss and backward with every gradient, without the optimizer; hard and soft samples "
+        "change places from step to step, so half are hard.",
         "GFLOP: additions and multiplications of direct convolutions as torch.utils.flop_counter counts them, with the "
         "formulas of our ops; a fast convolution does with fewer. GFLOP/s: those by the time.",
         "M numbers and MiB: parameters and buffers that the model keeps, packed ones of FrozenDSTS included. peak MiB: "

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import bench_backbone
 from benchmarks.backbones import memory
-from benchmarks.backbones.models import VARIANTS, Case, dsts_in, variant_of
+from benchmarks.backbones.models import KINDS, VARIANTS, Case, dsts_in, variant_of
 from benchmarks.backbones.turns import Turns
 from benchmarks.backbones.workload import Workload
 from benchmarks.conftest import read_settings
@@ -47,7 +47,7 @@ def run(workload: Workload, mode: str, rounds: int = 2) -> tuple[dict[str, nn.Mo
         for model in models.values():
             model.zero_grad(set_to_none=True)
 
-    turns = Turns(workload.steps(mode, models), drop, workload.device)
+    turns = Turns(workload.steps(mode, models), drop, workload.device, KINDS[mode])
     errors = workload.warm_up(mode, models, turns)
     for _ in range(rounds):
         turns.round()
@@ -118,6 +118,31 @@ def test_turns_turn_round_and_pair() -> None:
     overhead = turns.overhead("b", "a")
     assert (overhead.low, overhead.median, overhead.high) == pytest.approx((0.1, 0.1, 0.1))
     assert turns.overhead("c", "a").median == pytest.approx(1.0)
+
+
+def test_kinds_of_steps_count_alike() -> None:
+    turns = Turns({"a": lambda: None, "b": lambda: None}, lambda: None, CPU, kinds=2)
+    turns.seconds = {"a": [1.0, 1.0, 2.0, 2.0], "b": [1.0, 2.0, 2.0, 4.0]}
+    assert turns.means("b") == [1.5, 3.0]
+    overhead = turns.overhead("b", "a")
+    assert (overhead.low, overhead.median, overhead.high) == (0.5, 0.5, 0.5)
+    turns.once = {"a": 1.0, "b": 1.0}
+    assert [turns.whole(rounds) for rounds in (1, 2, 3)] == [2, 2, 4] and turns.rounds_in(1) == 4
+
+
+def test_training_steps_are_half_hard(workload: Workload) -> None:
+    given: list[torch.Tensor] = []
+    models = workload.models("training")
+    turns = Turns(workload.steps("training", models), lambda: None, CPU, kinds=2)
+    workload.warm_up("training", models, turns)
+    hook = lambda module, args, kwargs: given.append(kwargs["draws"].hard)  # noqa: E731
+    for name in ("literal", "fused"):
+        dsts_in(models[name], workload.case).register_forward_pre_hook(hook, with_kwargs=True)
+    for _ in range(2):
+        turns.round()
+    literal, fused, fused_again, literal_again = given  # the second round turns round
+    assert torch.equal(literal, fused) and torch.equal(literal_again, fused_again)
+    assert torch.equal(literal, ~literal_again) and 0 < literal.float().mean() < 1
 
 
 def test_gradients_are_dropped_off_the_clock() -> None:
@@ -244,7 +269,7 @@ def test_whole_backbones_run_when_asked() -> None:
 
 
 def row(case: str, mode: str, variant: str, ms: float, overhead: float | None = None, **other: Any) -> dict[str, Any]:
-    made = {"case": case, "mode": mode, "variant": variant, "seconds": [ms / 1e3] * 3, "rounds": 3, "gflop": 131.0}
+    made = {"case": case, "mode": mode, "variant": variant, "ms": ms, "rounds": 3, "gflop": 131.0}
     made |= {"parameters_m": 90.0, "weights_mib": 344.0, "peak_mib": 500.0, "dtype": "float32", "note": ""}
     made |= {"memory_format": "contiguous"}
     if overhead is not None:
