@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.backbones.memory import peak_extra_mib
 from benchmarks.backbones.models import GRAPH, KINDS, VARIANTS, Case
-from benchmarks.backbones.turns import Turns
+from benchmarks.backbones.turns import CLOCKS, Turns
 from benchmarks.backbones.workload import Workload
 from benchmarks.conftest import Recorder, Settings
 
@@ -70,6 +70,8 @@ def rows_of(case: Case, mode: str, turns: Turns, models: dict[str, nn.Module], e
             "peak_mib": None,
             "ms": statistics.median(turns.means(name)) * 1e3,
             "rounds": len(seconds),
+            "clock": next(name for name, clock in CLOCKS.items() if clock is turns.clock),
+            "share": turns.share,
             "seconds": seconds,
             "note": "",
             **held(models[variant]),
@@ -91,7 +93,7 @@ def test_cost(
         for model in models.values():
             model.zero_grad(set_to_none=True)
 
-    turns = Turns(workload.steps(mode, models), drop_gradients, settings.device, KINDS[mode])
+    turns = Turns(workload.steps(mode, models), drop_gradients, settings.device, KINDS[mode], settings.clock)
     errors = workload.warm_up(mode, models, turns)
     rounds = turns.whole(settings.rounds) if settings.rounds else turns.rounds_in(SECONDS)
     benchmark.pedantic(turns.round, rounds=rounds)

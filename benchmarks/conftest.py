@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.backbones.models import DEFAULT, MEMORY_FORMATS, Case
+from benchmarks.backbones.turns import CLOCKS
 from benchmarks.features import make_features
 from benchmarks.parity import Oracle, evaluation_oracle, training_oracle
 from benchmarks.report import machine, tables
@@ -53,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--size", type=int, help="side of a backbone's frames in pixels (default: what it was made for)")
     group.addoption("--rounds", type=int, help="turns of a backbone's variants (default: what 60 s hold, 3 to 20)")
     group.addoption(
+        "--clock", choices=CLOCKS, default="wall", help="processor: of a backbone, on a CPU that others use; one thread"
+    )
+    group.addoption(
         "--memory-format", choices=MEMORY_FORMATS, help="of a backbone (default: contiguous; on a GPU channels last)"
     )
     group.addoption("--save-results", metavar="FILE", help="write the table's JSON (see benchmarks/report)")
@@ -70,6 +74,7 @@ class Settings:
     memory: bool
     cases: tuple[Case, ...]
     rounds: int | None
+    clock: str
 
 
 def read_cases(config: pytest.Config, device: torch.device) -> tuple[Case, ...]:
@@ -102,6 +107,9 @@ def read_settings(config: pytest.Config) -> Settings:
         if option("--rounds") is not None and option("--rounds") < 1:
             raise ValueError(f"--rounds: got {option('--rounds')}, wanted at least 1")
         device = torch.device(option("--device"))
+        if option("--clock") == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
+            threads = torch.get_num_threads()
+            raise ValueError(f"--clock: got processor on {device} with {threads} threads, wanted cpu and --threads 1")
         cases = read_cases(config, device)
     except (ValueError, RuntimeError) as error:
         raise pytest.UsageError(str(error)) from error
@@ -114,6 +122,7 @@ def read_settings(config: pytest.Config) -> Settings:
         memory=not option("--no-memory"),
         cases=cases,
         rounds=option("--rounds"),
+        clock=option("--clock"),
     )
 
 
@@ -217,9 +226,9 @@ RECORDER = pytest.StashKey[Recorder]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[RECORDER] = Recorder(read_settings(config))
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
+    config.stash[RECORDER] = Recorder(read_settings(config))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,9 @@
 In a round every step runs once, in an order that turns round from round to round. The overhead of a step is the median
 over rounds of its time over the base's time in the same round, with an interval that holds it 95 times in 100. Where
 steps are of several kinds, of as many rounds as there are kinds together.
+
+A CPU's time is that of the clock. Where others use the machine it may be the processor's time of this process instead,
+on one thread: waiting for others does not count then, and waiting for a second thread there is none.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.op import interval
 from benchmarks.report.machine import synchronise
 
-__all__ = ["Overhead", "Turns"]
+__all__ = ["CLOCKS", "Overhead", "Turns"]
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 20
 ROUND_SECONDS, MOST_CALLS = 0.1, 100  # of a step on a GPU, whose single steps are short
 GPU_WARM_UP = 3
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Turns:
         before: runs ahead of every step and is not timed: gradients dropped, say.
         device: a GPU is timed by its own events, a CPU by the clock.
         kinds: of steps that come one after the other, as with draws that alternate; a time is of as many of each.
+        clock: of :data:`CLOCKS`, for a CPU.
     """
 
     def __init__(
@@ -50,8 +55,11 @@ class Turns:
         before: Callable[[], object],
         device: torch.device,
         kinds: int = 1,
+        clock: str = "wall",
     ) -> None:
         self.steps, self.before, self.device, self.kinds = steps, before, device, kinds
+        self.clock = CLOCKS[clock]
+        self.wall = self.processor = 0.0  # seconds of all timed steps on a CPU, by both clocks
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
         self.gflop: dict[str, float] = {}
         self.once: dict[str, float] = {}
@@ -62,10 +70,10 @@ class Turns:
         step = self.steps[name]
         self.before()
         with FlopCounterMode(display=False) as counter:
-            start = time.perf_counter()
+            start = self.clock()
             result = step()
             synchronise(self.device)
-            once = time.perf_counter() - start
+            once = self.clock() - start
         self.gflop[name] = counter.get_total_flops() / 1e9
         if self.device.type == "cuda":  # a library may have searched for algorithms
             once = min(self.timed(step, 1) for _ in range(GPU_WARM_UP))
@@ -90,9 +98,11 @@ class Turns:
         spent = 0.0
         for _ in range(calls):
             self.before()
-            start = time.perf_counter()
+            wall, processor, start = time.perf_counter(), time.process_time(), self.clock()
             step()
-            spent += time.perf_counter() - start
+            spent += self.clock() - start
+            self.wall += time.perf_counter() - wall
+            self.processor += time.process_time() - processor
         return spent / calls
 
     def timed_by_events(self, step: Callable[[], object], calls: int) -> float:
@@ -113,6 +123,11 @@ class Turns:
         for name in names:
             self.seconds[name].append(self.timed(self.steps[name], self.calls))
         self.before()
+
+    @property
+    def share(self) -> float | None:
+        """How much of its threads' time this process was given while steps were timed; ``None`` for a GPU's."""
+        return self.processor / self.wall / torch.get_num_threads() if self.wall else None
 
     def means(self, name: str) -> list[float]:
         """Seconds of a step, over as many rounds as there are kinds."""
