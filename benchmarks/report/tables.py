@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import backbones
+
 __all__ = ["COLUMNS", "figure", "footnotes", "heading", "markdown", "plain", "table"]
 
 COLUMNS = (
@@ -157,7 +159,8 @@ def plain(results: dict[str, Any]) -> list[str]:
 
     main = ["", *map(lay_out, lines), "", *footnotes(results)] if results["rows"] else []
     extra = extra_lines(results)
-    return [heading(results), *main, *([""] if extra else []), *extra, *scaling_lines(results)]
+    extra = [*([""] if extra else []), *extra]
+    return [heading(results), *main, *extra, *scaling_lines(results), *backbones.plain(results)]
 
 
 def scaling_lines(results: dict[str, Any]) -> list[str]:
@@ -171,10 +174,9 @@ def markdown(results: dict[str, Any]) -> str:
     for cells in table(results):
         cells = [f"**{cell}**" if cells[2] in ours and i in (2, 3) else cell for i, cell in enumerate(cells)]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = [
-        f"- {note}" for note in (*footnotes(results), *extra_lines(results), *filter(None, scaling_lines(results)))
-    ]
-    return "\n".join([heading(results), "", *lines, "", *notes])
+    main = ["", *lines, "", *(f"- {note}" for note in footnotes(results))] if results["rows"] else []
+    notes = [f"- {note}" for note in (*extra_lines(results), *filter(None, scaling_lines(results)))]
+    return "\n".join([heading(results), *main, *notes, *backbones.markdown(results)])
 
 
 def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None:
@@ -206,6 +208,10 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
 
 def figure(results: dict[str, Any], path: Path) -> None:
     """Draws one panel a mode and saves it; the ending of ``path`` chooses the format."""
+    if not results["rows"]:
+        raise SystemExit(
+            "--figure: got results of backbones alone, wanted rows of the module: there is nothing to draw"
+        )
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,0 +1,1 @@
+"""Whole backbones with DSTS and without: made, timed in turn, their memory."""
