@@ -183,6 +183,8 @@ def in_any_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if absent := config.stash.get(ABSENT, set()):
         names = ", ".join(sorted(absent))
-        terminalreporter.write_line(f"left out: tests that need {names} (extras train, bench, backbones, examples and deploy)")
+        terminalreporter.write_line(
+            f"left out: tests that need {names} (extras train, bench, backbones, examples and deploy)"
+        )
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"repeat these inputs with --seed {config.getoption('--seed')}")
