@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "/nonexistent/nvcc"  # what CUDACXX names is taken, and only that: .ci/run's own install is the one with CUDA
 RECORD = "_build" + EXTENSION_SUFFIXES[0].removesuffix(".so") + ".json"
-READ = ("DSTS_BUILD", "CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
+READ = ("DSTS_BUILD", "DSTS_CUDA_ARCHS", "CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
 LEFT_OUT = ("build", "dist", "runs", "_C.*", "_build.*", "*.egg-info", "__pycache__", ".*")
 
 pytestmark = [
@@ -148,6 +148,33 @@ def test_an_empty_cudacxx_is_unset(build_wheel, tmp_path):
     nvcc = script(tmp_path / "home/bin/nvcc", "echo the licence is gone >&2; exit 3")
     done, _ = build_wheel(DSTS_BUILD="cuda", CUDACXX="", CUDA_HOME=str(tmp_path / "home"))
     assert f"{nvcc} --list-gpu-code failed (3): the licence is gone" in said(done, "cuda")
+
+
+GPU_CODE = "[ $1 = --list-gpu-code ] && exec printf 'sm_%s\\n' 52 75 80 86 90 || echo 'no seat is free' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    "archs, chosen",
+    [
+        pytest.param("", "75;80;90", id="all"),
+        pytest.param("9.0", "90", id="one"),
+        pytest.param("90, 8.6,90", "86;90", id="several"),
+    ],
+)
+def test_which_gpus_kernels_are_for(build_wheel, tmp_path, archs, chosen):
+    """``DSTS_CUDA_ARCHS`` says; without it a chip of every major version that nvcc knows, and Turing's."""
+    nvcc = script(tmp_path / "nvcc", GPU_CODE)
+    done, _ = build_wheel(DSTS_BUILD="cuda", CUDACXX=nvcc, DSTS_CUDA_ARCHS=archs)
+    assert f"CUDA kernels for {chosen}\n" in done.stdout, done.stdout
+    assert "no seat is free" in said(done, "cuda")
+
+
+@pytest.mark.parametrize("archs", ["5.2", "90;hopper", "100"])
+def test_gpus_that_nvcc_does_not_know_are_refused(build_wheel, tmp_path, archs):
+    """Also those that the kernels do not run on, with what would do."""
+    done, wheel = build_wheel(DSTS_BUILD="cuda", CUDACXX=script(tmp_path / "nvcc", GPU_CODE), DSTS_CUDA_ARCHS=archs)
+    assert wheel is None
+    assert f"DSTS_CUDA_ARCHS is {archs}; wanted some of 75, 80, 86, 90, which" in said(done, "cuda")
 
 
 @pytest.mark.parametrize(
