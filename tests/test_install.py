@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import native_build
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "/nonexistent/nvcc"  # what CUDACXX names is taken, and only that: .ci/run's own install is the one with CUDA
 RECORD = "_build" + EXTENSION_SUFFIXES[0].removesuffix(".so") + ".json"
@@ -150,31 +152,32 @@ def test_an_empty_cudacxx_is_unset(build_wheel, tmp_path):
     assert f"{nvcc} --list-gpu-code failed (3): the licence is gone" in said(done, "cuda")
 
 
-GPU_CODE = "[ $1 = --list-gpu-code ] && exec printf 'sm_%s\\n' 52 75 80 86 90 || echo 'no seat is free' >&2; exit 1"
+@pytest.fixture
+def configure(tree, tmp_path):
+    """configure(archs): what CMake says beside an nvcc that knows five chips and compiles nothing."""
+    listing = "[ $1 = --list-gpu-code ] && exec printf 'sm_%s\\n' 52 75 80 86 90; exit 1"
+    given = {"CUDACXX": script(tmp_path / "nvcc", listing), "DSTS_BUILD": "cuda"}
+
+    def said_by_cmake(archs: str) -> str:
+        defines = ["-DDSTS_WITH_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+        command = [native_build.tool("cmake", "CMAKE_BIN_DIR"), "-S", str(tree), "-B", str(tmp_path / "made"), *defines]
+        done = run(command, DSTS_CUDA_ARCHS=archs, **given)
+        assert done.returncode != 0, done.stdout  # as nvcc compiles nothing
+        return " ".join(done.stdout.split())  # CMake breaks lines
+
+    return said_by_cmake
 
 
-@pytest.mark.parametrize(
-    "archs, chosen",
-    [
-        pytest.param("", "75;80;90", id="all"),
-        pytest.param("9.0", "90", id="one"),
-        pytest.param("90, 8.6,90", "86;90", id="several"),
-    ],
-)
-def test_which_gpus_kernels_are_for(build_wheel, tmp_path, archs, chosen):
+def test_which_gpus_kernels_are_for(configure):
     """``DSTS_CUDA_ARCHS`` says; without it a chip of every major version that nvcc knows, and Turing's."""
-    nvcc = script(tmp_path / "nvcc", GPU_CODE)
-    done, _ = build_wheel(DSTS_BUILD="cuda", CUDACXX=nvcc, DSTS_CUDA_ARCHS=archs)
-    assert f"CUDA kernels for {chosen}\n" in done.stdout, done.stdout
-    assert "no seat is free" in said(done, "cuda")
+    for archs, chosen in (("", "75;80;90"), ("9.0", "90"), ("90, 8.6,90", "86;90"), (" ", "75;80;90")):
+        assert f"-- CUDA kernels for {chosen} " in configure(archs), archs
 
 
-@pytest.mark.parametrize("archs", ["5.2", "90;hopper", "100"])
-def test_gpus_that_nvcc_does_not_know_are_refused(build_wheel, tmp_path, archs):
+def test_gpus_that_nvcc_does_not_know_are_refused(configure):
     """Also those that the kernels do not run on, with what would do."""
-    done, wheel = build_wheel(DSTS_BUILD="cuda", CUDACXX=script(tmp_path / "nvcc", GPU_CODE), DSTS_CUDA_ARCHS=archs)
-    assert wheel is None
-    assert f"DSTS_CUDA_ARCHS is {archs}; wanted some of 75, 80, 86, 90, which" in said(done, "cuda")
+    for archs in ("5.2", "90;hopper", "100"):
+        assert f"DSTS_CUDA_ARCHS is {archs}; wanted some of 75, 80, 86, 90, which" in configure(archs)
 
 
 @pytest.mark.parametrize(
