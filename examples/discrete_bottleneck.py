@@ -48,11 +48,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
     this.add_argument("--bits", type=at_least_1, default=8, help="of a code")
     options = this.parse_args(arguments)
     torch.manual_seed(options.seed)
-    lexicon = torch.randint(LETTERS, (WORDS, WORD))
+    lexicon = torch.randint(LETTERS, (WORDS, WORD), device=options.device)
 
     def texts(count: int) -> Tensor:
         """Letters ``(count, 32)`` of texts of eight words."""
-        return lexicon[torch.randint(WORDS, (count, 8))].flatten(1).to(options.device)
+        return lexicon[torch.randint(WORDS, (count, 8), device=options.device)].flatten(1)
 
     model, losses = Autoencoder(options.bits).to(options.device), []
     optimizer = torch.optim.AdamW(model.parameters(), options.rate)
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model.eval()
     with torch.no_grad():
         logits, _ = model(letters := texts(64))
-        _, codes = model(lexicon.to(options.device))  # (32, 1, bits) of 0 and 1
+        _, codes = model(lexicon)  # (32, 1, bits) of 0 and 1
     right = (logits.argmax(2) == letters).float().mean()
     count = len(codes.flatten(1).unique(dim=0))
     print(f"{right:.1%} of the letters come back from bits; {WORDS} words have {count} codes of {options.bits} bits")

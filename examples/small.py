@@ -60,13 +60,14 @@ def stripes(count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Ten
 
     The class is one of four directions, which any frame shows, times still or drifting, which only time shows.
     """
-    label = torch.randint(CLASSES, (count,))
+    label = torch.randint(CLASSES, (count,), device=device)
     angle = (label // 2 * math.pi / DIRECTIONS).view(count, 1, 1, 1)
-    t, y, x = torch.meshgrid(torch.arange(FRAMES), torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    phase = torch.rand(count, 1, 1, 1) * 2 * math.pi + (label % 2).view(count, 1, 1, 1) * t * math.pi / 2
+    t, y, x = torch.meshgrid([torch.arange(size, device=device) for size in (FRAMES, SIZE, SIZE)], indexing="ij")
+    phase = torch.rand(count, 1, 1, 1, device=device) * 2 * math.pi
+    phase = phase + (label % 2).view(count, 1, 1, 1) * t * math.pi / 2
     clips = torch.sin(1.2 * (x * angle.cos() + y * angle.sin()) + phase)
     clips = clips + 0.3 * torch.randn_like(clips)
-    return clips[:, None].expand(-1, 3, -1, -1, -1).to(device), label.to(device)
+    return clips[:, None].expand(-1, 3, -1, -1, -1), label
 
 
 def small_model() -> nn.Sequential:

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-import native_build
-
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "/nonexistent/nvcc"  # what CUDACXX names is taken, and only that: .ci/run's own install is the one with CUDA
 RECORD = "_build" + EXTENSION_SUFFIXES[0].removesuffix(".so") + ".json"
@@ -155,12 +153,14 @@ def test_an_empty_cudacxx_is_unset(build_wheel, tmp_path):
 @pytest.fixture
 def configure(tree, tmp_path):
     """configure(archs): what CMake says beside an nvcc that knows five chips and compiles nothing."""
+    from native_build import tool
+
     listing = "[ $1 = --list-gpu-code ] && exec printf 'sm_%s\\n' 52 75 80 86 90; exit 1"
     given = {"CUDACXX": script(tmp_path / "nvcc", listing), "DSTS_BUILD": "cuda"}
 
     def said_by_cmake(archs: str) -> str:
         defines = ["-DDSTS_WITH_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-        command = [native_build.tool("cmake", "CMAKE_BIN_DIR"), "-S", str(tree), "-B", str(tmp_path / "made"), *defines]
+        command = [tool("cmake", "CMAKE_BIN_DIR"), "-S", str(tree), "-B", str(tmp_path / "made"), *defines]
         done = run(command, DSTS_CUDA_ARCHS=archs, **given)
         assert done.returncode != 0, done.stdout  # as nvcc compiles nothing
         return " ".join(done.stdout.split())  # CMake breaks lines

@@ -163,10 +163,10 @@ def _arguments(model: nn.Module, example: object, make: Callable[[], Tensor]) ->
 
 
 def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """A clip in the dtype and on the device of the model's first floating parameter."""
+    """A clip in the dtype and on the device of the model's first floating parameter; else float32 on the CPU."""
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is None:
-        return torch.zeros(shape)
+        return torch.zeros(shape, device="cpu")
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
