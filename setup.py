@@ -1,8 +1,8 @@
 """Build of the package for one Python: the native module by ``native_build``, and a record of what came of it.
 
-``DSTS_BUILD`` says what is built: ``auto`` (default) what this machine can, CPU and CUDA kernels, and the install goes on
-without those it cannot; ``none`` nothing; ``cpu`` or ``cuda`` must succeed or the install fails. ``DSTS_CUDA_ARCHS``
-says for which GPUs, such as ``8.0;9.0``: a chip takes a minute of compiling or more on two cores.
+``DSTS_BUILD`` says what is built: ``auto`` (default) builds what this machine can, CPU and CUDA kernels, and installs
+without those it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the install fails.
+``DSTS_CUDA_ARCHS`` says for which GPUs, such as ``8.0;9.0``: a chip takes a minute of compiling or more on two cores.
 Everything else (sources, flags, instruction sets) is described in ``CMakeLists.txt``.
 """
 
