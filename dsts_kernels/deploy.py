@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .backends.base import accumulate_dtype
 from .backends.packing import places, unpack_at, unpack_mixing
@@ -234,9 +235,11 @@ def to_onnx(
     *,
     dynamic_shapes: Sequence[Any] | None = None,
 ) -> None:
-    """Write ``standard(model)`` as ONNX, opset 18: the old file or the new one is there, never half of one.
+    """Write ``standard(model)`` as ONNX, opset 18. Needs the extra ``deploy``.
 
-    Weights beyond 1.5 GB go to ``<path>.data`` beside it. Needs the extra ``deploy``.
+    The old file or the new one is there, never half of one. Weights beyond 1.5 GB go to ``<path>.data`` beside it,
+    which is written first. It is removed where an older model left one that
+    the new one does not need.
 
     Args:
         model: what :func:`standard` takes, in float32, float64 or float16.
@@ -248,13 +251,18 @@ def to_onnx(
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        TypeError: weights or arguments in bfloat16, which onnxruntime does not run on a CPU.
-        ValueError: as :func:`standard`.
+        TypeError: weights or arguments in bfloat16, or a convolution outside DSTS in float64: onnxruntime runs neither
+            on a CPU.
+        ValueError: as :func:`standard`; ``path`` is a folder.
+        Exception: what ``torch.export`` raises where the model does not take ``args`` or ``dynamic_shapes``.
     """
     try:
         import onnxscript  # noqa: F401 - torch's exporter writes with it
     except ImportError as error:
         raise ImportError("to_onnx: onnx and onnxscript are missing: pip install 'dsts_kernels[deploy]'") from error
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path: got the folder {str(path)!r}, wanted the name of a file")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     model, tensors = standard(model), [a for a in args if isinstance(a, Tensor)]
     for name, tensor in [*model.state_dict(keep_vars=True).items(), *(("args", a) for a in tensors)]:
@@ -263,6 +271,12 @@ def to_onnx(
                 f"{name}: got torch.bfloat16, wanted float32, float64 or float16: onnxruntime runs no bfloat16 "
                 "on a CPU; model.float() converts a model and its frozen modules"
             )
+    for name, part in model.named_modules():
+        if isinstance(part, _ConvNd) and part.weight.dtype == torch.float64:
+            raise TypeError(
+                f"{name}.weight: got torch.float64, wanted float32 or float16: onnxruntime runs no convolution in "
+                "float64 on a CPU; model.float() converts a model and its frozen modules"
+            )
     if dynamic_shapes is None:
         args = tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.shape[0] == 1 else a for a in args)
         dynamic_shapes = [{0: "batch"} if isinstance(a, Tensor) else None for a in args]
@@ -270,9 +284,12 @@ def to_onnx(
         program = torch.onnx.export(
             model, args, dynamo=True, opset_version=OPSET, dynamic_shapes=tuple(dynamic_shapes), verbose=False
         )
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         program.save(Path(beside, path.name))
+        names = {f"{path.name}.data"}
         for written in sorted(Path(beside).iterdir(), key=lambda file: file.name == path.name):  # weights first
             os.replace(written, path.parent / written.name)
+            names.discard(written.name)
+    for stale in names:
+        (path.parent / stale).unlink(missing_ok=True)

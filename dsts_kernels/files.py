@@ -100,7 +100,8 @@ def read(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path: got {str(path)!r}, wanted {what}; there is no such file")
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"path: got {str(path)!r}, wanted {what}; {why}")
     try:
         check_records(path)
         content = torch.load(path, map_location=map_location, weights_only=True)

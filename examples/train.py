@@ -14,6 +14,7 @@ One epoch at a time: train, count the routing, evaluate, write TensorBoard's eve
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -65,6 +66,22 @@ def cycled(loader: DataLoader) -> Iterator[list[Tensor]]:
         yield from loader
 
 
+def import_packages() -> None:
+    """What is needed later, now: before any work is done that would be lost.
+
+    Raises:
+        ImportError: names the package.
+    """
+    for name in ("torchmetrics.classification", "torch.utils.tensorboard", "tqdm"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
+            raise ImportError(
+                f"{name}: cannot be imported ({error}), wanted: pip install -e '.[train]' -c constraints.txt; "
+                "where the error names torchvision, one made for the torch that is installed, or none"
+            ) from error
+
+
 class Trainer:
     """Model, data, optimizers and the loop; everything that a checkpoint holds."""
 
@@ -72,6 +89,7 @@ class Trainer:
         self.options = options
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(options.device)
+        import_packages()
         torch.manual_seed(options.seed)
         self.train_set, self.test_set = build_data(options)
         self.config = classifier_config(options, self.train_set.class_names)

@@ -69,6 +69,8 @@ def test_classifier_of_any_size(tmp_path):
 
     model, path = frozen_classifier(num_layers=2), tmp_path / "sub" / "model.onnx"
     sizes = [{0: "batch", 2: "frames", 3: "height", 4: "width"}]
+    path.parent.mkdir()
+    (path.parent / "model.onnx.data").write_text("weights of an older file")
     deploy.to_onnx(model, torch.randn(2, 3, 4, 8, 8), path, dynamic_shapes=sizes)
     written = onnx.load(path)
     onnx.checker.check_model(written, full_check=True)
@@ -96,6 +98,10 @@ def test_refuses(tmp_path):
     x = torch.randn(2, 3, 2, 4, 4)
     with pytest.raises(TypeError, match=r"stem\.0\.weight: got torch.bfloat16, wanted float32, float64 or float16"):
         deploy.to_onnx(frozen_classifier().bfloat16(), x.bfloat16(), path)
+    with pytest.raises(TypeError, match=r"stem\.0\.weight: got torch.float64, wanted float32 or float16"):
+        deploy.to_onnx(frozen_classifier().double(), x.double(), path)
     with pytest.raises(ValueError, match=r"model\.dsts\.layers\.0: got a DSTSLayer"):
         deploy.to_onnx(Classifier().eval(), x, path)
+    with pytest.raises(ValueError, match=r"path: got the folder '.*', wanted the name of a file"):
+        deploy.to_onnx(frozen_classifier(), x, tmp_path)
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1

@@ -148,8 +148,15 @@ def insert_dsts(
     >>> freeze_dsts(model.eval())(torch.randn(2, 3, 8, 16, 16)).shape
     torch.Size([2, 16, 1, 1, 1])
     """
+    check_model(model)
+    refuse_wrapped(model, "")
     target = submodule(model, where)
     refuse_wrapped(model, where)
+    owner = dsts_around(model, where)
+    if owner is not None:
+        raise ValueError(
+            f"where: got {where!r}, which is {owner!r} or in it, a DSTS module; wanted a submodule beside it"
+        )
     if any(isinstance(hook, DSTSHook) for hook in target._forward_hooks.values()):
         raise ValueError(f"where: got {where!r}, which has DSTS behind it, wanted remove_dsts(model, {where!r}) first")
     if type(target).forward is nn.Module.forward:
@@ -195,6 +202,7 @@ def remove_dsts(model: nn.Module, where: str | None = None) -> nn.Module:
             or compiled.
     """
     found = {name: (target, key, hook) for name, target, key, hook in insertions(model)}
+    refuse_wrapped(model, "")
     if where is not None:
         submodule(model, where)
     if not found or (where is not None and where not in found):
@@ -224,8 +232,9 @@ def freeze_dsts(model: nn.Module, **options: Any) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError, ValueError: there is none; a model that is wrapped or compiled; what :meth:`FusedDSTS.freeze`
-            refuses. The model is as it was.
+        TypeError, ValueError: there is none; a model in training mode, or one that is wrapped or compiled; DSTS with
+            forward hooks, which its frozen form would not run; what :meth:`FusedDSTS.freeze` refuses. The model is as
+            it was.
     """
     check_model(model)
     if isinstance(model, FusedDSTS):
@@ -240,8 +249,11 @@ def freeze_dsts(model: nn.Module, **options: Any) -> nn.Module:
         frozen = any(isinstance(part, FrozenDSTS) for part in model.modules())
         why = ", whose DSTS is frozen already" if frozen else " without FusedDSTS"
         raise ValueError(f"model: got {type(model).__name__}{why}, wanted one with FusedDSTS in it")
-    for name, _, _ in places:
+    for name, module, child in places:
         refuse_wrapped(model, name)
+        refuse_hooks(module._modules[child], f"{name}.{child}".lstrip("."))
+    if model.training:
+        raise ValueError(f"model: got {type(model).__name__} in training mode, wanted evaluation: model.eval()")
     made: dict[int, FrozenDSTS] = {}
     for _, module, child in places:
         part = module._modules[child]
@@ -326,6 +338,22 @@ def channels_of(dsts: object, channels: int | None, options: Mapping[str, object
     if channels not in (None, own):
         raise ValueError(f"dsts: got a module of {own} channels, wanted {channels}, which channels says")
     return own
+
+
+def dsts_around(model: nn.Module, where: str) -> str | None:
+    """The name of the DSTS module that ``where`` names or lies in; ``None`` where there is none."""
+    module, name = model, ""
+    for part in where.split("."):
+        if isinstance(module, (FusedDSTS, FrozenDSTS, reference.DSTS)):
+            return name
+        module, name = module._modules[part] if part else module, f"{name}.{part}".lstrip(".")
+    return name if isinstance(module, (FusedDSTS, FrozenDSTS, reference.DSTS)) else None
+
+
+def refuse_hooks(dsts: FusedDSTS, name: str) -> None:
+    """Refuses hooks that may change what DSTS returns: its frozen form has none of them."""
+    if dsts._forward_pre_hooks or dsts._forward_hooks:
+        raise ValueError(f"model: got a forward hook on {name!r}, wanted none: its frozen form would not run it")
 
 
 def refuse_wrapped(model: nn.Module, where: str) -> None:

@@ -16,7 +16,6 @@ import torch
 from .. import files
 from ..backbones import BACKBONES
 from ..data.folders import EXTENSIONS
-from ..data.video import VideoError
 from .classifier import Classifier
 from .results import Classification
 
@@ -97,19 +96,21 @@ def classify(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tupl
     if given.threads:
         torch.set_num_threads(given.threads)
     try:
+        if given.out is not None and given.out.is_dir():
+            raise ValueError(f"--out: got the folder {str(given.out)!r}, wanted the name of a file")
         videos, unread = found_in(given.clips)
         pictures = places(given.figure, videos)
         classifier = made(given)
         classifier.sampling.check(given.window, given.hop)
         results, failed = answers(classifier, videos, given)
         unread += failed
-        for result in results:
-            if result.path in pictures:
-                draw(result, pictures[result.path])
         text = document(classifier, given, results, unread) if given.json else report(given, results)
         if given.out is not None:
             with files.replacing(given.out) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
+        for result in results:
+            if result.path in pictures:
+                draw(result, pictures[result.path])
     except (ImportError, OSError, ValueError, TypeError) as error:
         parser.error(str(error))
     for result in results:
@@ -149,7 +150,7 @@ def answers(
                     progress=partial(windows_bar, path),
                 )
             )
-        except VideoError as error:
+        except ValueError as error:  # VideoError, or logits that are not finite: the others' answers are kept
             unread.append(Unread(path, str(error)))
     windows = sum(len(result.windows) for result in results)
     if windows > 1 and not sys.stderr.isatty():

@@ -305,9 +305,40 @@ def test_wrapped_models(wrap, prefix, kind):
     says = rf"model: got {kind} at '', wanted the model before it is wrapped or compiled"
     for change in (
         lambda: insert_dsts(wrapped, f"{prefix}stage2", layout="BCTHW", channels=CHANNELS, **OPTIONS),
+        lambda: insert_dsts(wrapped, "stage2"),
         lambda: remove_dsts(wrapped),
+        lambda: remove_dsts(wrapped, "stage2"),
         lambda: freeze_dsts(wrapped),
     ):
         with pytest.raises(ValueError, match=says):
             change()
     assert sum(isinstance(m, FusedDSTS) for m in wrapped.modules()) == 1
+
+
+@pytest.mark.parametrize("inside", ["", ".layers", ".layers.0"])
+def test_no_dsts_behind_dsts(inside):
+    """Freezing takes the outer one's parts away, and would take such a one along."""
+    model, dsts, _ = inserted("BCTHW")
+    name = next(name for name, module in model.named_modules() if module is dsts)
+    with pytest.raises(ValueError, match=rf"where: got '{name}{inside}', which is '{name}' or in it, a DSTS module"):
+        insert_dsts(model, name + inside, layout="BCTHW", channels=CHANNELS, **OPTIONS)
+    assert sum(isinstance(m, FusedDSTS) for m in model.modules()) == 1
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_freezing_drops_no_hook(hook):
+    model, dsts, x = inserted("BCTHW")
+    handle = getattr(dsts.eval(), hook)(lambda *args: None)
+    name = next(name for name, module in model.named_modules() if module is dsts)
+    with pytest.raises(ValueError, match=rf"model: got a forward hook on '{name}', wanted none"):
+        freeze_dsts(model.eval())
+    assert any(module is dsts for module in model.modules())
+    handle.remove()
+    assert freeze_dsts(model)(x).isfinite().all()
+
+
+def test_freezing_wants_evaluation():
+    model, dsts, _ = inserted("BCTHW")
+    with pytest.raises(ValueError, match=r"model: got Clips in training mode, wanted evaluation: model\.eval\(\)"):
+        freeze_dsts(model.train())
+    assert any(module is dsts for module in model.modules())

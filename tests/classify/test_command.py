@@ -107,6 +107,22 @@ def test_figure(here, capsys):
     assert "<svg" in (here / "all.svg").read_text()
 
 
+def test_one_video_without_an_answer_keeps_the_others(here, capsys, monkeypatch):
+    """A model whose logits are not finite for a video, say."""
+    whole = command.Classifier.__call__
+
+    def answer(self, path, **options):
+        if path.name == "a.MKV":
+            raise ValueError(f"model: got logits that are not finite for {str(path)!r}, wanted finite ones")
+        return whole(self, path, **options)
+
+    monkeypatch.setattr(command.Classifier, "__call__", answer)
+    assert run("clips", "--model", "last.pt") == 1
+    said = capsys.readouterr()
+    assert "clips/b.mp4: " in said.out and "error: model: got logits that are not finite for" in said.err
+    assert "2 of 3 videos could not be read" in said.err
+
+
 @pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize("what", ["--figure", "--out"])
 def test_nothing_half_written(here, capsys, monkeypatch, what):
@@ -164,7 +180,11 @@ def test_progress(here, capsys, monkeypatch):
             "--figure: got 'a.txt', wanted a name that ends in",
         ),
         (["clips", "--model", "last.pt", "--figure", "last.pt"], "--figure: got the file 'last.pt' for 3 videos"),
-        (["clips/b.mp4", "--model", "last.pt", "--out", "clips"], "clips"),
+        (["clips/b.mp4", "--model", "clips"], "path: got 'clips', wanted a checkpoint; it is a folder"),
+        (
+            ["clips/b.mp4", "--model", "last.pt", "--figure", "a.png", "--out", "clips"],
+            "--out: got the folder 'clips', wanted the name of a file",
+        ),
     ],
 )
 def test_arguments_that_cannot_be(here, capsys, arguments, says):

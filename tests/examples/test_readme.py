@@ -40,5 +40,5 @@ def test_train_and_classify(tmp_path, monkeypatch, capsys):
     assert cli([str(default_clip()) if word == clip else word for word in classifying[3:]]) == 0
     said = capsys.readouterr().out
     assert "bikes.mp4: 10.0 s" in said and said.count("% of its channels spatial") == 3
-    assert (tmp_path / "bikes.png").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "bikes.png").stat().st_size > 10_000
     torch.set_num_threads(before)

@@ -208,6 +208,14 @@ def test_a_test_clip_that_went_away(tmp_path, monkeypatch):
     assert information_table(routing)
 
 
+def test_a_package_that_does_not_import_is_told_first(tmp_path, capsys, monkeypatch):
+    """Before an epoch is trained that would be lost: torchmetrics imports a torchvision that may not load."""
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    assert train.main([*TOY, "--out", str(tmp_path / "run")]) == 2
+    assert "error: torchmetrics.classification: cannot be imported" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 @pytest.mark.parametrize(
     "options",
     [TPN, [*TPN, "--aux-head", "--learning", "joint"], [*TPN, "--where", "backbone.layer2.0", "--literal"]],
