@@ -1,9 +1,10 @@
 """Each change of the GPU path, old beside new, in one call: ``python -m benchmarks.gpu.changes``.
 
-A change is a switch of :mod:`dsts_kernels.backends.gpu.switches`. Where it may matter (:data:`WHERE`) a module is built,
-captured and run with the switch off (old) and on (new), all other switches as they are by default. Results are compared
-with each other first. Then both take turns, round by round; the ratio is the median over rounds of new over old, with an
-interval that holds it 95 times in 100. Beside it stand the sum of every launch and the host's time of both.
+A change is a switch of :mod:`dsts_kernels.backends.gpu.switches`. Where it may matter (:data:`WHERE`) a module is
+built, captured and run with the switch off (old) and on (new), all other switches as they are by default. Results are
+compared with each other first. Then both take turns, round by round; the ratio is the median over rounds of new over
+old, with an interval that holds it 95 times in 100. Beside it stand the sum of every launch and the host's time, of
+both.
 
 A case gets its share of the time that is left; one that no longer fits is listed. ``--dry-run`` runs every case once at
 toy sizes on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1``), to show that all of them can run.

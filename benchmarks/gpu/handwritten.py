@@ -127,7 +127,7 @@ def split_features(h: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def operate(h: Tensor, gate: Tensor, weights: Sequence[Tensor], lists: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Both operators on a unit's features, ``(b, T, H, W, O)``; ``weights`` are ``(O, C, 3, 3)`` and ``(O, C, 3, 1)``."""
+    """Both operators on a unit's features, ``(b, T, H, W, O)``; ``weights``: ``(O, C, 3, 3)`` and ``(O, C, 3, 1)``."""
     if lists is None:
         first, second = (s.forward(x, w) for s, x, w in zip(SIDES, split_features(h, gate), weights, strict=True))
         return first.add_(second)

@@ -41,7 +41,8 @@ def first_of(ms: dict[str, float]) -> str:
 
 
 def words(row: Row) -> str:
-    return f"{row['mode']}, {row['dtype']}, C {row['channels']}, {row['plane']}, batch {row['batch']}, share {row['share']:g}"
+    where = f"C {row['channels']}, {row['plane']}, batch {row['batch']}, share {row['share']:g}"
+    return f"{row['mode']}, {row['dtype']}, {where}"
 
 
 def losing(row: Row) -> str | None:
@@ -88,7 +89,9 @@ def winner(cell: Cell) -> str | None:
     return name if name is not None and cell[name] < 1 / ALLOWED else None
 
 
-def runs(values: Sequence[int], winners: Sequence[str | None], lowest: int, highest: int) -> Iterator[tuple[str, int, int]]:
+def runs(
+    values: Sequence[int], winners: Sequence[str | None], lowest: int, highest: int
+) -> Iterator[tuple[str, int, int]]:
     """Stretches of neighbours with one winner; those at the ends reach to ``lowest`` and ``highest``."""
     start = 0
     for index in range(1, len(values) + 1):

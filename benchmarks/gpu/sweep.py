@@ -236,8 +236,8 @@ def before(path: Path, facts: dict[str, Any], fresh: bool) -> list[dict[str, Any
     for name in ("device", "torch", "commit"):
         if record["facts"][name] != facts[name]:
             raise SystemExit(
-                f"benchmarks.gpu.sweep: {path} has {name} {record['facts'][name]}, this is {facts[name]}: --fresh begins "
-                "anew, --out DIR keeps it"
+                f"benchmarks.gpu.sweep: {path} has {name} {record['facts'][name]}, this is {facts[name]}: --fresh "
+                "begins anew, --out DIR keeps it"
             )
     return [row for row in record["rows"] if row["ms"]]
 

@@ -1,9 +1,10 @@
 """Which of Triton's tiles is the fastest on this GPU: ``python -m benchmarks.gpu.tune``.
 
-Each of the three large kernels is timed by the op that launches it, with every candidate tile, everything else in the op
-included alike. Results are compared with the first candidate's before they are timed. Launchers take the first candidate
-that fits (:data:`dsts_kernels.backends.triton.tuning.CANDIDATES`); where another one is faster the last lines say so, and
-whoever believes it moves it up in that table, whose tiles the tests compile. Times go to ``tiles-<device>.json``.
+Each of the three large kernels is timed by the op that launches it, with every candidate tile, everything else in the
+op included alike. Results are compared with the first candidate's before they are timed. Launchers take the first
+candidate that fits (:data:`dsts_kernels.backends.triton.tuning.CANDIDATES`); where another one is faster the last lines
+say so, and whoever believes it moves it up in that table, whose tiles the tests compile. Times go to
+``tiles-<device>.json``.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from .base import OPS, Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .eager import EagerBackend
-from .gpu import GpuBackend
-from .gpu import measured
+from .gpu import GpuBackend, measured
 from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
@@ -157,9 +156,7 @@ def _environment(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
-def _faster(
-    first: Backend, op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int] | None
-) -> Backend:
+def _faster(first: Backend, op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int] | None) -> Backend:
     """``first``, or the backend that was measured faster on such a chip at such a size, where that can run."""
     if device.type == "cpu" or not isinstance(first, GpuBackend):
         return first

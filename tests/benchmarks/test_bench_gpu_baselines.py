@@ -80,7 +80,9 @@ def test_live_evaluation_matches(reference: DSTS, features: torch.Tensor, groupi
         assert relative_error(module_of(reference, grouping).eval()(features), wanted) <= OUTPUT
 
 
-@pytest.mark.parametrize("kind", [PickedEval, lambda reference: padded(HandwrittenEval(reference))], ids=["picked", "padded"])
+@pytest.mark.parametrize(
+    "kind", [PickedEval, lambda reference: padded(HandwrittenEval(reference))], ids=["picked", "padded"]
+)
 @pytest.mark.parametrize("side", [None, -1.0, 1.0], ids=["both", "all-temporal", "all-spatial"])
 def test_evaluation_matches(features: torch.Tensor, kind: type, side: float | None) -> None:
     """Lists of any length, none at all included."""

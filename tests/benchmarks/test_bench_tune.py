@@ -39,7 +39,7 @@ def test_a_tile_that_gives_something_else_is_an_error() -> None:
     tiles = tuning.candidates("conv", "sm_90", "half")
     results = iter([torch.ones(3), torch.ones(3), torch.full((3,), 1.5)])
     timed = []
-    with pytest.raises(AssertionError, match="conv with Tile.*: relative error 0.5 against the first"):
+    with pytest.raises(AssertionError, match=r"conv with Tile.*: relative error 0.5 against the first"):
         tune.tile_times("conv", lambda: next(results), tiles, torch.bfloat16, lambda call: timed.append(call) or 1.0)
     assert len(timed) == 2
 
@@ -55,7 +55,9 @@ def test_faster_tiles_are_named() -> None:
 
 
 def test_nothing_begins_after_the_deadline() -> None:
-    assert tune.tune("sm_90", [("half", torch.bfloat16, (1, 2, 2), 1)], 8, CPU, lambda call: 1.0, time.monotonic()) == []
+    assert (
+        tune.tune("sm_90", [("half", torch.bfloat16, (1, 2, 2), 1)], 8, CPU, lambda call: 1.0, time.monotonic()) == []
+    )
 
 
 def test_the_papers_row_without_a_gpu(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

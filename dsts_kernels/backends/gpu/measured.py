@@ -70,7 +70,9 @@ def read(text: str) -> dict[str, tuple[Rule, ...]]:
             ranges = tuple(rule["channels"]), None if positions is None else tuple(positions)
             rules.append(Rule(tuple(rule["ops"]), rule["kind"], rule["backend"], *ranges))
             if positions is not None and set(rule["ops"]) & set(BY_CHANNELS):
-                raise ValueError(f"{architecture}: got a rule about positions for {BY_CHANNELS[0]}, wanted null: {rule}")
+                raise ValueError(
+                    f"{architecture}: got a rule about positions for {BY_CHANNELS[0]}, wanted null: {rule}"
+                )
         table[architecture] = tuple(rules)
     return table
 

@@ -66,8 +66,8 @@ def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
     return tuple(Tile(*row[:5], tma, *row[5:]) for row in rows)
 
 
-# Every tile that ships, the one to take first: rows, columns, K block, warps, stages, and programs a multiprocessor where
-# more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
+# Every tile that ships, the one to take first: rows, columns, K block, warps, stages, and programs a multiprocessor
+# where more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
 # docs/performance.md.
 CANDIDATES = {
     "half": {
@@ -177,7 +177,7 @@ _forced: dict[str, Tile] = {}
 
 @contextlib.contextmanager
 def forced(**tiles: Tile) -> Iterator[None]:
-    """Run kernels with these tiles, ``forced(conv=Tile(...))``, whatever fits: for tests and ``benchmarks.gpu.tune``."""
+    """Run kernels with these tiles, ``forced(conv=Tile(...))``, whatever fits: for tests and benchmarks."""
     before = dict(_forced)
     _forced.update(tiles)
     try:

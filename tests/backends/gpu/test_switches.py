@@ -37,10 +37,11 @@ def test_other_threads_see_a_block():
 def test_a_wrong_name_or_value_is_refused():
     """By name, and nothing is switched."""
     before = current()
-    with pytest.raises(TypeError, match="got 'plain', wanted one of .*plain_where_faster"), switched(plain=True):
+    with pytest.raises(TypeError, match=r"got 'plain', wanted one of .*plain_where_faster"), switched(plain=True):
         pass
-    with pytest.raises(TypeError, match="plain_where_faster: got 1, wanted True or False"), switched(
-        plain_where_faster=1
+    with (
+        pytest.raises(TypeError, match="plain_where_faster: got 1, wanted True or False"),
+        switched(plain_where_faster=1),
     ):
         pass
     assert current() is before
