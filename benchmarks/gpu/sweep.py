@@ -7,8 +7,8 @@ turns, and the median of the three counts. Every sample has a neuron of its own,
 
 The points of one dtype, number of channels and share come together, these groups in an order drawn once, so that a run
 that ends early has points everywhere. Every group is written to ``sweep-<device>.json`` as it is done; the command goes
-on where it ended, and prints where ours loses. ``--rules`` writes what follows from the points for
-:func:`dsts_kernels.backends.choose` (:mod:`benchmarks.gpu.rules`).
+on where it ended, and prints where ours loses. ``--rules`` writes what follows from the points, once all are there,
+for :func:`dsts_kernels.backends.choose` (:mod:`benchmarks.gpu.rules`).
 """
 
 from __future__ import annotations
@@ -296,7 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(rules.summary(rows)))
     for row in failed:
         print(f"FAILED {rules.words(row)}: {row['note']}")
-    if options.rules:
+    if options.rules and (missing or failed):
+        print("no rules written: they wait for every point, as one alone can speak against a rule")
+    elif options.rules:
         major, minor = torch.cuda.get_device_capability(device)
         print(f"wrote {rules.write(rows, f'sm_{major}{minor}', facts)}")
     left = f"{missing} points are left: the same command goes on" if missing else "all points are there"

@@ -113,8 +113,10 @@ def test_the_command(
     write = rules.write
     monkeypatch.setattr(rules, "write", lambda rows, name, facts: write(rows, name, facts, target))
     options = ["--out", str(tmp_path), "--commit", "abc"]
-    assert sweep.main([*options, "--seconds", "0"]) == 0
-    assert "12 points are left: the same command goes on" in capsys.readouterr().out
+    assert sweep.main([*options, "--seconds", "0", "--rules"]) == 0
+    said = capsys.readouterr().out
+    assert "12 points are left: the same command goes on" in said and "no rules written" in said
+    assert target.read_text() == "{}"
     assert sweep.main([*options, "--rules"]) == 0
     said = capsys.readouterr().out
     assert "12 points in " in said and "all points are there" in said
