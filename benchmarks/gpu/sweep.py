@@ -229,16 +229,21 @@ def group_rows(
 
 
 def before(path: Path, facts: dict[str, Any], fresh: bool) -> list[dict[str, Any]]:
-    """Rows of a run that this one goes on with; those that failed are tried again."""
-    if fresh or not path.is_file():
+    """Rows of a run that this one goes on with, those that failed left out to be tried again.
+
+    A file of another commit, torch or device is put aside under its commit's name.
+    """
+    if not path.is_file():
         return []
     record = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("device", "torch", "commit"):
-        if record["facts"][name] != facts[name]:
-            raise SystemExit(
-                f"benchmarks.gpu.sweep: {path} has {name} {record['facts'][name]}, this is {facts[name]}: --fresh "
-                "begins anew, --out DIR keeps it"
-            )
+    theirs = record["facts"]
+    others = [name for name in ("device", "torch", "commit") if theirs[name] != facts[name]]
+    if others or fresh:
+        aside = path.with_suffix(f".{theirs['commit']}.json")
+        path.replace(aside)
+        reason = ", ".join(f"{name} {theirs[name]}, not {facts[name]}" for name in others) or "--fresh"
+        print(f"begins anew ({reason}); what was there is in {aside}", flush=True)
+        return []
     return [row for row in record["rows"] if row["ms"]]
 
 
@@ -275,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for this run ({SECONDS:g})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of sweep-<device>.json")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever was measured before")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, and put what was measured aside")
     parser.add_argument("--rules", action="store_true", help="write the rules that backends are chosen by")
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
     options = parser.parse_args(arguments)

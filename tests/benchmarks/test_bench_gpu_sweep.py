@@ -88,15 +88,19 @@ def test_each_sample_chooses_its_neuron(small: dict[Group, list[Point]]) -> None
     assert ((layer.gate > 0).sum(1) == 32).all()
 
 
-def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
-    """Of another commit, device or torch; --fresh begins anew; what failed is tried again."""
+def test_a_file_of_another_run_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of another commit, device or torch, or where asked to; what failed is tried again."""
     path = tmp_path / "sweep-x100.json"
     assert sweep.before(path, FACTS, False) == []
     rows = [{"ms": {"eager": 1.0}}, {"ms": None, "note": "failed"}]
     path.write_text(json.dumps({"facts": FACTS, "rows": rows}))
-    assert sweep.before(path, FACTS, False) == rows[:1] and sweep.before(path, FACTS, True) == []
-    with pytest.raises(SystemExit, match="has commit abc, this is def: --fresh begins anew"):
-        sweep.before(path, FACTS | {"commit": "def"}, False)
+    text = path.read_text()
+    assert sweep.before(path, FACTS, False) == rows[:1] and path.is_file()
+    for facts, fresh, reason in ((FACTS | {"torch": "8"}, False, "torch 9, not 8"), (FACTS, True, "--fresh")):
+        path.write_text(text)
+        assert sweep.before(path, facts, fresh) == [] and not path.exists()
+        assert (tmp_path / "sweep-x100.abc.json").read_text() == text
+        assert f"begins anew ({reason})" in capsys.readouterr().out
 
 
 def test_the_command(

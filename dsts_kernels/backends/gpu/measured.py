@@ -114,4 +114,4 @@ def describe(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     found = rules(op, device, dtype)
     if found is None:
         return f"this chip was not measured ({SWEEP}), so the first that can run does"
-    return "; ".join(map(str, found)) or "the first that can run is the fastest at every size"
+    return "; ".join(map(str, found)) or "no other was measured faster, so the first that can run does"
