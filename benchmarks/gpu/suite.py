@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command that ends by itself: ``python -m benchmarks.gpu``, or ``make gpu``.
 
-Parts run one after another, each within nine minutes, so that any of them can also be asked for alone where a machine
-is lent for ten. A step of a part is a process of its own; it gets the part's remaining time less the later steps'
-minimum, and one that does not fit is reported as not run. Output goes to the terminal and to ``gpu.log``; a short table
-comes last, and the exit code says whether anything failed.
+Parts run one after another, each within nine minutes, so that a job of ten holds any of them alone. A step of a part is
+a process of its own; it gets the part's remaining time less the later steps' minimum, and one that does not fit is
+reported as not run. Output goes to the terminal and to ``gpu.log``; a short table comes last, and the exit code says
+whether anything failed.
 """
 
 from __future__ import annotations

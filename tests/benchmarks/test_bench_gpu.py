@@ -56,7 +56,7 @@ def test_steps_that_do_not_fit_are_reported() -> None:
 
 
 def test_every_part_fits_into_nine_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of it at its most, the closing table included: what is lent for ten minutes runs any of them whole."""
+    """Each step of it at its most, the closing table included: a job of ten minutes holds any of them whole."""
     monkeypatch.setattr(suite, "find_sanitizer", lambda: "/tools/compute-sanitizer")
     steps = suite.all_steps(tmp_path, None, 4)
     assert list(dict.fromkeys(one.part for one in steps)) == list(suite.PARTS) and suite.MINUTES == 9
