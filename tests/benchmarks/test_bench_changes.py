@@ -30,7 +30,6 @@ def work() -> Workload:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round is one call."""
     monkeypatch.setattr("benchmarks.op.ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(changes, "LEAST_ROUNDS", 2)
 
 
 def test_every_switch_has_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +60,7 @@ def test_every_mode_runs(work: Workload, quick: None) -> None:
         if case.mode.endswith("graph"):
             assert row["note"].startswith("not run: no CUDA graph"), row
             continue
-        assert row["error"] == 0 and row["rounds"] >= 2 and row["old_ms"] > 0, row
+        assert row["error"] == 0 and row["rounds"] == 1 and row["old_ms"] > 0, row
         assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
         assert f"{case}: old " in line(case, row) and "95%: " in line(case, row)
 
@@ -85,7 +84,7 @@ def test_each_side_runs_under_its_switch(work: Workload, quick: None, monkeypatc
     monkeypatch.setattr(changes, "Side", Spy)
     measure(Case(CHANGE, "evaluation", "tpn"), work, "eager", 1)
     for ways in seen.values():
-        assert ways.count("built") == len(work.inputs("tpn", 8)) and ways.count("run") > 4
+        assert ways.count("built") == len(work.inputs("tpn", 8)) and ways.count("run") > 3
 
 
 def test_sides_that_differ_are_not_timed(work: Workload, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,6 @@ def test_a_wrong_result_has_no_time(
 def test_changes_run(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dry run: every switch off and on, wherever it may matter, with results compared."""
     monkeypatch.setattr("benchmarks.op.ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(changes, "LEAST_ROUNDS", 1)
-    monkeypatch.setattr(changes, "MOST_ROUNDS", 1)
     for case, found in changes.run(changes.cases(), changes.workloads(CPU, True), emulated_cuda, 3600):
         assert found.get("error", 1.0) < 1e-3 or found["note"].startswith("not run: no CUDA graph"), (case, found)
 
