@@ -7,7 +7,8 @@ old, with an interval that holds it 95 times in 100. Beside it stand the sum of 
 both.
 
 A case gets its share of the time that is left; one that no longer fits is listed. ``--dry-run`` runs every case at toy
-sizes on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1``), to show that all of them can run: a minute a case.
+sizes on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1``), to show that all of them can run; that takes
+minutes.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def difference(sides: Sequence[Side], dtype: torch.dtype) -> float:
 
 
 def measure(case: Case, work: Workload, backend: str, seconds: float) -> dict[str, Any]:
-    """Old beside new, within about ``seconds`` once both are compiled; on a CPU, where times mean nothing, one round."""
+    """Old beside new, within about ``seconds`` once both are compiled; one round on a CPU, where times mean nothing."""
     sides = [Side(work, backend, case.mode, case.shape, {case.change: on}) for on in (False, True)]
     error = difference(sides, work.dtype)
     on_gpu = work.device.type == "cuda"
