@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -259,7 +260,11 @@ def test_explain_says_what_was_measured(a_gpu, monkeypatch):
 
 
 def test_rules_that_ship():
-    """They name ops and backends that exist, in ranges that are none backwards; a frozen layer's ask channels alone."""
+    """They are in the wheel, name ops and backends that exist, in ranges that are none backwards; a frozen layer's ask
+    channels alone."""
+    root = Path(__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dsts_kernels"]
+    assert measured.FILE.relative_to(Path(backends.__file__).parents[1]).as_posix() in data
     for rules in measured.read(measured.FILE.read_text(encoding="utf-8")).values():
         for rule in rules:
             assert set(rule.ops) <= set(OPS) and rule.backend in BACKENDS and rule.kind in ("half", "float"), rule

@@ -111,7 +111,7 @@ def test_the_default_really_runs(calls):
     """Left to choose, every op runs on its own default."""
     wanted = {op: expected(op, HALF, SIZE) for op in OPS}
     if "eager" in wanted.values():
-        pytest.skip("no GPU backend can run here")
+        pytest.skip("no GPU backend can run here, or plain PyTorch was measured faster at this size")
     check_calls(None, calls, wanted)
 
 
