@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -110,19 +110,31 @@ def training_oracle(literal: DSTS, x: Tensor, draws: Draws, grad: Tensor) -> Ora
     return oracle
 
 
-def training_errors(module: nn.Module, x: Tensor, draws: Draws, grad: Tensor, oracle: Oracle) -> dict[str, float]:
+def training_errors(
+    module: nn.Module,
+    x: Tensor,
+    draws: Draws,
+    grad: Tensor,
+    oracle: Oracle,
+    step: Callable[[nn.Module, Tensor, Draws, Tensor], Tensor] = training_step,
+) -> dict[str, float]:
     """Relative errors of a training step by name; a gradient outside the chosen neurons counts as
-    infinite."""
+    infinite. ``step`` is how it runs: as a graph, say."""
     leaf = x.detach().requires_grad_()
     with running_statistics(module):
-        training_step(module, leaf, draws, grad)
+        step(module, leaf, draws, grad)
     errors = {"input": relative_error(leaf.grad, oracle.gradients["input"])}
     for name, parameter in module.named_parameters():
         name = name.removeprefix("_orig_mod.")
         errors[name] = gradient_error(parameter.grad, oracle.gradients[name], oracle.rows.get(name))
         parameter.grad = None
-    with torch.no_grad():
-        errors["output"] = relative_error(module(leaf, draws=draws), oracle.output)
+    if step is training_step:
+        with torch.no_grad():
+            y = module(leaf, draws=draws)
+    else:
+        y = step(module, leaf, draws, grad)
+        module.zero_grad(set_to_none=True)
+    errors["output"] = relative_error(y, oracle.output)
     return errors
 
 

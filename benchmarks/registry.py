@@ -1,8 +1,7 @@
 """Every op that is timed by itself: what it takes, how it is called, and the bytes that it must move.
 
 Ops are called by their schema, ``torch.ops.dsts_kernels``, and a frozen layer as a module of one layer: both outlive
-changes inside the package, so one copy of this file times this commit and others. :mod:`benchmarks.op` times one op,
-:mod:`benchmarks.gpu.faster` compares the GPU backends op by op.
+changes inside the package, so one copy of this file times this commit and others. :mod:`benchmarks.op` times one op.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class FrozenDSTS(NotScripted):
                 names = " and ".join(sorted(map(repr, names)))
                 raise ValueError(f"backend: got layers with {names}, wanted one for all: freeze(backend=...)")
             backend = names.pop() if backend is None else backend
-            chosen = choose("frozen_layer", device, dtype, backend)
+            chosen = choose("frozen_layer", device, dtype, backend, (1, gate.shape[1]))
             reason = chosen.why_not_fast(device, dtype)
             if algorithm == "winograd" and reason is not None:
                 raise ValueError(
@@ -208,7 +208,8 @@ class FrozenDSTS(NotScripted):
     def _packing(self, device: torch.device, dtype: torch.dtype) -> str:
         """How to pack there; as it is where nothing can run there, which the next call says."""
         try:
-            return choose("frozen_layer", device, dtype, self.backend).packing(device, dtype, self.algorithm)
+            chosen = choose("frozen_layer", device, dtype, self.backend, (1, self.in_channels))
+            return chosen.packing(device, dtype, self.algorithm)
         except (RuntimeError, ValueError):
             return self.layers[0].packing
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from dsts_kernels import FusedDSTS, backends
 from dsts_kernels.backends import BACKENDS, OPS, available, build, choose, explain, use_backend
 from dsts_kernels.backends.base import ONE_LAUNCH, Backend
 from dsts_kernels.backends.cuda import refusal
-from dsts_kernels.backends.gpu import Kernels
+from dsts_kernels.backends.gpu import Kernels, measured
+from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.memory import LAZY_ZEROS_BYTES, lazy_zeros
 
 CPU = torch.device("cpu")
@@ -149,6 +151,7 @@ IN_TORCH = ("sm_75", "sm_80", "sm_90", "sm_120")
 @pytest.fixture
 def a_gpu(monkeypatch):
     """``a_gpu(9, 0, targets=...)``: as on a machine with such a GPU, and a native module built for ``targets``."""
+    rules = measured.rules
 
     def be(major, minor, targets=(75, 80, 90, 100, 110, 120), version="13.0", built_in_torch=IN_TORCH):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -159,9 +162,11 @@ def a_gpu(monkeypatch):
         for module in ("triton", "cuda", "gpu.measured"):
             monkeypatch.setattr(f"dsts_kernels.backends.{module}.capability", lambda device: (major, minor))
         refusal.cache_clear()
+        rules.cache_clear()
 
     yield be
     refusal.cache_clear()
+    rules.cache_clear()
 
 
 CUDA = torch.device("cuda")
@@ -180,34 +185,93 @@ def test_which_gpu_backend_runs(a_gpu, monkeypatch, major, minor, runs):
     assert choose("gated_conv3d", CUDA, torch.float16).name == ("triton" if major >= 8 else "eager")
 
 
-def test_the_faster_gpu_backend_runs(a_gpu, monkeypatch):
-    """What was measured faster on such a chip wins, op by op and kind by kind, where it can run."""
+SMALL, LARGE = (2, 64, 4, 5, 5), (2, 64, 8, 16, 16)
+TABLE = """{"sm_90": {"rules": [
+ {"ops": ["tap_sums", "gated_conv3d"], "kind": "half", "backend": "eager", "channels": [16, 64], "positions": [1, 200]},
+ {"ops": ["tap_sums"], "kind": "half", "backend": "cuda", "channels": [16, 64], "positions": [201, 9999]},
+ {"ops": ["mixing_conv3d"], "kind": "float", "backend": "none-such", "channels": [1, 999], "positions": null},
+ {"ops": ["frozen_layer"], "kind": "float", "backend": "eager", "channels": [1, 64], "positions": null}]}}"""
+
+
+def test_the_faster_backend_runs_by_size(a_gpu, monkeypatch):
+    """What was measured faster on such a chip wins, by op, kind and size, where it can run and is not switched off."""
     a_gpu(9, 0)
-    table = {"sm_90": {"tap_sums half": "cuda", "semhash_gate float": "cuda", "frozen_layer half": "none-such"}}
-    monkeypatch.setattr("dsts_kernels.backends.gpu.measured.faster", lambda name: table.get(name, {}))
-    assert choose("tap_sums", CUDA, torch.bfloat16).name == "cuda"
-    assert choose("tap_sums", CUDA, torch.float32).name == "triton"
-    assert choose("semhash_gate", CUDA, torch.float32).name == "cuda"
-    assert choose("frozen_layer", CUDA, torch.float16).name == "triton"
-    assert "runs on 'cuda'" in explain("tap_sums", CUDA, torch.float16)
+    monkeypatch.setattr(measured, "table", lambda: measured.read(TABLE))
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, SMALL).name == "eager"
+    assert choose("gated_conv3d", CUDA, torch.float16, None, SMALL).name == "eager"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, LARGE).name == "cuda"
+    assert choose("gated_conv3d", CUDA, torch.bfloat16, None, LARGE).name == "triton", "no rule for so many positions"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, (2, 65, 4, 5, 5)).name == "triton", "nor for so many channels"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, (8, 64, 1, 5, 5)).name == "eager", "200 positions"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, (3, 64, 67, 1, 1)).name == "cuda", "201"
+    assert choose("tap_sums", CUDA, torch.float32, None, SMALL).name == "triton", "another kind"
+    assert choose("mixing_conv3d", CUDA, torch.float32, None, SMALL).name == "triton", "no such backend"
+    assert choose("tap_sums", CUDA, torch.bfloat16).name == "triton", "no size"
+    assert choose("tap_sums", CUDA, torch.bfloat16, "triton", SMALL).name == "triton", "asked for by name"
+    with switched(plain_where_faster=False):
+        assert choose("tap_sums", CUDA, torch.bfloat16, None, SMALL).name == "triton"
     a_gpu(9, 0, targets=None)
-    assert choose("tap_sums", CUDA, torch.bfloat16).name == "triton"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, LARGE).name == "triton", "the faster one cannot run"
     a_gpu(8, 0)
-    assert choose("tap_sums", CUDA, torch.bfloat16).name == "triton", "another chip's table"
+    assert choose("tap_sums", CUDA, torch.bfloat16, None, SMALL).name == "triton", "another chip's table"
 
 
-def test_measured_files_are_read(tmp_path, monkeypatch):
-    """The file of a chip; an empty table where there is none. Those that ship name ops and backends that exist."""
-    from dsts_kernels.backends.gpu import measured
+def test_a_frozen_module_is_packed_for_the_faster_backend(monkeypatch):
+    """By channels, at freeze and when it is called: what is packed for plain PyTorch runs there."""
+    asked = []
 
-    for path in measured.FOLDER.glob("*.json"):
-        for name, backend in measured.faster.__wrapped__(path.stem).items():
-            op, kind = name.split()
-            assert op in OPS and kind in ("half", "float") and backend in ("cuda", "triton"), (path, name)
-    monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    (tmp_path / "sm_86.json").write_text('{"device": "x", "faster": {"tap_sums half": "cuda"}}')
-    assert measured.faster.__wrapped__("sm_86") == {"tap_sums half": "cuda"}
-    assert measured.faster.__wrapped__("sm_89") == {}
+    def winner(op, device, dtype, size):
+        asked.append((op, size[1]))
+        return "eager"
+
+    backend = BACKENDS["triton"]
+    monkeypatch.setattr(backend, "why_not", lambda *_: None)
+    monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda *_: "not in this test")
+    monkeypatch.setattr(backends, "_faster", lambda first, *args: BACKENDS[winner(*args)])
+    fused = FusedDSTS(6, num_layers=2, num_neurons=2).eval()
+    x = torch.randn(2, 6, 2, 3, 3)
+    frozen = fused.freeze()
+    assert [layer.packing for layer in frozen.layers] == ["plain", "plain"] and asked == [("frozen_layer", 6)]
+    with use_backend("eager"):
+        wanted = fused(x)
+    torch.testing.assert_close(frozen(x), wanted)
+    assert asked[1:] == [("frozen_layer", 6)] * 2
+
+
+def test_explain_says_what_was_measured(a_gpu, monkeypatch):
+    """Nothing yet, nothing of this chip, the rules of an op, that it was never slower, or that nobody asks."""
+    a_gpu(9, 0)
+    monkeypatch.setattr(measured, "table", dict)
+    says = "no GPU was measured yet (python -m benchmarks.gpu.sweep)"
+    assert f"  faster by size: {says}" in explain("tap_sums", CUDA, torch.float16).splitlines()[-1]
+    assert "faster by size" not in explain("tap_sums", CPU)
+    monkeypatch.setattr(measured, "table", lambda: measured.read(TABLE))
+    measured.rules.cache_clear()
+    text = explain("tap_sums", CUDA, torch.float16, SMALL)
+    assert text.startswith("tap_sums on cuda in torch.float16 runs on 'eager'")
+    assert "'eager' from 16 to 64 channels, 1 to 200 positions; 'cuda' from 16 to 64 channels" in text
+    assert "'eager' from 1 to 64 channels" in explain("frozen_layer", CUDA, torch.float32).splitlines()[-1]
+    assert "no other was measured faster" in explain("mixing_conv3d", CUDA, torch.float16)
+    assert "measured on sm_90" in explain("tap_sums", CUDA, torch.float64)
+    a_gpu(8, 9)
+    assert "this chip was not measured" in explain("tap_sums", CUDA, torch.float16)
+    with switched(plain_where_faster=False):
+        assert "switched off" in explain("tap_sums", CUDA, torch.float16)
+
+
+def test_rules_that_ship():
+    """They are in the wheel, name ops and backends that exist, in ranges that are none backwards; a frozen layer's ask
+    channels alone."""
+    root = Path(__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dsts_kernels"]
+    assert measured.FILE.relative_to(Path(backends.__file__).parents[1]).as_posix() in data
+    for rules in measured.read(measured.FILE.read_text(encoding="utf-8")).values():
+        for rule in rules:
+            assert set(rule.ops) <= set(OPS) and rule.backend in BACKENDS and rule.kind in ("half", "float"), rule
+            assert rule.channels[0] <= rule.channels[1], rule
+            assert rule.positions is None or rule.positions[0] <= rule.positions[1], rule
+    with pytest.raises(ValueError, match="sm_90: got a rule about positions for frozen_layer, wanted null"):
+        measured.read(TABLE.replace('[1, 64], "positions": null', '[1, 64], "positions": [1, 2]'))
 
 
 def test_a_v100_is_told_what_to_install(a_gpu):

@@ -22,7 +22,7 @@ from dsts_kernels.functional import semhash_gate
 from dsts_kernels.ops import tap_sums
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.record import Bench
 
 __all__ = ["OPS", "OP_NEEDS", "cycling", "op_rows", "route_rows"]
 

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command that ends by itself: ``python -m benchmarks.gpu``, or ``make gpu``.
 
-Parts run one after another, each step a process of its own with a share of the time: build, tests (those marked
-``gpu``, then the default ones), compute-sanitizer, benchmarks. A step gets the remaining time less the later steps'
-minimum; one that does not fit is reported as not run. Output goes to the terminal and to ``gpu.log``; a short table
-comes last, and the exit code says whether anything failed.
+Parts run one after another, each within nine minutes, so that a job of ten holds any of them alone. A step of a part is
+a process of its own; it gets the part's remaining time less the later steps' minimum, and one that does not fit is
+reported as not run. Output goes to the terminal and to ``gpu.log``; a short table comes last, and the exit code says
+whether anything failed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.gpu import goals
 from benchmarks.gpu.timing import NOT_RUN, require_gpu, slug
 
-PARTS = ("build", "tests", "sanitize", "bench", "tune")
-DEFAULT_PARTS = PARTS[:-1]
+PARTS = ("build", "tests", "sanitize", "changes", "bench", "sweep", "tune", "cpu")
 GPU_BACKENDS = ("triton", "cuda")
-MINUTES = 9.0
+MINUTES = 9.0  # for a part
 LATE = "not run: time"
 SANITIZER = "compute-sanitizer"
 GRACE_S = 8.0  # from being asked to stop to being stopped
@@ -112,37 +111,35 @@ def sanitize_steps() -> list[Step]:
     return steps
 
 
-def all_steps(out: Path, minutes: float, commit: str | None, gpu_workers: int) -> list[Step]:
-    """Every step of every part, in order."""
+def measuring(part: str, out: Path, commit: str | None, most: float, *options: str) -> Step:
+    """A benchmark that keeps to a time of its own and writes into ``out``."""
+    named = ["--commit", commit] if commit else []
+    command = [sys.executable, "-m", f"benchmarks.gpu.{part}", "--out", str(out), *named, *options]
+    return Step(part, f"benchmarks.gpu.{part}", command, 120, most, takes_seconds="--seconds")
+
+
+def all_steps(out: Path, commit: str | None, gpu_workers: int) -> list[Step]:
+    """Every step of every part, in order: what says whether results are right, then what is asked most of a GPU."""
     python, cores = sys.executable, os.cpu_count() or 1
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    named = ["--commit", commit] if commit else []
-    kept = [] if out == RESULTS else ["--out", str(out)]  # else where the launchers look
     one_thread = {"OMP_NUM_THREADS": "2"} if workers(cores // 2) else {}
     return [
         Step("build", "pip install -e .", [*pip, "-e", "."], 10, 300),
-        # 300 s were the limit before tests of ops and modules were among these. In a whole run of nine minutes the
-        # later steps' minimum leaves less than that in any case.
-        Step("tests", "pytest -m gpu tests", [*pytest, "-m", "gpu", "tests", *workers(gpu_workers)], 60, 600),
+        Step("tests", "pytest -m gpu tests", [*pytest, "-m", "gpu", "tests", *workers(gpu_workers)], 60, 520),
         *sanitize_steps(),
+        measuring("changes", out, commit, 480),
+        measuring("bench", out, commit, 500),
+        measuring("sweep", out, commit, 520, "--rules"),
+        measuring("tune", out, commit, 500),
         Step(
-            "bench",
-            "benchmarks.gpu.bench",
-            [python, "-m", "benchmarks.gpu.bench", "--out", str(out), *named],
-            120,
-            320,
-            takes_seconds="--seconds",
-        ),
-        Step(
-            "tests",
+            "cpu",
             "pytest (default tests)",
             [*pytest, "-m", "not slow and not gpu and not emulated", *workers(min(8, cores // 2))],
             30,
-            240,
+            500,
             one_thread,
         ),
-        Step("tune", "benchmarks.gpu.tune", [python, "-m", "benchmarks.gpu.tune", *kept, *named], 60, 60 * minutes),
     ]
 
 
@@ -205,8 +202,18 @@ def run_step(step: Step, seconds: float, log: TextIO) -> Outcome:
     return Outcome(step, None if code == NOT_RUN else code == 0, time.monotonic() - began, note)
 
 
+def run_parts(
+    steps: Sequence[Step], parts: Sequence[str], seconds: float, run: Callable[[Step, float], Outcome]
+) -> list[Outcome]:
+    """Every part in turn, each within ``seconds``."""
+    outcomes = []
+    for part in parts:
+        outcomes += run_steps(chosen_steps(steps, [part]), time.monotonic() + seconds, run)
+    return outcomes
+
+
 def run_steps(steps: Sequence[Step], deadline: float, run: Callable[[Step, float], Outcome]) -> list[Outcome]:
-    """Every step in turn, within ``deadline`` of :func:`time.monotonic`."""
+    """The steps of a part in turn, within ``deadline`` of :func:`time.monotonic`."""
     outcomes = []
     for index, step in enumerate(steps):
         if step.command is None:
@@ -234,12 +241,10 @@ def goal_lines(path: Path, since: float) -> list[str]:
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--parts", type=parse_parts, default=DEFAULT_PARTS, help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", type=parse_parts, default=PARTS, help=f"of {', '.join(PARTS)}")
     parser.add_argument("--skip-build", action="store_true", help="use what is installed")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything together")
-    parser.add_argument(
-        "--out", type=Path, help="folder of <device>.json (or benchmarks/results) and gpu.log (or build)"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for each part ({MINUTES:g})")
+    parser.add_argument("--out", type=Path, help="folder of the JSON (or benchmarks/results) and of gpu.log (or build)")
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
     parser.add_argument("--workers", type=int, default=6, help="processes of the GPU tests, with pytest-xdist")
     return parser.parse_args(arguments)
@@ -254,11 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs = out if options.out else ROOT / "build"
     for folder in (out, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in options.parts if not (options.skip_build and part == "build")]
-    steps = chosen_steps(all_steps(out, options.minutes, options.commit, options.workers), parts)
-    deadline = began + 60 * options.minutes - CLOSING_S
+    parts = [part for part in PARTS if part in options.parts and not (options.skip_build and part == "build")]
+    steps, seconds = all_steps(out, options.commit, options.workers), 60 * options.minutes - CLOSING_S
     with open(logs / "gpu.log", "w") as log:
-        outcomes = run_steps(steps, deadline, lambda step, seconds: run_step(step, seconds, log))
+        outcomes = run_parts(steps, parts, seconds, lambda step, seconds: run_step(step, seconds, log))
         name = torch.cuda.get_device_name(device)
         reached = goal_lines(out / f"{slug(name)}.json", wall)
         for line in ("", f"{name}, {time.monotonic() - began:.0f} s", *table(outcomes), "", *reached):

@@ -2,7 +2,8 @@
 
 A step is timed on inputs that take turns and together exceed twice the L2 cache, so none is found there. A time is
 the median over at least :data:`LEAST_ROUNDS` steps, each between two events of its own. The time of a single kernel
-is the profiler's, for between events a launch of a few microseconds counts too.
+is the profiler's, for between events a launch of a few microseconds counts too; a step's kernel time is the sum of
+every launch. Beside it stands the host's: how long it takes to ask for a step of a device that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ __all__ = [
     "captured",
     "copy_rate",
     "device_events",
+    "host_us",
+    "kernel_sum",
     "kernel_times",
     "matrix_rate",
     "peak_extra_mib",
@@ -35,6 +39,7 @@ __all__ = [
 
 NOT_RUN = 77  # exit code of a step that cannot run here, and said why
 LEAST_ROUNDS, MOST_ROUNDS = 20, 200
+HOST_ROUNDS = 20
 WARM_UP = 3
 L2_TIMES = 2
 COPY_BYTES = 1 << 30
@@ -99,22 +104,41 @@ def time_steps(
 
 
 def captured(
-    step: Callable[[Tensor], Tensor], x: Tensor, pool: object | None = None
+    step: Callable[[], Tensor], pool: object | None = None, before: Callable[[], object] = lambda: None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """``step(x)`` as a CUDA graph that reads ``x`` where it lies, and the output that a replay writes.
+    """A step as a CUDA graph that reads its tensors where they lie, and the output that a replay writes.
 
     pool: another graph's, to share memory with it; what is kept of an output is never shared.
+    before: runs ahead of each step and is not captured: gradients dropped, so that the graph has them for its own.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
-            step(x)
+            before()
+            step()
+        before()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        y = step(x)
+        y = step()
     return graph, y
+
+
+def host_us(step: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Microseconds that the host takes to ask for a step, the median. A step that waits for the device counts that too.
+
+    The device is idle when a step begins: else the host might wait for room in the queue of launches.
+    """
+    seconds = []
+    for _ in range(WARM_UP + HOST_ROUNDS):
+        before()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(seconds[WARM_UP:])
 
 
 def peak_extra_mib(step: Callable[[], object]) -> float:
@@ -151,12 +175,31 @@ def short_name(name: str) -> str:
     return re.sub(r"[<(].*", "", name)[:NAME_LENGTH] or name[:NAME_LENGTH]
 
 
-def kernel_times(step: Callable[[], object], repeats: int = 10) -> list[dict[str, float | str]]:
-    """Kernels of a step by name, in the order they first run: ``name``, ``calls`` a step, ``us`` a call (median)."""
+def kernel_times(step: Callable[[], object], repeats: int = 10) -> list[dict[str, Any]]:
+    """Kernels of a step by name, in the order they first run.
+
+    ``calls`` a step; ``launches``, the microseconds of each launch of a step, as the median over steps (``None`` where
+    steps launch it differently often); ``us``, a call's mean, so that ``calls * us`` is the sum of every launch.
+    A median over all launches of a name would leave out that they are of several sizes.
+    """
     times: dict[str, list[float]] = {}
     for name, us in device_events(step, repeats):
         times.setdefault(short_name(name), []).append(us)
-    return [{"name": name, "calls": len(us) / repeats, "us": statistics.median(us)} for name, us in times.items()]
+    return [kernel_entry(name, us, repeats) for name, us in times.items()]
+
+
+def kernel_entry(name: str, us: Sequence[float], repeats: int) -> dict[str, Any]:
+    """Of a kernel's launches in ``repeats`` steps, one after the other."""
+    if len(us) % repeats:
+        return {"name": name, "calls": len(us) / repeats, "us": statistics.fmean(us), "launches": None}
+    calls = len(us) // repeats
+    launches = [statistics.median(us[place::calls]) for place in range(calls)]
+    return {"name": name, "calls": calls, "us": statistics.fmean(launches), "launches": launches}
+
+
+def kernel_sum(kernels: Sequence[dict[str, Any]]) -> float:
+    """Microseconds of every launch of a step."""
+    return sum(kernel["calls"] * kernel["us"] for kernel in kernels)
 
 
 def copy_rate(device: torch.device) -> float:

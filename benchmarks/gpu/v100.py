@@ -18,7 +18,9 @@ import torch
 from benchmarks import ROOT
 from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu.baselines import padded
-from benchmarks.gpu.bench import Bench, autocast, describe, evaluation_rows, graph_rows
+from benchmarks.gpu.bench import autocast
+from benchmarks.gpu.record import Bench, describe
+from benchmarks.gpu.rows import evaluation_rows, graph_rows
 from benchmarks.gpu.workload import Workload
 from benchmarks.report.tables import TITLES, heading
 from benchmarks.variants import build
@@ -53,7 +55,7 @@ def measure(bench: Bench) -> None:
         evaluation_rows(bench, f"fused {backend}", build("fused", "evaluation", problem, work.half, backend), ROWS)
         frozen = build("frozen", "evaluation", problem, work.half, backend)
         evaluation_rows(bench, f"frozen {backend}", frozen, ROWS)
-        graph_rows(bench, backend, frozen, ROWS)
+        graph_rows(bench, f"graph {backend}", frozen, ROWS)
         work.drop()
 
 

@@ -27,12 +27,18 @@ COLUMNS = (
     "matrix rate",
     "peak MiB",
 )
-OURS = {"fused": "FusedDSTS", "frozen": "FrozenDSTS", "graph": "FrozenDSTS, CUDA graph"}
+OURS = {
+    "fused": "FusedDSTS",
+    "captured": "FusedDSTS, CUDA graph",
+    "frozen": "FrozenDSTS",
+    "graph": "FrozenDSTS, CUDA graph",
+}
 BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 TITLES = {
     "literal": "literal PyTorch",
     "compiled": "torch.compile of it",
     "handwritten": "best handwritten PyTorch",
+    "handwritten graph": "best handwritten PyTorch, CUDA graph",
     **{
         f"{variant} {backend}".strip(): title + (f", {BACKENDS[backend]}" if backend else "")
         for variant, title in OURS.items()
@@ -45,10 +51,11 @@ COLOURS = {
     "compiled": "#b8bcc4",
     "handwritten": "#7f8794",
     "fused": "#1f6fb4",
+    "captured": "#155a96",
     "frozen": "#0b3f73",
     "graph": "#062440",
 }
-BASELINES = ("literal", "handwritten")
+BASELINES = {"literal": ("literal",), "handwritten": ("handwritten", "handwritten graph")}
 LISTED_KERNELS = 10
 
 
@@ -59,13 +66,11 @@ def order(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[int, int, in
 
 
 def speedup(row: dict[str, Any], baseline: str, rows: list[dict[str, Any]]) -> float | None:
-    """How many times faster than a baseline of the same mode and shape; ``None`` where either was not
-    timed."""
-    for other in rows:
-        same = (other["mode"], other["shape"], other["variant"]) == (row["mode"], row["shape"], baseline)
-        if same and other["ms"] and row["ms"]:
-            return other["ms"] / row["ms"]
-    return None
+    """How many times faster than a baseline of the same mode and shape, the fastest of its kind; ``None`` where either
+    was not timed."""
+    same = (o for o in rows if (o["mode"], o["shape"]) == (row["mode"], row["shape"]))
+    fastest = min((o["ms"] for o in same if o["variant"] in BASELINES[baseline] and o["ms"]), default=None)
+    return fastest / row["ms"] if fastest and row["ms"] else None
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
@@ -140,10 +145,18 @@ def extra_lines(results: dict[str, Any]) -> list[str]:
     ]
     for step, kernels in results.get("kernels", {}).items():
         longest = sorted(kernels, key=lambda k: -k["calls"] * k["us"])[:LISTED_KERNELS]
-        total = sum(k["calls"] * k["us"] for k in kernels)
         listed = ", ".join(f"{k['name']} {k['calls']:g} x {k['us']:.1f} us" for k in longest)
-        lines.append(f"kernels of {step}, {total:.0f} us: {listed}")
+        lines.append(f"kernels of {step}, {kernel_total(kernels, results.get('host_us', {}).get(step))}: {listed}")
     return lines
+
+
+def kernel_total(kernels: list[dict[str, Any]], host: float | None) -> str:
+    """What a step's launches take together, and the host beside them."""
+    total = f"{sum(k['calls'] * k['us'] for k in kernels):.0f} us"
+    if not all("launches" in k for k in kernels):
+        return f"{total} by medians over launches of a name, not their sum"
+    launches = f"{sum(k['calls'] for k in kernels):.4g} launches"
+    return f"{total} in {launches}" + ("" if host is None else f", the host {host:.0f} us")
 
 
 def plain(results: dict[str, Any]) -> list[str]:

@@ -2,8 +2,8 @@
 
 Ops call :func:`choose` beneath the dispatcher, so a compiled graph sees one op whatever runs it. The order of
 preference is: the ``backend=`` argument, :func:`use_backend`, the environment variable ``DSTS_BACKEND``, the
-first backend in :data:`BACKENDS` that can run, or one that was measured faster on such a GPU (:mod:`.gpu.measured`). A
-backend asked for by name that cannot run is an error.
+first backend in :data:`BACKENDS` that can run, or one that was measured faster on such a GPU at such a size
+(:mod:`.gpu.measured`), plain PyTorch among them. A backend asked for by name that cannot run is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 import torch
@@ -19,8 +20,7 @@ from .base import OPS, Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .eager import EagerBackend
-from .gpu import GpuBackend
-from .gpu.measured import winner
+from .gpu import GpuBackend, measured
 from .triton import TritonBackend
 
 __all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
@@ -156,16 +156,27 @@ def _environment(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
-def _faster(first: Backend, op: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """``first``, or the backend that was measured faster on such a chip, where that can run."""
+def _faster(first: Backend, op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int] | None) -> Backend:
+    """``first``, or the backend that was measured faster on such a chip at such a size, where that can run."""
     if device.type == "cpu" or not isinstance(first, GpuBackend):
         return first
-    other = BACKENDS.get(winner(op, device, dtype) or first.name)
+    other = BACKENDS.get(measured.winner(op, device, dtype, size) or first.name)
     return first if other is None or other.why_not(op, device, dtype) is not None else other
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str | None = None) -> Backend:
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    size: Sequence[int] | None = None,
+) -> Backend:
     """The backend that runs ``op`` on tensors of this device and dtype.
+
+    Args:
+        requested: a backend asked for by name.
+        size: of the features, ``(B, C, T, H, W)``, of which a frozen layer's choice asks the channels alone; ``None``
+            leaves out what was measured by size.
 
     Raises:
         ValueError: an unknown name was asked for.
@@ -180,12 +191,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, requested: str | N
         return backend
     for backend in BACKENDS.values():
         if backend.why_not(op, device, dtype) is None:
-            return _faster(backend, op, device, dtype)
+            return _faster(backend, op, device, dtype, size)
     raise RuntimeError(explain(op, device, dtype))
 
 
-def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+def explain(
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    size: Sequence[int] | None = None,
+) -> str:
     """What would run ``op``, and for every other backend the reason why not: a few lines of text.
+
+    On a GPU the last line says what was measured there. ``size`` is that of features, ``(B, C, T, H, W)``.
 
     >>> print(dsts_kernels.backends.explain("gated_conv3d", "cpu", torch.float32))  # doctest: +SKIP
     gated_conv3d on cpu in torch.float32 runs on 'cpu'
@@ -201,7 +219,9 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype = torch.floa
         reason = backend.why_not(op, device, dtype)
         lines.append(f"  {name}: can run ({backend.remark})" if reason is None else f"  {name}: no, {reason}")
     try:
-        head = f"{op} on {device} in {dtype} runs on {choose(op, device, dtype).name!r}"
+        head = f"{op} on {device} in {dtype} runs on {choose(op, device, dtype, size=size).name!r}"
     except RuntimeError as error:
         head = str(error) if _requested(None)[0] else f"no backend can run {op} on {device} in {dtype}"
+    if (found := measured.describe(op, device, dtype)) is not None:
+        lines.append(f"  faster by size: {found}")
     return "\n".join([head, *lines])

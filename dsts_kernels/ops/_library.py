@@ -150,7 +150,7 @@ def define(
         call = implementation
         if call is None:
             *args, backend = args if len(args) == count else (*args, None)
-            call = getattr(choose(name, args[0].device, args[0].dtype, backend), name)
+            call = getattr(choose(name, args[0].device, args[0].dtype, backend, args[0].shape), name)
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):

@@ -35,7 +35,7 @@ def _frozen_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = FrozenWeights(scoring, channels, starts, filters, bias, mixing)
     options = FrozenOptions(score_elements, mixing_kernel, relu, packing, next_taps)
-    return choose("frozen_layer", x.device, x.dtype, backend).frozen_layer(x, sums, skip, weights, options)
+    return choose("frozen_layer", x.device, x.dtype, backend, x.shape).frozen_layer(x, sums, skip, weights, options)
 
 
 def _frozen_layer_fake(

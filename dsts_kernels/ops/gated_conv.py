@@ -29,7 +29,7 @@ def _backward(
     needs: list[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = choose("gated_conv3d", x.device, x.dtype, backend).gated_conv3d_backward
+    run = choose("gated_conv3d", x.device, x.dtype, backend, x.shape).gated_conv3d_backward
     found = run(grad, x, gate, neuron, spatial, temporal, needs)
     return tuple(x.new_empty(0) if t is None else t for t in found)
 

@@ -18,7 +18,7 @@ def _forward_fake(z, neuron, mixing, backend=None):
 def _backward(
     grad: Tensor, z: Tensor, neuron: Tensor, mixing: Tensor, needs: list[bool], backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    run = choose("mixing_conv3d", z.device, z.dtype, backend).mixing_conv3d_backward
+    run = choose("mixing_conv3d", z.device, z.dtype, backend, z.shape).mixing_conv3d_backward
     return tuple(z.new_empty(0) if t is None else t for t in run(grad, z, neuron, mixing, needs))
 
 

@@ -20,7 +20,7 @@ from .common import busiest, stream
 
 
 def tile_for(kernel: str, case: Case, chip: Chip) -> Tile:
-    return tuning.choose_tile(kernel, chip.architecture, case.kind, case.size, case.channels, case.batch)
+    return tuning.choose_tile(kernel, chip.architecture, case.kind, case.size, case.channels)
 
 
 def box_rows(case: Case, rows: int) -> tuple[int, float]:

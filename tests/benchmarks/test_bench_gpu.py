@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT
-from benchmarks.gpu import bench, suite
+from benchmarks.gpu import bench, changes, suite, sweep, timing
 from benchmarks.gpu.suite import Outcome, Step, allowance, chosen_steps, parse_parts, run_step, run_steps
 from benchmarks.gpu.timing import NOT_RUN, rotation_count, short_name, slug
 
@@ -55,37 +55,58 @@ def test_steps_that_do_not_fit_are_reported() -> None:
     assert lines[0].split()[:3] == ["tests", "first", "ok"] and "no such tool" in lines[1]
 
 
-def test_everything_fits_into_its_minutes(tmp_path: Path) -> None:
-    """What the default parts need at the least is well under their time, build first and default tests last."""
-    steps = chosen_steps(suite.all_steps(tmp_path, 9, None, 4), suite.DEFAULT_PARTS)
-    assert sum(one.least for one in steps) < 0.75 * 60 * suite.MINUTES
-    assert [steps[0].part, steps[-1].name] == ["build", "pytest (default tests)"]
-    assert {one.part for one in steps} == set(suite.DEFAULT_PARTS)
+def test_every_part_fits_into_nine_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of it at its most, the closing table included: a job of ten minutes holds any of them whole."""
+    monkeypatch.setattr(suite, "find_sanitizer", lambda: "/tools/compute-sanitizer")
+    steps = suite.all_steps(tmp_path, None, 4)
+    assert list(dict.fromkeys(one.part for one in steps)) == list(suite.PARTS) and suite.MINUTES == 9
+    for part in suite.PARTS:
+        most = sum(one.most for one in chosen_steps(steps, [part]))
+        assert most + suite.CLOSING_S <= 60 * suite.MINUTES, f"{part}: {most} s"
+    assert suite.read_options([]).parts == suite.PARTS, "without a word everything runs"
+
+
+def test_parts_have_times_of_their_own() -> None:
+    """One that takes long leaves the next its whole time; parts run in the suite's order."""
+    ran = []
+
+    def run(one: Step, seconds: float) -> Outcome:
+        ran.append((one.name, round(seconds)))
+        time.sleep(0.6)
+        return Outcome(one, True, seconds, "")
+
+    steps = [Step(part, part, ["true"], 10, 1000) for part in ("build", "bench", "tune")]
+    outcomes = suite.run_parts(steps, ["build", "tune"], 60, run)
+    assert ran == [("build", 60), ("tune", 60)] and all(outcome.ok for outcome in outcomes)
 
 
 def test_the_default_tests_are_the_default_ones(tmp_path: Path) -> None:
     """``-m`` takes the place of the project's own, so it leaves out the same marks, and what another step runs."""
-    (one,) = [one for one in suite.all_steps(tmp_path, 9, None, 4) if one.name == "pytest (default tests)"]
+    (one,) = [one for one in suite.all_steps(tmp_path, None, 4) if one.name == "pytest (default tests)"]
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
     expression = one.command[one.command.index("-m", 3) + 1]  # the first is Python's
     assert sorted(expression.split(" and ")) == sorted([*re.search("'(.*)'", options)[1].split(" and "), "not gpu"])
 
 
-def test_parts_have_their_time(tmp_path: Path) -> None:
-    """The commands of docs/gpu.md give parts that run apart the most that each step may take; tuning takes the rest."""
-    commands = re.findall(r"--parts (\S+) --minutes (\d+)", (ROOT / "docs" / "gpu.md").read_text())
-    assert {part for parts, _ in commands for part in parts.split(",")} == set(suite.PARTS)
-    for parts, minutes in commands:
-        steps = chosen_steps(suite.all_steps(tmp_path, float(minutes), None, 4), parse_parts(parts))
-        most = sum(one.most for one in steps if one.part != "tune")
-        assert most + suite.CLOSING_S <= 60 * int(minutes), f"{parts}: {most} s"
+def test_the_documentation_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which they run, with the most that each may take."""
+    monkeypatch.setattr(suite, "find_sanitizer", lambda: "/tools/compute-sanitizer")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    steps = suite.all_steps(tmp_path, None, 4)
+    assert rows == [(p, f"{sum(one.most for one in chosen_steps(steps, [p])):.0f}") for p in suite.PARTS]
 
 
 def test_the_benchmark_fits_into_its_step(tmp_path: Path) -> None:
     """Every row of both backends, at its most; what one backend needs is less."""
-    (one,) = chosen_steps(suite.all_steps(tmp_path, 9, None, 4), ["bench"])
-    assert bench.needed_seconds(1) < bench.needed_seconds(2) <= one.most - suite.LIMIT_MARGIN_S
-    assert one.most + suite.CLOSING_S < 60 * suite.MINUTES, "alone it fits into the command's time"
+    (one,) = chosen_steps(suite.all_steps(tmp_path, None, 4), ["bench"])
+    assert bench.needed_seconds(1) < bench.needed_seconds(2) <= one.most - suite.LIMIT_MARGIN_S == bench.SECONDS
+
+
+def test_changes_and_sweep_fit_into_their_time(tmp_path: Path) -> None:
+    """Old beside new in eight minutes, the sweep in ten, their starts included; each stops before it is stopped."""
+    for part, module, most in (("changes", changes, 480), ("sweep", sweep, 600)):
+        (one,) = chosen_steps(suite.all_steps(tmp_path, None, 4), [part])
+        assert one.most <= most and module.SECONDS <= most - suite.LIMIT_MARGIN_S and one.takes_seconds == "--seconds"
 
 
 def test_sanitizers_watch_either_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +124,7 @@ def test_parts() -> None:
     """Chosen by name; one that does not exist is refused with the list of those that do."""
     assert parse_parts("bench, tests") == ("bench", "tests")
     assert suite.read_options(["--parts", "tune"]).parts == ("tune",)
+    assert suite.read_options(["--parts", "sweep,changes"]).parts == ("sweep", "changes")
     for text in ("bench,fly", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="wanted some of build, tests"):
             parse_parts(text)
@@ -137,7 +159,7 @@ def test_a_step_learns_its_own_limit() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "module", ["benchmarks.gpu", "benchmarks.gpu.bench", "benchmarks.gpu.sanitize", "benchmarks.gpu.tune"]
+    "module", [f"benchmarks.gpu{name}" for name in ("", ".bench", ".changes", ".sanitize", ".sweep", ".tune")]
 )
 def test_without_a_gpu(module: str) -> None:
     """One line that says so and an exit code, not a traceback."""
@@ -146,7 +168,16 @@ def test_without_a_gpu(module: str) -> None:
     assert ("no CUDA GPU here" in done.stderr or "torch finds none" in done.stderr) and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["cpu.memory", "cpu.stages", "cpu.sweep", "gpu.bench", "gpu.sanitize", "op"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu.memory",
+        "cpu.stages",
+        "cpu.sweep",
+        *(f"gpu.{n}" for n in ("bench", "changes", "sanitize", "sweep", "tune")),
+        "op",
+    ],
+)
 def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """As it is typed, also where there is no GPU."""
     module = importlib.import_module(f"benchmarks.{name}")
@@ -179,6 +210,28 @@ def test_inputs_exceed_the_cache() -> None:
 )
 def test_file_names(name: str, wanted: str) -> None:
     assert slug(name) == wanted
+
+
+def test_kernel_time_is_the_sum_of_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three large launches and six small ones of one name: the median over all would tell a third of their time."""
+    step = [("conv_kernel", 85.0), ("conv_kernel", 85.0), ("conv_kernel", 560.0), ("void fill<int>(int)", 1.0)] * 3
+    events = step * 9 + [(name, 2 * us) for name, us in step]  # one step was disturbed
+    events += [("rare_kernel", 4.0)] * 5
+    monkeypatch.setattr(timing, "device_events", lambda step, repeats: events)
+    conv, fill, rare = timing.kernel_times(lambda: None, repeats=10)
+    assert conv == {"name": "conv_kernel", "calls": 9, "us": 2190 / 9, "launches": [85.0, 85.0, 560.0] * 3}
+    assert (fill["name"], fill["calls"], fill["us"]) == ("fill", 3, 1.0)
+    assert rare == {"name": "rare_kernel", "calls": 0.5, "us": 4.0, "launches": None}
+    assert timing.kernel_sum([conv, fill, rare]) == pytest.approx(2190 + 3 + 2)
+
+
+def test_the_host_is_timed_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step begins after a synchronisation, and its own end is not waited for."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    us = timing.host_us(lambda: order.append("step") or time.sleep(0.002), before=lambda: order.append("before"))
+    assert order == ["before", "wait", "step"] * (timing.WARM_UP + timing.HOST_ROUNDS) + ["wait"]
+    assert us >= 2000
 
 
 def test_kernel_names_are_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,11 @@ import torch
 from made_up import made_up
 
 from benchmarks.gpu import bench as gpu_bench
-from benchmarks.gpu import faster, ops, sanitize, v100
+from benchmarks.gpu import changes, ops, record, rows, sanitize, sweep, v100
+from benchmarks.gpu.handwritten import GROUPINGS
 from benchmarks.gpu.timing import Timing
 from benchmarks.gpu.workload import Workload
 from benchmarks.report import tables
-from benchmarks.shapes import Problem
-from dsts_kernels.backends import BACKENDS, OPS
 
 CPU = torch.device("cpu")
 
@@ -38,24 +38,29 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
         return [("kernel", 5.0)] * repeats
 
-    for name, found in (
-        ("time_steps", time_steps),
-        ("copy_rate", lambda device: 100.0),
-        ("matrix_rate", lambda device, dtype: {"mm": 1000.0, "best": "mm"}),
-        ("peak_extra_mib", lambda each: each() is None or 1.0),
-        ("captured", lambda module, x, pool=None: (Replayed(module, x), module(x))),
-        ("kernel_times", lambda step: [{"name": "route_and_gather_kernel", "calls": step() is not None, "us": 3.0}]),
+    def kernel_times(step):
+        step()
+        return [{"name": "route_and_gather_kernel", "calls": 2, "us": 3.0, "launches": [2.0, 4.0]}]
+
+    for module, name, found in (
+        (rows, "time_steps", time_steps),
+        (record, "copy_rate", lambda device: 100.0),
+        (record, "matrix_rate", lambda device, dtype: {"mm": 1000.0, "best": "mm"}),
+        (rows, "peak_extra_mib", lambda each: each() is None or 1.0),
+        (rows, "captured", lambda step, pool=None, before=lambda: None: (Replayed(step, before), step())),
+        (rows, "kernel_times", kernel_times),
+        (rows, "host_us", lambda step: step() is not None or 7.0),
     ):
-        monkeypatch.setattr(gpu_bench, name, found)
+        monkeypatch.setattr(module, name, found)
     monkeypatch.setattr(ops, "device_events", device_events)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
 class Replayed:
-    """What stands for a captured graph on a CPU."""
+    """What stands for a captured graph on a CPU: a replay writes gradients anew, and does not add to them."""
 
-    def __init__(self, module: torch.nn.Module, x: torch.Tensor) -> None:
-        self.replay = lambda: module(x)
+    def __init__(self, step: Callable[[], object], before: Callable[[], object]) -> None:
+        self.replay = lambda: (before(), step())
 
     def pool(self) -> None:
         return None
@@ -91,12 +96,24 @@ def test_rows_of_the_cuda_backend(emulated_cuda: str, no_clock: None, tmp_path: 
     assert [failure for failure in bench.failures if "literal" not in failure] == []
     assert bench.backends == [emulated_cuda] and bench.results["backends"]["triton"]
     variants = {row["variant"] for row in bench.results["rows"]}
-    assert variants == {"frozen cuda", "graph cuda", "fused cuda", "literal", "handwritten"}
+    ours = {f"{variant} cuda" for variant in ("frozen", "graph", "fused", "captured")}
+    assert variants == {*ours, "literal", "handwritten", "handwritten graph"}
+    notes = {
+        row["note"] for row in bench.results["rows"] if row["variant"] == "handwritten" and row["mode"] == "training"
+    }
+    assert notes <= set(GROUPINGS) and bench.results["host_us"].keys() == bench.results["kernels"].keys()
+    assert {step.rsplit(" ", 2)[0] for step in bench.results["kernels"]} == {
+        *(f"{mode} cuda" for mode in ("frozen", "evaluation", "training")),
+        "training handwritten",
+    }
     assert all(row["ms"] == 1.0 for row in bench.results["rows"] if row["variant"] != "literal")
     assert {op["op"] for op in bench.results["ops"]} == {"route and gather", *ops.OPS}
     assert all(op["us"] and op["bytes"] > 0 for op in bench.results["ops"])
     saved = json.loads((tmp_path / "made-up.json").read_text())
-    assert any("FrozenDSTS, CUDA C++" in line for line in tables.plain(saved))
+    lines = tables.plain(saved)
+    assert any("FrozenDSTS, CUDA C++" in line for line in lines)
+    assert any("best handwritten PyTorch, CUDA graph" in line for line in lines)
+    assert any(line.startswith("kernels of training cuda") and "6 us in 2 launches, the host" in line for line in lines)
 
 
 @pytest.fixture
@@ -148,18 +165,24 @@ def test_a_wrong_result_has_no_time(
     assert rows["fused cuda"] is None and rows["frozen cuda"] == 1.0
 
 
-def test_comparison_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op in both kinds, results compared; the two names stand for one backend here."""
-    monkeypatch.setitem(BACKENDS, "triton", BACKENDS[emulated_cuda])
-    problems = [Problem(name, grid, batch=3, channels=24, neurons=3) for name, grid in GRIDS.items()]
+def test_changes_run(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dry run: every switch off and on, wherever it may matter, with results compared."""
+    monkeypatch.setattr("benchmarks.op.ROUND_SECONDS", 0.0)
+    for case, found in changes.run(changes.cases(), changes.workloads(CPU, True), emulated_cuda, 3600):
+        assert found.get("error", 1.0) < 1e-3 or found["note"].startswith("not run: no CUDA graph"), (case, found)
 
-    def timer(steps) -> float:
-        assert all(isinstance(each()[0], torch.Tensor) for each in steps)
-        return 1.0
 
-    log = faster.compare(problems, faster.KINDS | {"half": torch.bfloat16}, CPU, 1000, timer)
-    assert [(entry["op"], entry["kind"]) for entry in log[:5]] == [(op, "half") for op in OPS]
-    assert len(log) == len(OPS) * 2 * len(problems) and len(faster.winners(log)) == len(OPS) * 2
+def test_sweep_runs(emulated_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point of every mode in each dtype that the chip has: this backend, plain PyTorch and handwritten agree."""
+    monkeypatch.setattr(sweep, "NAMED_SHAPES", GRIDS)
+    for name, value in (("ROUND_SECONDS", 0.0), ("ROUNDS", 1), ("MORE_ROUNDS", 1), ("NEURONS", 3)):
+        monkeypatch.setattr(sweep, name, value)
+    groups = [sweep.Group(dtype, 24, 0.5) for dtype in ("bfloat16", "float16", "float32")]
+    wanted = {g: [sweep.Point(g, "tpn", 4, mode) for mode in sweep.MODES] for g in groups}
+    found: list[dict[str, Any]] = []
+    assert sweep.run(wanted, found, CPU, 3600, lambda rows: None) == 0
+    assert [row for row in found if not row["ms"]] == []
+    assert all(list(row["ms"]) == [emulated_cuda, "eager", "handwritten"] for row in found) and len(found) == 9
 
 
 def test_sanitized_cases_run(emulated_cuda: str, capsys: pytest.CaptureFixture) -> None:

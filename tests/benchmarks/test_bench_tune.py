@@ -1,53 +1,63 @@
-"""Which backend was faster, and the paper's row: what they make of times, without a GPU."""
+"""Tiles timed one by one, and the paper's row: what they make of times, without a GPU."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch
 
-from benchmarks.gpu import faster, v100
-from dsts_kernels.backends import OPS
-from dsts_kernels.backends.gpu import measured
+from benchmarks.gpu import tune, v100
+from dsts_kernels.backends.triton import tuning
 from dsts_kernels.roofline import CHIPS, SHAPES, Case, frozen_step, total
 from dsts_kernels.roofline.tables import run_on
+from tests.support.targets import INTERPRETED
+
+CPU = torch.device("cpu")
+PROBLEMS = [("ieee", torch.float32, (1, 3, 2), 2)]
 
 
-def test_winners() -> None:
-    """Every shape alike, by the geometric mean: twice as fast outweighs a slower half by less."""
-    times = [("tap_sums", "half", 1.0, 2.0), ("tap_sums", "half", 1.0, 0.4), ("gated_conv3d", "float", 3.0, 3.0)]
-    log = [{"op": op, "kind": kind, "shape": "", "ms": {"triton": t, "cuda": c}} for op, kind, t, c in times]
-    assert faster.winners(log) == {"tap_sums half": "cuda", "gated_conv3d float": "triton"}
-    assert faster.winners([]) == {}
+@pytest.mark.skipif(not INTERPRETED, reason="runs kernels in Triton's interpreter: set TRITON_INTERPRET=1")
+def test_every_tile_is_timed(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel with each candidate, in the interpreter; which one would run is told by the launchers' own rule."""
+    monkeypatch.setattr(tune, "NEURONS", 2)
+    ran = []
+
+    def timer(call) -> float:
+        ran.append(dict(tuning._forced))
+        return float(len(ran))
+
+    log = tune.tune(tuning.INTERPRETER, PROBLEMS, 8, CPU, timer, time.monotonic() + 600)
+    assert [entry["problem"].split()[0] for entry in log] == list(tuning.KERNELS)
+    tiles = [tile for kernel in tuning.KERNELS for tile in tuning.candidates(kernel, tuning.INTERPRETER, "ieee")]
+    assert [tile for forced in ran for tile in forced.values()] == tiles
+    assert all(entry["tiles"][entry["chosen"]] in tiles and len(entry["ms"]) == 2 for entry in log)
 
 
-def test_winners_are_what_backends_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that is written is the one looked up, by op, kind and chip."""
+def test_a_tile_that_gives_something_else_is_an_error() -> None:
+    """Before it is timed."""
+    tiles = tuning.candidates("conv", "sm_90", "half")
+    results = iter([torch.ones(3), torch.ones(3), torch.full((3,), 1.5)])
+    timed = []
+    with pytest.raises(AssertionError, match=r"conv with Tile.*: relative error 0.5 against the first"):
+        tune.tile_times("conv", lambda: next(results), tiles, torch.bfloat16, lambda call: timed.append(call) or 1.0)
+    assert len(timed) == 2
+
+
+def test_faster_tiles_are_named() -> None:
+    """Only where they are faster than the one that runs, and by enough."""
     log = [
-        {"op": op, "kind": kind, "shape": "", "ms": {"triton": 2.0, "cuda": 1.0 if op == "tap_sums" else 3.0}}
-        for op in OPS
-        for kind in faster.KINDS
+        {"problem": "a", "chosen": 0, "ms": [1.0, 0.9], "tiles": ["first", "second"]},
+        {"problem": "b", "chosen": 0, "ms": [1.0, 0.99], "tiles": ["first", "second"]},
+        {"problem": "c", "chosen": 1, "ms": [1.0, 0.9], "tiles": ["first", "second"]},
     ]
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3"))
-    monkeypatch.setattr(faster, "compare", lambda *_: log)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(faster.machine, "describe", lambda device: {"device": "Made up", "torch": "9", "commit": "abc"})
-    monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    monkeypatch.setattr(measured, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(measured, "faster", measured.faster.__wrapped__)
-    path = faster.write(tmp_path, torch.device("cuda"))
-    assert path.name == "sm_90.json"
-    record = json.loads(path.read_text())
-    assert [record[key] for key in ("device", "torch", "triton", "commit")] == ["Made up", "9", "3", "abc"]
-    for op in OPS:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            wanted = "cuda" if op == "tap_sums" else "triton"
-            assert measured.winner(op, torch.device("cuda"), dtype) == wanted
+    assert tune.better(log) == ["a: second takes 10% less than first"]
+
+
+def test_nothing_begins_after_the_deadline() -> None:
+    assert (
+        tune.tune("sm_90", [("half", torch.bfloat16, (1, 2, 2), 1)], 8, CPU, lambda call: 1.0, time.monotonic()) == []
+    )
 
 
 def test_the_papers_row_without_a_gpu(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

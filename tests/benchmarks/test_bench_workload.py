@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.baselines import HandwrittenEval
-from benchmarks.gpu.baselines import GROUPINGS, padded, training_grouping
+from benchmarks.gpu.baselines import padded
 from benchmarks.gpu.workload import Workload, gpu_backends, half_precision
 from benchmarks.margins import MARGIN, margins, separate_draws, separate_features
-from benchmarks.parity import relative_error, training_errors, training_oracle
+from benchmarks.parity import relative_error
 from benchmarks.shapes import Problem
 from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.reference import DSTS, Draws
@@ -69,18 +69,6 @@ def test_padded_lists_change_nothing() -> None:
     module = padded(HandwrittenEval(reference))
     assert all(neuron.spatial_channels.numel() % 64 == 0 for layer in module.folded for neuron in layer.neurons)
     assert relative_error(module(x), plain) < 1e-12
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_training_groupings_agree(grouping: str) -> None:
-    """Both ways to group samples are the reference's training step."""
-    reference = make_reference(SMALL, torch.float64, CPU)
-    x = torch.rand(SMALL.feature_shape, dtype=torch.float64)
-    draws, grad = make_draws(SMALL, CPU, torch.float64), torch.randn_like(x)
-    oracle = training_oracle(build("literal", "training", SMALL, reference), x, draws, grad)
-    with training_grouping(grouping):
-        errors = training_errors(build("handwritten", "training", SMALL, reference), x, draws, grad, oracle)
-    assert max(errors.values()) < 1e-9
 
 
 def test_workload() -> None:

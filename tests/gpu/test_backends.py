@@ -36,11 +36,11 @@ TRAINING_OPS = (
 )
 
 
-def expected(op: str, dtype: torch.dtype) -> str:
-    """The default: of the GPU backends that run ``dtype`` the faster as measured, or the first; else plain PyTorch."""
+def expected(op: str, dtype: torch.dtype, size: tuple[int, ...] | None = None) -> str:
+    """The default: of the backends that run ``dtype`` the faster as measured, or the first; else plain PyTorch."""
     able = [name for name in BACKENDS if name in GPU_BACKENDS and why_not(name, dtype) is None]
-    won = winner(op, DEVICE, dtype)
-    return won if won in able else (able[0] if able else "eager")
+    won = winner(op, DEVICE, dtype, size) if able else None
+    return won if won in (*able, "eager") else (able[0] if able else "eager")
 
 
 @pytest.fixture
@@ -86,7 +86,8 @@ def test_by_name(gpu_backend, op):
 def test_default(op):
     """What was measured faster, else the first that can; float64 stays with plain PyTorch."""
     for dtype in DTYPES:
-        assert choose(op, DEVICE, dtype).name == expected(op, dtype)
+        for size in (None, SIZE, (8, 1024, 8, 16, 16)):
+            assert choose(op, DEVICE, dtype, None, size).name == expected(op, dtype, size)
     assert choose(op, DEVICE, torch.float64).name == "eager"
 
 
@@ -108,9 +109,9 @@ def test_it_really_runs(gpu_backend, calls):
 
 def test_the_default_really_runs(calls):
     """Left to choose, every op runs on its own default."""
-    wanted = {op: expected(op, HALF) for op in OPS}
+    wanted = {op: expected(op, HALF, SIZE) for op in OPS}
     if "eager" in wanted.values():
-        pytest.skip("no GPU backend can run here")
+        pytest.skip("no GPU backend can run here, or plain PyTorch was measured faster at this size")
     check_calls(None, calls, wanted)
 
 

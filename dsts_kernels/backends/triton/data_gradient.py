@@ -189,7 +189,7 @@ def data_gradient(
     outputs = spatial.shape[1]
     lists = list_channels(gate, groups, False, tile_channels(x.dtype))
     filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-    tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c, b)
+    tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c)
     box = grids.best_box(tile.m, *size)
     dx = torch.empty_like(x) if need_x else None
     if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both

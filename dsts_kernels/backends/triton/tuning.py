@@ -1,8 +1,7 @@
-"""Which tile a kernel runs with: what was measured on this architecture, else a rule, never a search at the first call.
+"""Which tile a kernel runs with: a rule, never a search at the first call.
 
-``tuned/<architecture>.json`` maps a problem (:func:`problem`) to the index of a candidate; ``python -m
-benchmarks.gpu.tune`` measures and writes it on a GPU. Where a problem was not measured, the first candidate that fits
-it runs. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
+The first of :data:`CANDIDATES` that fits a problem runs. ``python -m benchmarks.gpu.tune`` times them all on a GPU and
+says where another one is faster. Every candidate is compiled ahead of time, and checked for correctness, by the tests.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +26,6 @@ KINDS = {"half": 2, "tf32": 4, "ieee": 4}  # of products, with the bytes of an e
 FILTER_TILE = 64  # outputs, and elements of channels and taps, of a program that lays filters out
 LIST_CHANNELS = 1024  # of a program that lists channels, at a time
 SEMHASH_CHANNELS, SEMHASH_BACKWARD_CHANNELS = 1024, 256  # of a program that works gates out, and their gradient
-TUNED = Path(__file__).parent / "tuned"
 
 
 class SumTile(NamedTuple):
@@ -70,8 +66,8 @@ def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
     return tuple(Tile(*row[:5], tma, *row[5:]) for row in rows)
 
 
-# Every tile that ships, best guess first: rows, columns, K block, warps, stages, and programs a multiprocessor where
-# more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
+# Every tile that ships, the one to take first: rows, columns, K block, warps, stages, and programs a multiprocessor
+# where more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
 # docs/performance.md.
 CANDIDATES = {
     "half": {
@@ -181,7 +177,7 @@ _forced: dict[str, Tile] = {}
 
 @contextlib.contextmanager
 def forced(**tiles: Tile) -> Iterator[None]:
-    """Run kernels with these tiles, ``forced(conv=Tile(...))``, whatever was measured: for tests and tuning."""
+    """Run kernels with these tiles, ``forced(conv=Tile(...))``, whatever fits: for tests and benchmarks."""
     before = dict(_forced)
     _forced.update(tiles)
     try:
@@ -197,7 +193,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 
 def candidates(kernel: str, architecture: str, kind: str) -> tuple[Tile, ...]:
-    """The tiles that ``kernel`` may run with, best guess first."""
+    """The tiles that ``kernel`` may run with, the one to take first."""
     if architecture == INTERPRETER:
         tiles = INTERPRETED[kernel]
         return tiles if kernel == "weight_gradient" else tuple(tile._replace(k=block_k(kind)) for tile in tiles)
@@ -214,29 +210,13 @@ def check_candidates() -> None:
 check_candidates()
 
 
-def problem(kernel: str, kind: str, size: tuple[int, int, int], columns: int, batch: int) -> str:
-    """A problem's name in a tuned file: positions, columns of the result and batch."""
-    return f"{kernel} {kind} {'x'.join(map(str, size))} {columns} b{batch}"
-
-
-@functools.cache
-def measured(architecture: str) -> dict[str, int]:
-    """What ``benchmarks.gpu.tune`` found best on this architecture; empty where it never ran."""
-    path = TUNED / f"{architecture}.json"
-    return json.loads(path.read_text())["tiles"] if path.exists() else {}
-
-
 def choose_tile(
-    kernel: str, architecture: str, kind: str, size: tuple[int, int, int], columns: int, batch: int, small: bool = False
+    kernel: str, architecture: str, kind: str, size: tuple[int, int, int], columns: int, small: bool = False
 ) -> Tile:
     """The tile of a problem. ``small`` wants at most 128 columns, for an epilogue that needs the registers."""
     if kernel in _forced:
         return _forced[kernel]
-    every = candidates(kernel, architecture, kind)
-    fitting = [tile for tile in every if not (small and tile.n > 128)]
-    index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
-    if 0 <= index < len(every) and every[index] in fitting:
-        return every[index]
+    fitting = [tile for tile in candidates(kernel, architecture, kind) if not (small and tile.n > 128)]
     positions = size[0] * size[1] * size[2]
     for tile in fitting:
         rows = tile.m if kernel != "weight_gradient" else 0
@@ -269,7 +249,7 @@ def conv_grid(
     sum_taps: int,
 ) -> ConvGrid:
     """Of a convolution over at most ``width`` columns of a panel, by ``taps``, and ``sum_taps`` sums of its result."""
-    tile = choose_tile("conv", architecture, kind, size, outputs, batch, small=sum_taps == 9)
+    tile = choose_tile("conv", architecture, kind, size, outputs, small=sum_taps == 9)
     return grid_of(tile, processors, batch, size, outputs, cdiv(width, tile.k) * taps)
 
 

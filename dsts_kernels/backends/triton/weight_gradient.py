@@ -118,7 +118,7 @@ def weight_gradient(
     """:func:`.weight_gradient.weight_gradient_kernel` by slot, or into ``out`` by neuron."""
     size, width = tuple(left.shape[1:4]), right.shape[-1]
     architecture = launch.chip(left.device)[0]
-    tile = tuning.choose_tile("weight_gradient", architecture, tuning.kind_of(left.dtype), size, width, left.shape[0])
+    tile = tuning.choose_tile("weight_gradient", architecture, tuning.kind_of(left.dtype), size, width)
     box = grids.best_box(tile.k, *size)
     by_neuron = out is not None
     out = torch.empty(shape, dtype=dtype, device=left.device) if out is None else out
