@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import FrozenWeights
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.lists import PLAN as PLAN_INTS
 from ..gpu.lists import panel_width
 from ..packing import tile_channels
-from . import tuning
+from . import route_rows, tuning
 from .common import (
     kernel_strides,
     plan_at,
@@ -84,6 +84,7 @@ def route_and_gather_kernel(
     num_counters,
     FLAT_POSITIONS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    FLAT_STORE: tl.constexpr,
     NEURONS: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
@@ -119,7 +120,7 @@ def route_and_gather_kernel(
             tl.store(arrival_counters + place, tl.zeros((256,), tl.int32), mask=place < num_counters)
     gather_columns(
         x, channel_lists, None, panel, b, chosen, spatial_blocks, temporal_blocks, split, split, True, channels,
-        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, BP, BK,
+        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, FLAT_STORE, BP, BK,
     )  # fmt: skip
 
 
@@ -137,6 +138,19 @@ def route_and_gather(
     block_k, lanes = tile_channels(x.dtype), grids.next_power(scores.shape[1])
     panel = x.new_empty(b, *size, panel_width(c, x.dtype, False))
     plan = torch.empty((b, PLAN_INTS), dtype=torch.int32, device=x.device)
+    if switches.current().gluon_gather and route_rows.why_not(x) is None:
+        route_rows.route_and_gather_rows(
+            x,
+            (sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters),
+            sums.shape[1],
+            w.scoring.shape[2],
+            scores.shape[1],
+            float(divisor),
+            panel.shape[-1],
+            arrival_counters.numel(),
+            block_k,
+        )
+        return panel, plan
     stride, is_flat = kernel_strides(x)
     route_and_gather_kernel[gather_grid(x, block_k)](
         x,
@@ -161,6 +175,7 @@ def route_and_gather(
         arrival_counters.numel(),
         FLAT_POSITIONS=is_flat,
         INDEX_64=features.needs_int64(x),
+        FLAT_STORE=switches.current().flat_gather,
         NEURONS=lanes,
         BC=tuning.score_channels(lanes),
         BP=grids.GATHER_POSITIONS,

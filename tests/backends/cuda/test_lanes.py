@@ -134,10 +134,14 @@ def test_filters_move_sixteen_bytes(arch):
         assert not kernel.counts["LDL"] + kernel.counts["STL"], name
 
 
+SQUARES = {"half": 8, "float": 4}  # elements of a side
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [70, 75, 80, 90])
 def test_gathers_move_sixteen_bytes(arch):
-    """Four vectors of whole positions on their way, before the first round and in each; one of the panel at a time."""
+    """Four vectors of whole positions on their way, before the first round and in each; one of the panel at a time. Of
+    positions side by side all vectors of a square, in and out."""
     if reason := cuda_compilers.missing(arch):
         pytest.skip(reason)
     sources = [path for path in cuda_compilers.SOURCES if path.stem in ("gather_panel", "route")]
@@ -153,3 +157,7 @@ def test_gathers_move_sixteen_bytes(arch):
         kernel = found[name]
         assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)
         assert kernel.vectors["STS"] >= 4 and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)
+    for name, square in [(name, square) for name in ("gather_panel_turned", "route_and_gather_turned") for square in SQUARES]:
+        kernel, rows = found[f"{name}<{square}>"], SQUARES[square]
+        assert kernel.vectors["LDG"] == kernel.vectors["STG"] == kernel.vectors["STS"] == rows, (name, kernel)
+        assert kernel.vectors["LDS"] >= rows and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)

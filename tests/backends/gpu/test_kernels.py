@@ -87,9 +87,11 @@ def test_list_channels_of_a_union(channels):
     assert found.plans[2:].count_nonzero() == 0, "a slot without a neuron has an empty plan, for strays read it"
 
 
-# The last one's rows are 16 bytes at a time where channels lie side by side, and several rounds of a block.
+# The last two are several rounds of a block: 16 bytes at a time where channels lie side by side, or positions do.
 @dtypes
-@pytest.mark.parametrize("channels, size", [(70, SIZE), (72, SIZE), (1040, TILES)], ids=["70", "72", "1040"])
+@pytest.mark.parametrize(
+    "channels, size", [(70, SIZE), (72, SIZE), (1040, TILES), (300, (3, 4, 8))], ids=["70", "72", "1040", "300"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_panel(layout, channels, size, dtype):
     """Listed channels, gated, in K blocks with zeros behind each list; not a column beyond, NaN for a stray."""

@@ -1,0 +1,60 @@
+"""Switches: each change of how the GPU path works can be turned off, so that old and new are timed beside each other.
+
+Users need none of them; ``python -m benchmarks.gpu.changes`` turns one off at a time. They hold for the whole process,
+because a backward pass runs in threads of autograd's own. A change that could give other results on a GPU where
+it never ran is off by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Switches:
+    """One field a change; ``False`` is how it was before."""
+
+    flat_gather: bool = True
+    """Triton's gathers store their tiles as vectors, which leaves loads a layout of their own: lanes read neighbours of a
+    list."""
+
+    gluon_gather: bool = False
+    """A frozen layer's first launch on channels-last features in Gluon, where Triton has what it takes: whole positions in
+    shared memory, the choice worked out meanwhile (:mod:`..triton.route_rows`). No GPU has run it."""
+
+    turned_gather: bool = True
+    """CUDA C++ gathers from features whose positions lie side by side 16 bytes at a time, not by elements."""
+
+
+_current = Switches()
+
+
+def current() -> Switches:
+    """The switches as they are now."""
+    return _current
+
+
+@contextlib.contextmanager
+def switched(**changes: bool) -> Iterator[Switches]:
+    """The switches with ``changes`` inside the block, for every thread of the process.
+
+    >>> with switched(flat_gather=False) as inside:
+    ...     assert not current().flat_gather
+
+    Raises:
+        TypeError: no switch has that name, or a value is no ``bool``.
+    """
+    global _current
+    names = [field.name for field in fields(Switches)]
+    for name, value in changes.items():
+        if name not in names:
+            raise TypeError(f"switched: got {name!r}, wanted one of {', '.join(names)}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    before, _current = _current, replace(_current, **changes)
+    try:
+        yield _current
+    finally:
+        _current = before
