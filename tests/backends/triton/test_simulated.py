@@ -21,6 +21,7 @@ from ...support.inputs import GATES, LAYOUTS  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("poison"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 SIZE = (2, 5, 8)
