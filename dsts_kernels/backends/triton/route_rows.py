@@ -61,7 +61,7 @@ def ask(
     rows, start, first, channels, positions, stride_w, BP: gl.constexpr, CHANNELS: gl.constexpr, WARPS: gl.constexpr
 ):
     """Copies under way: ``BP`` positions of a sample from ``first`` on, with all their channels."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16 // (rows.dtype.primitive_bitwidth // 8)], [1, 32], [WARPS, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 128 // rows.dtype.primitive_bitwidth], [1, 32], [WARPS, 1], [1, 0])
     p = first + gl.arange(0, BP, gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))
     mask = (p < positions)[:, None] & (c < channels)[None, :]
@@ -120,9 +120,9 @@ def route_and_gather_rows_kernel(
     taps,
     neurons,
     divisor,
-    channels,
+    vectors,  # of 16 bytes, that a position's channels fill
     positions,
-    stride_b,
+    stride_b,  # in vectors
     stride_w,
     width,
     num_counters,
@@ -136,9 +136,13 @@ def route_and_gather_rows_kernel(
     """As :func:`.route.route_and_gather_kernel`; axis 0 of the grid is samples, axis 1 shares a sample's positions."""
     MANY: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, WARPS], [1, 0])  # columns
     FEW: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
+    # Multiples of a vector, so that the compiler knows them to be.
+    VECTOR: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    channels = vectors * VECTOR
+    stride_w *= VECTOR
     b = gl.program_id(0)
     step = gl.num_programs(1) * BP
-    start = x + b.to(gl.int64) * stride_b
+    start = x + b.to(gl.int64) * stride_b * VECTOR
     rows = gl.allocate_shared_memory(
         x.dtype.element_ty, [2, BP, CHANNELS], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     )
@@ -185,6 +189,10 @@ def why_not(x: Tensor) -> str | None:
     _, flat = features.kernel_strides(x)
     if x.stride(1) != 1 or not flat:
         return "the channels of a position do not lie side by side"
+    vector = 16 // x.element_size()
+    outer = [x.stride(i) for i in (0, 2, 3, 4) if x.shape[i] > 1]
+    if x.shape[1] % vector or any(stride % vector for stride in outer) or x.data_ptr() % 16:
+        return "the channels of a position are no whole 16 bytes"
     if positions_at_once(x) == 0:
         return f"the {x.shape[1]} channels of a position take more than {grids.GATHER_BYTES} bytes of shared memory"
     if features.needs_int64(x):
@@ -216,6 +224,7 @@ def route_and_gather_rows(
     """Launch it: fills panel, plan, neuron, scores, and zeroes the counters."""
     b, c, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
     (stride_b, *_, stride_w), _ = features.kernel_strides(x)
+    vector = 16 // x.element_size()
     rows, lanes = positions_at_once(x), grids.next_power(neurons)
     grid = grids.gather_grid(b, positions, 0, launch.chip(x.device)[1], rows)
     route_and_gather_rows_kernel[grid](
@@ -225,10 +234,10 @@ def route_and_gather_rows(
         taps,
         neurons,
         divisor,
-        c,
+        c // vector,
         positions,
-        stride_b,
-        stride_w,
+        stride_b // vector,
+        stride_w // vector,
         width,
         counters,
         NEURONS=lanes,
