@@ -45,14 +45,13 @@ class Chip:
     architecture: str
     ctas: Callable[[Grid], list[tuple[int, int]]] = every_cta
     accesses: list[Touched] = field(default_factory=list)
+    edit: Callable[[str], str] = str  # of the PTX before it runs: for tests of tests
     built: list[object] = field(default_factory=list)  # what the compiler made, launch by launch
     backend: TritonBackend | None = None
 
 
-@functools.cache
-def compiled(launch: ahead.Launch, architecture: str, kernel: object) -> tuple[object, ptx.Program]:
-    built = ahead.build(launch, architecture, kernel)
-    return built, ptx.parse(built.asm["ptx"])
+compiled = functools.cache(ahead.build)
+parsed = functools.lru_cache(maxsize=64)(ptx.parse)
 
 
 class Simulated:
@@ -68,7 +67,8 @@ class Simulated:
         found: list[ahead.Launch] = []
         ahead.Recorder(self.kernel, found, [""]).record(grid, *args, **constants)
         launch = found[0]
-        built, program = compiled(launch, self.chip.architecture, self.kernel)
+        built = compiled(launch, self.chip.architecture, self.kernel)
+        program = parsed(self.chip.edit(built.asm["ptx"]))
         self.chip.built.append(built)
         compiled_in = {place for place, _ in launch.constants}
         memory, places, values = ptx.Memory(), {}, []
@@ -113,9 +113,14 @@ def owner(access: ptx.Access, places: dict[int, tuple[str, Tensor, int]]) -> str
 
 
 @contextlib.contextmanager
-def simulated(architecture: str, processors: int = 1, ctas: Callable[[Grid], list] = every_cta) -> Iterator[Chip]:
+def simulated(
+    architecture: str,
+    processors: int = 1,
+    ctas: Callable[[Grid], list[tuple[int, int]]] = every_cta,
+    edit: Callable[[str], str] = str,
+) -> Iterator[Chip]:
     """Kernels compiled for ``architecture``, of ``processors`` multiprocessors; ``ctas`` says which CTAs are run."""
-    chip = Chip(architecture, ctas)
+    chip = Chip(architecture, ctas, edit=edit)
     with ahead.on_chip(architecture, processors, lambda kernel: Simulated(kernel, chip)) as backend:
         chip.backend = backend
         yield chip

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
+from ...support.gathered import ROUTED, check_route_and_gather
 from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, hard_gate
 from ...support.stand_ins import KERNELS, dtypes, emulated
 
@@ -113,6 +114,16 @@ def test_gather_panel(layout, channels, size, dtype):
         if b == 2:
             wanted.fill_(torch.nan)
         assert torch.equal(panel[b].nan_to_num(nan=77), wanted.nan_to_num(nan=77))
+
+
+# 80 and 60 positions: whole 16 bytes of a half type, and not.
+@dtypes
+@pytest.mark.parametrize("size", [(2, 5, 8), TILES], ids=["80", "60"])
+@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first", "strided"])
+def test_route_and_gather(layout, case, size, dtype):
+    """A frozen layer's first launch: choice, plan, panel, and counters zeroed for the next one."""
+    check_route_and_gather(KERNELS, layout, case, size, dtype)
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,14 +13,12 @@ import torch
 from ...support.targets import require_triton
 
 require_triton()
-from benchmarks.compiled import ptx  # noqa: E402
+from benchmarks.compiled import gathers, ptx  # noqa: E402
 from benchmarks.compiled.simulated import simulated  # noqa: E402
-from dsts_kernels.backends.base import FrozenWeights  # noqa: E402
-from dsts_kernels.backends.gpu.lists import Lists, panel_width  # noqa: E402
 from dsts_kernels.backends.gpu.switches import switched  # noqa: E402
-from dsts_kernels.backends.packing import tile_channels  # noqa: E402
 
-from ...support.inputs import GATES, LAYOUTS  # noqa: E402
+from ...support.gathered import ROUTED, check_gather_panel, check_route_and_gather  # noqa: E402
+from ...support.inputs import LAYOUTS  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,102 +27,47 @@ pytestmark = [
 ]
 SIZE = (2, 5, 8)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 WAYS = {"before": dict(flat_gather=False), "flat": {}, "gluon": dict(gluon_gather=True)}
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return torch.equal(found.nan_to_num(nan=77), wanted.nan_to_num(nan=77))
-
-
-def written(rows: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor | None]], width: int) -> torch.Tensor:
-    """A panel of ``rows (T, H, W, C)``: lists and what scales them, in K blocks; NaN where nobody writes."""
-    block, at = tile_channels(rows.dtype), 0
-    wanted = torch.full((*rows.shape[:3], width), torch.nan, dtype=rows.dtype)
-    for own, scale in parts:
-        columns = -(-len(own) // block) * block
-        wanted[..., at : at + columns] = 0
-        values = rows[..., own]
-        wanted[..., at : at + len(own)] = values if scale is None else (values.float() * scale[own]).to(rows.dtype)
-        at += columns
-    return wanted
-
-
 # Rows of whole 16 bytes and ragged ones; lists of all and of nothing; samples of a neuron out of range.
-@dtypes
-@pytest.mark.parametrize("way", ["before", "flat"])
+@pytest.mark.parametrize("way, dtype", [("before", torch.float16), *(("flat", dtype) for dtype in DTYPES)])
 @pytest.mark.parametrize("channels, gate", [(72, "mixed"), (70, "soft"), (64, "all-spatial"), (33, "all-temporal")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_panel(layout, channels, gate, way, dtype):
     """Training's gather on sm_90: the same bits as in PyTorch."""
-    x = LAYOUTS[layout](torch.randn(2, channels, *SIZE).to(dtype))
-    gates, neuron = GATES[gate](2, channels).to(dtype), torch.tensor([1, 5])
-    block, orders, plans = tile_channels(dtype), [], []
-    for b, row in enumerate(gates.float()):
-        first, both, second = (mask.nonzero()[:, 0] for mask in (row == 1, (row > 0) & (row < 1), row == 0))
-        read, start = len(first) + len(both), len(first)
-        orders.append(torch.cat([first, both, second]))
-        plans.append([0, -(-read // block), -(-(channels - start) // block), read, start, b])
-    lists = Lists(torch.stack(orders).int(), torch.tensor(plans, dtype=torch.int32), torch.empty(0, dtype=torch.int8))
-    width = panel_width(channels, dtype, True)
     with switched(**WAYS[way]), simulated("sm_90", 2) as chip:
-        panel = chip.backend.kernels.gather_panel(x, gates, neuron, 3, None, lists, width)
-    scale = gates[0].float()
-    parts = [(orders[0][: plans[0][3]], scale), (orders[0][plans[0][4] :], 1 - scale)]
-    assert same(panel[0], written(x[0].movedim(0, -1), parts, width))
-    columns = (plans[1][1] + plans[1][2]) * block
-    assert panel[1, ..., :columns].isnan().all(), "a sample without a neuron becomes NaN"
+        check_gather_panel(chip.backend.kernels, layout, channels, gate, SIZE, dtype)
 
 
-CASES = {
-    "rows": (72, 0.5, 1),
-    "ragged": (70, 0.4, 1),
-    "all-spatial": (64, 1.0, 1),
-    "all-temporal": (128, 0.0, 9),
-    "a block more": (256, 0.3, 1),
-    "few": (3, 0.5, 1),
-    "several rounds": (512, 0.5, 1),
-}
-
-
-@dtypes
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way, dtype", [("before", torch.bfloat16), *itertools.product(("flat", "gluon"), DTYPES)])
+@pytest.mark.parametrize("case", ROUTED)
 @pytest.mark.parametrize("layout", ["channels-last", "channels-first", "strided"])
 def test_route_and_gather(layout, case, way, dtype):
-    """Choice, plan, scores, zeroed counters and panel on sm_90; NaN in one sample stays there."""
-    channels, share, taps = CASES[case]
-    neurons, block = 3, tile_channels(dtype)
-    x = torch.randn(2, channels, *SIZE)
-    x[1, channels // 2] = torch.nan
-    x = LAYOUTS[layout](x.to(dtype))
-    sums, scoring = torch.randn(2, 2, channels * taps), torch.randn(neurons, channels, taps)
-    sums[1, 0, 0] = torch.nan
-    counts = [round(channels * share), channels // 3 if 0 < share < 1 else round(channels * share)]
-    counts.append(counts[0])
-    orders = [
-        torch.cat([part.sort()[0] for part in torch.randperm(channels).split([n, channels - n])]) for n in counts
-    ]
-    starts = torch.tensor([0, *counts]).cumsum(0)
-    empty = torch.empty(0)
-    weights = FrozenWeights(scoring, torch.stack(orders).int(), starts, empty, torch.empty(neurons, 4), None)
-    neuron, scores = torch.full((2,), -7), torch.full((2, neurons), torch.nan)
-    counters = torch.full((300,), 5, dtype=torch.int32)
-    with switched(**WAYS[way]), simulated("sm_90", 2) as chip:
-        panel, plan = chip.backend.kernels.route_and_gather(x, sums, weights, 7, neuron, scores, counters)
-    gluon = way == "gluon" and layout == "channels-last" and channels * dtype.itemsize % 16 == 0
+    """A frozen layer's first launch on sm_90; in Gluon where whole 16 bytes of channels lie side by side."""
+    with switched(**WAYS[way]), simulated("sm_90", 1) as chip:
+        check_route_and_gather(chip.backend.kernels, layout, case, SIZE, dtype)
+    gluon = way == "gluon" and layout == "channels-last" and ROUTED[case][0] * dtype.itemsize % 16 == 0
     assert (chip.accesses[0].kernel == "route_and_gather_rows_kernel") == gluon
-    wanted = torch.einsum("bps,ns->bn", sums.double(), scoring.flatten(1).double()) / 7
-    torch.testing.assert_close(scores, wanted.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert neuron.tolist() == scores.argmax(1).tolist() and not counters.any()
-    for b, n in enumerate(neuron.tolist()):
-        own, count = orders[n], counts[n]
-        blocks = [[-(-m // block), -(-(channels - m) // block)] for m in counts]
-        filters = sum(9 * spatial + 3 * temporal for spatial, temporal in blocks[:n])
-        assert plan[b].tolist() == [filters, *blocks[n], count, count, n]
-        parts = [(own[:count], None), (own[count:], None)]
-        assert same(panel[b], written(x[b].movedim(0, -1), parts, panel.shape[-1]))
-    assert not panel[0][..., :channels].isnan().any()
+
+
+def test_missing_barriers_are_noticed():
+    """Of the compiled Gluon kernel: without any one of its barriers but the last, which nobody waits for."""
+
+    def run(edit: Callable[[str], str] = str) -> str:
+        with switched(gluon_gather=True), simulated("sm_90", 1, lambda grid: [(0, 0)], edit) as chip:
+            gathers.route_and_gather(chip, gathers.features("swin", "channels-last", torch.bfloat16))
+        return chip.built[0].asm["ptx"]
+
+    places = [found.start() for found in re.finditer(r"bar\.sync", run())]
+    unnoticed = 0
+    for at in places:
+        try:
+            run(lambda text, at=at: text[:at] + "bar.warp" + text[at + len("bar.sync") :])
+            unnoticed += 1
+        except ptx.Fault:
+            pass
+    assert len(places) > 5 and unnoticed <= 1
 
 
 def test_faults_are_noticed():
