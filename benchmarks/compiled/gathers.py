@@ -1,8 +1,8 @@
 """What the gathers' compiled code touches: lines, sectors and passes of shared memory, warp by warp.
 
-``python -m benchmarks.compiled.gathers`` compiles Triton's two gathers for chips that are not here, at the paper's channels,
-and runs a CTA of each on the CPU (:mod:`.ptx`) with sorted random lists. The table goes to docs/performance.md;
-tests/backends/triton/test_ahead_gathers.py asserts what must hold.
+``python -m benchmarks.compiled.gathers`` compiles Triton's two gathers for chips that are not here, at the paper's
+channels, and runs a CTA of each on the CPU (:mod:`.ptx`) with sorted random lists. The table goes to
+docs/performance.md; tests/backends/triton/test_ahead_gathers.py asserts what must hold.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dsts_kernels.backends.base import FrozenWeights
 from dsts_kernels.backends.gpu.lists import Lists, panel_width
 from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.packing import tile_channels
+from dsts_kernels.roofline.gathers import WAYS, markdown
 
 from .ahead import SHAPES, TARGETS
 from .simulated import Chip, Touched, simulated
@@ -118,18 +119,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.gathers", description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", action="append", choices=list(TARGETS))
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
+    parser.add_argument("--predict", action="store_true", help="what they should take by these counts, and stop")
     options = parser.parse_args(arguments)
+    if options.predict:
+        print(markdown())
+        return
     print("| kernel | chip | features | how | access | count | bytes | lines | sectors | passes |")
     print("| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for architecture in options.architecture or list(TARGETS):
         for shape in options.shape or ["tpn"]:
             for gather in GATHERS:
                 for layout in MEMORY:
-                    for flat in (False, True):
+                    for title, way in WAYS.items():
+                        if way.kernel != gather:
+                            continue
                         torch.manual_seed(0)
-                        for one in count(gather, architecture, shape, layout, torch.bfloat16, flat_gather=flat):
+                        for one in count(gather, architecture, shape, layout, torch.bfloat16, **way.changes):
                             print(
-                                f"| {gather} | {architecture} | {shape}, {layout} | {'flat' if flat else 'before'} | "
+                                f"| {gather} | {architecture} | {shape}, {layout} | {title} | "
                                 f"{one.tensor} {one.name} | {one.count} | {one.bytes:.0f} | {one.lines:.1f} | "
                                 f"{one.sectors:.1f} | {one.passes:.1f} |"
                             )

@@ -98,8 +98,8 @@ def division(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sign(wide_a) * np.sign(wide_b) * (np.abs(wide_a) // np.abs(wide_b))
 
 
-def wide(op: tuple[str, ...], a: Bits, b: Bits) -> np.ndarray:
-    letter, width = widen(op[-1])
+def wide_product(op: tuple[str, ...], a: Bits, b: Bits) -> np.ndarray:
+    letter, _ = widen(op[-1])
     kind = np.int64 if letter == "s" else np.uint64
     return numbers(a, op[-1]).astype(kind) * numbers(b, op[-1]).astype(kind)
 
@@ -107,9 +107,9 @@ def wide(op: tuple[str, ...], a: Bits, b: Bits) -> np.ndarray:
 def multiply(op: tuple[str, ...], a: Bits, b: Bits) -> Bits:
     """``mul.lo``, ``mul.wide``, and of floats."""
     if "wide" in op:
-        return wide(op, a, b).view(np.uint64)
+        return wide_product(op, a, b).view(np.uint64)
     if "hi" in op:
-        return (wide(op, a, b) >> widen(op[-1])[1]).view(np.uint64)
+        return (wide_product(op, a, b) >> widen(op[-1])[1]).view(np.uint64)
     if "lo" in op:
         return a * b
     return elementwise(np.multiply)(op, a, b)
@@ -117,7 +117,7 @@ def multiply(op: tuple[str, ...], a: Bits, b: Bits) -> Bits:
 
 def multiply_add(op: tuple[str, ...], a: Bits, b: Bits, c: Bits) -> Bits:
     if "wide" in op:
-        return wide(op, a, b).view(np.uint64) + c
+        return wide_product(op, a, b).view(np.uint64) + c
     return a * b + c
 
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGatherThreads, 3)
+__global__ void __launch_bounds__(kGatherThreads, 2)
     gather_panel_turned_kernel(const __grid_constant__ GatherPanelParams p) {
   DSTS_DYNAMIC_SMEM(smem);
   const int along = ceil_div(p.gather.extent.positions, kGatherPositions), b = blockIdx.x / along;

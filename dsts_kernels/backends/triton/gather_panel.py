@@ -54,9 +54,9 @@ def gather_columns(
     Axis 0 of the grid is the samples' blocks of positions, axis 1 splits the K blocks. ``gate`` multiplies what the
     spatial operator reads, 1 minus it what the temporal one reads. A sample whose neuron is not ``known`` becomes NaN.
 
-    Triton gives loads and stores of one shape one layout, with 16 bytes a lane for the stores: lanes of a load are then 8
-    listed channels apart, and each reads a sector of its own. ``FLAT_STORE`` stores the tile as a vector, so that lanes
-    of a load read neighbours of the list.
+    Triton gives loads and stores of one shape one layout, with 16 bytes a lane for the stores: lanes of a load are then
+    8 listed channels apart, and each reads a sector of its own. ``FLAT_STORE`` stores the tile as a vector, so that
+    lanes of a load read neighbours of the list.
     """
     first = tl.program_id(0) % tl.cdiv(positions, BP) * BP
     p = first + tl.arange(0, BP)

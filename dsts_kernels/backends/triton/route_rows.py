@@ -1,17 +1,16 @@
 """A frozen layer's first launch in Gluon: whole positions into shared memory, the choice worked out meanwhile.
 
-Which channels a panel takes depends on the choice of the neuron, but which positions it takes does not. So a CTA asks for
-its first positions, with all their channels, by asynchronous copies of 16 bytes; works out scores, choice and lists while
-they are on their way; and takes the listed channels from shared memory. The next positions come while these are
-written. Every access to features and panels is whole lines.
+Which channels a panel takes depends on the choice of the neuron, but which positions it takes does not. So a CTA asks
+for its first positions, with all their channels, by asynchronous copies of 16 bytes; works out scores, choice and lists
+while they are on their way; and takes the listed channels from shared memory. The next positions come while these
+are written. Every access to features and panels is whole lines.
 
-Off by default (:attr:`..gpu.switches.Switches.gluon_gather`), as no GPU has run it: tests run its compiled code on the CPU.
-:mod:`.route` has the same launch without Gluon.
+Off by default (:attr:`..gpu.switches.Switches.gluon_gather`), as no GPU has run it: tests run its compiled code on the
+CPU. :mod:`.route` has the same launch without Gluon.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -25,12 +25,12 @@ pytestmark = emulated
 
 SIZE, STRIDES = (1, 2, 3), (6, 6, 6, 3, 1)
 GATHER = dict(
-    x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1, whole_positions=0, turned=0,
-    dtype=0,
+    x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1,
+    whole_positions=0, turned=0, dtype=0,
 )  # fmt: skip
 FILTER = dict(
     weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
-    dtype=0,
+    whole_positions=0, turned=0, dtype=0,
 )  # fmt: skip
 # Arguments that every function takes, besides the target: of kernels of several ops; the rest are with their op.
 GOOD: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ loads are 16 bytes wide and on their way together.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_gathers_move_sixteen_bytes(arch):
         kernel = found[name]
         assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)
         assert kernel.vectors["STS"] >= 4 and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)
-    for name, square in [(name, square) for name in ("gather_panel_turned", "route_and_gather_turned") for square in SQUARES]:
-        kernel, rows = found[f"{name}<{square}>"], SQUARES[square]
+    for name, (square, rows) in itertools.product(("gather_panel_turned", "route_and_gather_turned"), SQUARES.items()):
+        kernel = found[f"{name}<{square}>"]
         assert kernel.vectors["LDG"] == kernel.vectors["STG"] == kernel.vectors["STS"] == rows, (name, kernel)
         assert kernel.vectors["LDS"] >= rows and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)

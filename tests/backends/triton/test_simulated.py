@@ -27,7 +27,7 @@ pytestmark = [
 ]
 SIZE = (2, 5, 8)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WAYS = {"before": dict(flat_gather=False), "flat": {}, "gluon": dict(gluon_gather=True)}
+WAYS = {"before": dict(flat_gather=False, early_gather=False), "flat": {}, "gluon": dict(gluon_gather=True)}
 
 
 # Rows of whole 16 bytes and ragged ones; lists of all and of nothing; samples of a neuron out of range.
