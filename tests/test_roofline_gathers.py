@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from dsts_kernels.roofline.cases import SHAPES, Case
@@ -28,7 +30,7 @@ def test_as_measured(title, shape):
 def test_each_way_is_faster_than_the_one_before(shape, chip):
     ways = ["frozen, before", "frozen, stored flat", "frozen, flat, sent for early", "frozen, Gluon"]
     times = [gather_time(WAYS[title], Case(*SHAPES[shape]), CHIPS[chip]) for title in ways]
-    for worse, better in zip(times, times[1:], strict=False):
+    for worse, better in itertools.pairwise(times):
         assert better.high < worse.high and better.low <= worse.low * 1.05
     assert times[-1].shares[0] >= 0.7, "the goal, at the upper end"
 

@@ -126,6 +126,12 @@ class Cta:
             raise Fault(f"register {text} is read before it is written")
         return np.full(self.threads, bits & (2**64 - 1), np.uint64)
 
+    def half(self, text: str) -> np.ndarray:
+        """Part of a pair, which the compiler leaves unwritten where nobody uses it: NaN, so that a use shows."""
+        if text.startswith("%") and text not in self.registers and text not in self.special:
+            return np.full(self.threads, 0x7FFFFFFF, np.uint64)
+        return self.value(text)
+
     def write(self, name: str, bits: np.ndarray, active: np.ndarray, width: int) -> None:
         if name == "_":
             return
@@ -230,7 +236,7 @@ class Cta:
             parts = self.vector(source)
             each = np.uint64(width // len(parts))
             mask = np.uint64(2 ** (width // len(parts)) - 1)
-            pieces = [(self.value(part) & mask) << each * np.uint64(i) for i, part in enumerate(parts)]
+            pieces = [(self.half(part) & mask) << each * np.uint64(i) for i, part in enumerate(parts)]
             self.write(to, np.bitwise_or.reduce(pieces), active, width)
         elif to.startswith("{"):
             parts = self.vector(to)
