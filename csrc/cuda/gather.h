@@ -238,8 +238,9 @@ struct TurnedGather {
   __device__ __forceinline__ void take(const GatherParams& p, const SampleLists& lists, const float* gate,
                                        int b, int block, int first) const {
     const bool complement = block >= lists.spatial_blocks;
-    const int start = (complement ? (block - lists.spatial_blocks) * kLine + lists.temporal_start : block * kLine) +
-                      i * kVector;
+    const int start =
+        (complement ? (block - lists.spatial_blocks) * kLine + lists.temporal_start : block * kLine) +
+        i * kVector;
     const int end = lists.has_neuron ? (complement ? p.channels : lists.spatial_channels) : 0;
     const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b + (first + j * kVector) * p.x_strides.w;
     const bool inside = first + j * kVector < p.extent.positions;

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kGatherThreads, 2)
     gather_panel_turned_kernel(const __grid_constant__ GatherPanelParams p) {
   DSTS_DYNAMIC_SMEM(smem);
   const int along = ceil_div(p.gather.extent.positions, kGatherPositions), b = blockIdx.x / along;
-  TurnedGather<T>(smem).gather(p.gather, lists_of(p, b), p.gate + static_cast<int64>(b) * p.gather.channels, b,
-                               blockIdx.x % along * kGatherPositions);
+  TurnedGather<T>(smem).gather(p.gather, lists_of(p, b), p.gate + static_cast<int64>(b) * p.gather.channels,
+                               b, blockIdx.x % along * kGatherPositions);
 }
 
 #define INSTANTIATE(code, name, T)                                                                   \

@@ -103,7 +103,7 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
             bad = lines | {"turned": 1} | bad
             yield bad, f"turned is {bad['turned']}; {said}"
         for strides in ((128, 17, 8, 4, 1), (127, 16, 8, 4, 1)):
-            yield lines | {"turned": 1, "x_strides": strides}, f"turned is 1; {said}"
+            yield lines | {"turned": 1, "batch": 2, "channels": 2, "x_strides": strides}, f"turned is 1; {said}"
     if name in ("tap_sums", "route_and_gather"):
         yield {"taps": 3}, "taps is 3; wanted 1 or 9"
     if name in ("pack_filters", "unpack_filters"):

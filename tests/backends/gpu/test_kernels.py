@@ -12,6 +12,7 @@ from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
 from ...support.gathered import ROUTED, check_route_and_gather
+from ...support.gathered import lists_of as plain_lists
 from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, hard_gate
 from ...support.stand_ins import KERNELS, dtypes, emulated
 
@@ -124,6 +125,16 @@ def test_gather_panel(layout, channels, size, dtype):
 def test_route_and_gather(layout, case, size, dtype):
     """A frozen layer's first launch: choice, plan, panel, and counters zeroed for the next one."""
     check_route_and_gather(KERNELS, layout, case, size, dtype)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
+def test_gather_panel_of_one_sample(layout):
+    """A batch of one has a stride that says nothing."""
+    x = LAYOUTS[layout](torch.randn(1, 64, 3, 4, 8))
+    x = x.as_strided(x.shape, (7, *x.stride()[1:]))
+    lists = plain_lists(torch.ones(1, 64), tile_channels(x.dtype))
+    panel = KERNELS.gather_panel(x, torch.ones(1, 64), torch.tensor([0]), 1, None, lists, 128)
+    assert torch.equal(panel[0, ..., :64], x[0].movedim(0, -1))
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
