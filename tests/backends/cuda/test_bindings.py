@@ -30,7 +30,7 @@ GATHER = dict(
 )  # fmt: skip
 FILTER = dict(
     weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
-    whole_positions=0, turned=0, dtype=0,
+    dtype=0,
 )  # fmt: skip
 # Arguments that every function takes, besides the target: of kernels of several ops; the rest are with their op.
 GOOD: dict[str, dict[str, Any]] = {
