@@ -202,25 +202,35 @@ def launches(architecture: str, shape: str, dtype: torch.dtype, precision: str) 
     return list(unique.values())
 
 
-def compile_launch(launch: Launch, architecture: str) -> Compiled:
-    """Compile one launch and read its resources off the binary."""
+def build(launch: Launch, architecture: str, kernel: object | None = None) -> object:
+    """One launch as Triton compiles it; ``kernel`` where it stands in for the one of that name."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = kernel_named(launch.kernel)
+    kernel = kernel or kernel_named(launch.kernel)
     signature = dict(launch.signature)
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name), *place): value for (name, *place), value in launch.constants}
     attributes = {
         (kernel.arg_names.index(name), *place): [["tt.divisibility", 16]] for name, *place in launch.divisible
     }
-    constants = {name: value for (name, *place), value in launch.constants if not place}
-    built = triton.compile(
-        ASTSource(kernel, full, values, attributes),
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return triton.compile(
+        source(kernel, full, values, attributes),
         target=GPUTarget("cuda", TARGETS[architecture], 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
+
+
+def compile_launch(launch: Launch, architecture: str) -> Compiled:
+    """Compile one launch and read its resources off the binary."""
+    import triton
+
+    built, signature = build(launch, architecture), dict(launch.signature)
+    constants = {name: value for (name, *place), value in launch.constants if not place}
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

@@ -130,6 +130,9 @@ def dynamic_smem(name: cubin.Name, arch: int, threads: int, num_ctas: int | None
             return panel
         case "route_and_gather":
             return panel + 4 * (256 + NEURONS)
+        case "gather_panel_turned" | "route_and_gather_turned":
+            turned = FILTER_TILES * LINE * (LINE // BYTES[first])  # as many tiles of squares as filters have
+            return turned if name.base == "gather_panel_turned" else turned + 4 * (256 + NEURONS)
         case "gather_panel_whole" | "route_and_gather_whole":
             size = BYTES[first]
             block = TILE_BYTES // size

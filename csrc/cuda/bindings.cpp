@@ -73,6 +73,13 @@ GatherParams gather_params(Call& a, int* dtype) {
            "; wanted 0 where channels are no whole 16 bytes side by side");
   if (p.whole_positions < 0 || static_cast<int64>(p.whole_positions) * (p.channels / vector) > most)
     a.fail("whole_positions is ", p.whole_positions, "; wanted at most ", kGatherBytes, " bytes of them");
+  p.turned = a.number("turned");
+  const bool apart =
+      (p.batch == 1 || p.x_strides.b % vector == 0) && (p.channels == 1 || p.x_strides.c % vector == 0);
+  if (p.turned != 0 && (p.turned != 1 || p.whole_positions != 0 || p.x_strides.w != 1 ||
+                        p.extent.positions % vector != 0 || !apart))
+    a.fail("turned is ", p.turned,
+           "; wanted 0 where positions are no whole 16 bytes side by side, else 0 or 1");
   p.vectors_divmod = fast_divmod(std::max(1, p.channels / vector));
   return p;
 }

@@ -4,6 +4,10 @@
 // lists are taken there, and panels leave 16 bytes a lane (`WholeGather`). Positions do not depend on the
 // lists, so the first are on their way before these are known, and the next ones while panels are written.
 //
+// Features whose positions lie side by side come as lines of a channel's positions, 16 bytes a lane. Squares
+// of 8 by 8 elements (4 by 4 of float32) are turned round in registers and meet in shared memory, from where
+// panels leave in lines too (`gather_turned`).
+//
 // Else a CTA takes 64 positions of a sample and some K blocks of either list: it reads along whichever side
 // of the features lies at stride 1, element by element, and writes whole rows of the panel
 // (`gather_elements`).
@@ -211,6 +215,90 @@ struct WholeGather {
   }
 };
 
+// Channels of a K block, by as many positions, are a tile of 64 threads, a square each.
+template <class T>
+struct TurnedGather {
+  static constexpr int kVector = Side<T>::kVector, kLine = Side<T>::kLine;
+  static constexpr int kSquares = kAcross * kAcross, kTiles = kGatherThreads / kSquares;
+  static constexpr int kAlong = kGatherPositions / kLine;  // tiles of a CTA's positions
+  static constexpr int kBytes = kTiles * Side<T>::kTileBytes;
+  static_assert(kLine == PanelTile<T>::kBlock, "a line of channels is a K block");
+  static_assert(kGatherPositions % kLine == 0, "a CTA's positions are whole tiles");
+
+  int number, i, j;  // of the CTA's tiles; of eight squares of channels and of positions
+  Vector<T>* tile;   // [kLine positions, kAcross vectors of channels], swizzled
+
+  __device__ __forceinline__ explicit TurnedGather(unsigned char* smem) {
+    number = static_cast<int>(threadIdx.x) / kSquares;
+    i = threadIdx.x % kSquares / kAcross, j = threadIdx.x % kAcross;
+    tile = reinterpret_cast<Vector<T>*>(smem) + number * kLine * kAcross;
+  }
+
+  // K block `block` of the panel, from position `first` on: this thread's square, turned.
+  __device__ __forceinline__ void take(const GatherParams& p, const SampleLists& lists, const float* gate,
+                                       int b, int block, int first) const {
+    const bool complement = block >= lists.spatial_blocks;
+    const int start =
+        (complement ? (block - lists.spatial_blocks) * kLine + lists.temporal_start : block * kLine) +
+        i * kVector;
+    const int end = lists.has_neuron ? (complement ? p.channels : lists.spatial_channels) : 0;
+    const T* x = static_cast<const T*>(p.x) + b * p.x_strides.b + (first + j * kVector) * p.x_strides.w;
+    const bool inside = first + j * kVector < p.extent.positions;
+    int channel[kVector];
+    Vector<T> rows[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) channel[k] = start + k < end ? lists.order[start + k] : -1;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        rows[k].v[e] = from_float<T>(lists.has_neuron ? 0.0f : not_a_number());
+      if (inside && channel[k] >= 0)
+        rows[k] = *reinterpret_cast<const Vector<T>*>(x + channel[k] * p.x_strides.c);
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (!gate || channel[k] < 0) continue;
+      const float scale = complement ? 1 - gate[channel[k]] : gate[channel[k]];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) rows[k].v[e] = from_float<T>(to_float(rows[k].v[e]) * scale);
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      Vector<T> column;
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) column.v[k] = rows[k].v[e];
+      const int row = element_of<T>(j, e);
+      tile[row * kAcross + place_in_row<T>(row, i)] = column;
+    }
+  }
+
+  __device__ __forceinline__ void write(const GatherParams& p, int b, int block, int first) const {
+    T* panel = static_cast<T*>(p.panel) + static_cast<int64>(b) * p.extent.positions * p.pitch;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const int row = i + kAcross * k, position = first + row;
+      if (position < p.extent.positions)
+        *reinterpret_cast<Vector<T>*>(panel + static_cast<int64>(position) * p.pitch + block * kLine +
+                                      j * kVector) = tile[row * kAcross + place_in_row<T>(row, j)];
+    }
+  }
+
+  // A CTA's positions, from `p0` on.
+  __device__ __forceinline__ void gather(const GatherParams& p, const SampleLists& lists, const float* gate,
+                                         int b, int p0) const {
+    const int count = (lists.spatial_blocks + lists.temporal_blocks) * kAlong;
+    for (int at = blockIdx.y * kTiles; at < count; at += p.splits * kTiles) {
+      const int block = (at + number) / kAlong, first = p0 + (at + number) % kAlong * kLine;
+      const bool mine = at + number < count;
+      if (mine) take(p, lists, gate, b, block, first);
+      __syncthreads();
+      if (mine) write(p, b, block, first);
+      __syncthreads();  // before the tile is written again
+    }
+  }
+};
+
 #ifndef __CUDACC_RTC__
 inline dim3 gather_grid(const GatherParams& p) {
   const int along = p.whole_positions ? p.batch : p.batch * ceil_div(p.extent.positions, kGatherPositions);
@@ -219,7 +307,9 @@ inline dim3 gather_grid(const GatherParams& p) {
 
 template <class T>
 size_t gather_smem(const GatherParams& p, bool gated) {
-  return p.whole_positions ? WholeGather<T>::bytes(p, gated) : PanelTile<T>::kBytes;
+  return p.whole_positions ? WholeGather<T>::bytes(p, gated)
+         : p.turned        ? TurnedGather<T>::kBytes
+                           : PanelTile<T>::kBytes;
 }
 #endif
 

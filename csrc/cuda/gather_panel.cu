@@ -37,8 +37,18 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
                               asked);
 }
 
-#define INSTANTIATE(code, name, T)                                                            \
-  template __global__ void gather_panel_kernel<T>(const __grid_constant__ GatherPanelParams); \
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads, 2)
+    gather_panel_turned_kernel(const __grid_constant__ GatherPanelParams p) {
+  DSTS_DYNAMIC_SMEM(smem);
+  const int along = ceil_div(p.gather.extent.positions, kGatherPositions), b = blockIdx.x / along;
+  TurnedGather<T>(smem).gather(p.gather, lists_of(p, b), p.gate + static_cast<int64>(b) * p.gather.channels,
+                               b, blockIdx.x % along * kGatherPositions);
+}
+
+#define INSTANTIATE(code, name, T)                                                                   \
+  template __global__ void gather_panel_kernel<T>(const __grid_constant__ GatherPanelParams);        \
+  template __global__ void gather_panel_turned_kernel<T>(const __grid_constant__ GatherPanelParams); \
   template __global__ void gather_panel_whole_kernel<T>(const __grid_constant__ GatherPanelParams);
 DSTS_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
@@ -47,7 +57,9 @@ DSTS_DTYPES(INSTANTIATE)
 void gather_panel(const GatherPanelParams& p, int dtype, void* stream) {
   for_element(dtype, [&](auto element) {
     using T = decltype(element);
-    launch(p.gather.whole_positions ? gather_panel_whole_kernel<T> : gather_panel_kernel<T>,
+    launch(p.gather.whole_positions ? gather_panel_whole_kernel<T>
+           : p.gather.turned        ? gather_panel_turned_kernel<T>
+                                    : gather_panel_kernel<T>,
            gather_grid(p.gather), kGatherThreads, gather_smem<T>(p.gather, true), stream, p);
   });
 }

@@ -106,7 +106,8 @@ struct GatherParams {
   int batch, channels, pitch;
   int splits;                 // CTAs that share a sample's positions, or its lists' K blocks
   int whole_positions;        // that a CTA takes at a time with all channels, x_strides.w apart; or 0
-  FastDivmod vectors_divmod;  // 16 bytes of such a position
+  int turned;                 // positions lie side by side: 16 bytes of a channel at a time
+  FastDivmod vectors_divmod;  // 16 bytes of a position that is taken whole
 };
 
 // Training: by lists of samples, or of slots where `slots` is given.

@@ -98,8 +98,19 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   whole.template gather<false>(p.gather, lists, nullptr, b, asked);
 }
 
-#define INSTANTIATE(code, name, T)                                                          \
-  template __global__ void route_and_gather_kernel<T>(const __grid_constant__ RouteParams); \
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads, 3)
+    route_and_gather_turned_kernel(const __grid_constant__ RouteParams p) {
+  DSTS_DYNAMIC_SMEM(smem);
+  const int along = ceil_div(p.gather.extent.positions, kGatherPositions), b = blockIdx.x / along;
+  const SampleLists lists = route<T>(p, b, reinterpret_cast<float*>(smem + TurnedGather<T>::kBytes),
+                                     blockIdx.x % along == 0 && blockIdx.y == 0);
+  TurnedGather<T>(smem).gather(p.gather, lists, nullptr, b, blockIdx.x % along * kGatherPositions);
+}
+
+#define INSTANTIATE(code, name, T)                                                                 \
+  template __global__ void route_and_gather_kernel<T>(const __grid_constant__ RouteParams);        \
+  template __global__ void route_and_gather_turned_kernel<T>(const __grid_constant__ RouteParams); \
   template __global__ void route_and_gather_whole_kernel<T>(const __grid_constant__ RouteParams);
 DSTS_DTYPES(INSTANTIATE)
 #undef INSTANTIATE
@@ -109,7 +120,9 @@ void route_and_gather(const RouteParams& p, int dtype, void* stream) {
   for_element(dtype, [&](auto element) {
     using T = decltype(element);
     const size_t scores = sizeof(float) * (kScoreTile + static_cast<size_t>(p.neurons));
-    launch(p.gather.whole_positions ? route_and_gather_whole_kernel<T> : route_and_gather_kernel<T>,
+    launch(p.gather.whole_positions ? route_and_gather_whole_kernel<T>
+           : p.gather.turned        ? route_and_gather_turned_kernel<T>
+                                    : route_and_gather_kernel<T>,
            gather_grid(p.gather), kGatherThreads, gather_smem<T>(p.gather, false) + scores, stream, p);
   });
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..base import DTYPE_CODES
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.grids import cdiv
 from ..gpu.lists import Lists
 from ..packing import tile_channels
@@ -16,30 +16,39 @@ from . import launch
 from .launch import address, vectors_fit
 
 
-def gather_whole(x: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Positions whose channels a CTA of a gather takes whole, 16 bytes at a time, and strides whose last one leads from
-    position to position; 0 and the strides of ``x`` where it goes by elements."""
+class GatherWay(NamedTuple):
+    """How a gather goes over its features."""
+
+    whole: int  # positions whose channels a CTA takes whole, 16 bytes at a time; else 0
+    turned: bool  # positions lie side by side, and are taken 16 bytes at a time
+    strides: tuple[int, ...]  # of the features; the last one leads from position to position where they are so taken
+
+
+def gather_way(x: Tensor) -> GatherWay:
+    """For ``x (B, C, T, H, W)``; neither whole nor turned where it goes by elements."""
     strides, flat = features.kernel_strides(x)
-    fits = flat and x.stride(1) == 1 and vectors_fit(x)
-    whole = grids.whole_positions(x.shape[1] * x.element_size()) if fits else 0
-    return whole, strides if whole else x.stride()
+    fits = flat and vectors_fit(x)
+    whole = grids.whole_positions(x.shape[1] * x.element_size()) if fits and x.stride(1) == 1 else 0
+    turned = fits and x.stride(1) != 1 and switches.current().turned_gather
+    return GatherWay(whole, turned, strides if whole or turned else x.stride())
 
 
 def gather_arguments(x: Tensor, panel: Tensor) -> dict[str, Any]:
     """What both gathers are told of features and panel."""
     b, c, *size = x.shape
-    whole, strides = gather_whole(x)
+    way = gather_way(x)
     blocks, processors = cdiv(c, tile_channels(x.dtype)), launch.chip(x.device).processors
     return {
         "x": address(x),  # [B, C, T, H, W]
         "panel": address(panel),  # [B, T, H, W, pitch]
         "size": size,
-        "x_strides": strides,
+        "x_strides": way.strides,
         "batch": b,
         "channels": c,
         "pitch": panel.shape[-1],
-        "splits": grids.gather_grid(b, math.prod(size), blocks, processors, whole).splits,
-        "whole_positions": whole,
+        "splits": grids.gather_grid(b, math.prod(size), blocks, processors, way.whole).splits,
+        "whole_positions": way.whole,
+        "turned": way.turned,
         "dtype": DTYPE_CODES[x.dtype],
         "target": launch.target(x),
     }

@@ -20,6 +20,21 @@ class Switches:
     """:func:`dsts_kernels.backends.choose` follows what was measured (:mod:`.measured`); without it the first backend
     that can run an op runs it."""
 
+    flat_gather: bool = True
+    """Triton's gathers store their tiles as vectors, which leaves loads a layout of their own: lanes read neighbours of
+    a list."""
+
+    early_gather: bool = True
+    """A frozen layer's first launch in Triton sends for channels-last features, from memory to L2, before it works the
+    choice out."""
+
+    gluon_gather: bool = False
+    """A frozen layer's first launch on channels-last features in Gluon, where Triton has what it takes: whole positions
+    in shared memory, the choice worked out meanwhile (:mod:`..triton.route_rows`). No GPU has run it."""
+
+    turned_gather: bool = True
+    """CUDA C++ gathers from features whose positions lie side by side 16 bytes at a time, not by elements."""
+
 
 _current = Switches()
 

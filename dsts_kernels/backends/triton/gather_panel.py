@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.grids import cdiv
 from ..gpu.lists import Lists
 from ..packing import tile_channels
@@ -45,6 +45,7 @@ def gather_columns(
     width,
     FLAT_POSITIONS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    FLAT_STORE: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -52,11 +53,21 @@ def gather_columns(
 
     Axis 0 of the grid is the samples' blocks of positions, axis 1 splits the K blocks. ``gate`` multiplies what the
     spatial operator reads, 1 minus it what the temporal one reads. A sample whose neuron is not ``known`` becomes NaN.
+
+    Triton gives loads and stores of one shape one layout, with 16 bytes a lane for the stores: lanes of a load are then
+    8 listed channels apart, and each reads a sector of its own. ``FLAT_STORE`` stores the tile as a vector, so that
+    lanes of a load read neighbours of the list.
     """
-    p = tl.program_id(0) % tl.cdiv(positions, BP) * BP + tl.arange(0, BP)
+    first = tl.program_id(0) % tl.cdiv(positions, BP) * BP
+    p = first + tl.arange(0, BP)
     offsets = position_offsets(p, size, stride, FLAT_POSITIONS, INDEX_64)
     start = x + b.to(tl.int64) * stride.b
-    out = panel + (b.to(tl.int64) * positions + p)[:, None] * width
+    if FLAT_STORE:
+        cell = tl.arange(0, BP * BK)
+        stored = first + cell // BK
+        out = panel + ((b.to(tl.int64) * positions + stored) * width + cell % BK)
+    else:
+        out = panel + ((b.to(tl.int64) * positions + p)[:, None] * width + tl.arange(0, BK)[None, :])
     # The same block of either list in turn: both are sorted, so they read the same lines.
     for block in range(tl.program_id(1), tl.maximum(spatial_blocks, temporal_blocks), tl.num_programs(1)):
         for is_temporal in tl.static_range(2):
@@ -64,7 +75,7 @@ def gather_columns(
             if block < blocks:
                 k = block * BK + tl.arange(0, BK)
                 place = row.to(tl.int64) * channels + k
-                column = block * BK + tl.arange(0, BK)
+                column = block * BK
                 if is_temporal:
                     listed = k < channels - temporal_start
                     place += temporal_start
@@ -81,7 +92,10 @@ def gather_columns(
                     g = 1.0 - g if is_temporal else g
                     v = v.to(tl.float32) * g[None, :]
                 v = tl.where(known, v, float("nan")).to(panel.dtype.element_ty)
-                tl.store(out + column[None, :], v, mask=(p < positions)[:, None])
+                if FLAT_STORE:
+                    tl.store(out + column, tl.reshape(v, (BP * BK,)), mask=stored < positions)
+                else:
+                    tl.store(out + column, v, mask=(p < positions)[:, None])
 
 
 @triton.jit
@@ -101,6 +115,7 @@ def gather_panel_kernel(
     width,
     FLAT_POSITIONS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    FLAT_STORE: tl.constexpr,
     BP: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -115,7 +130,7 @@ def gather_panel_kernel(
         x, order, gate, panel, b, row,
         plan_field(plans, row, "spatial_blocks"), plan_field(plans, row, "temporal_blocks"),
         plan_field(plans, row, "spatial_channels"), plan_field(plans, row, "temporal_start"), known, channels,
-        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, BP, BK,
+        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, FLAT_STORE, BP, BK,
     )  # fmt: skip
 
 
@@ -155,6 +170,7 @@ def gather_panel(
         width,
         FLAT_POSITIONS=is_flat,
         INDEX_64=features.needs_int64(x),
+        FLAT_STORE=switches.current().flat_gather,
         BP=grids.GATHER_POSITIONS,
         BK=block_k,
     )

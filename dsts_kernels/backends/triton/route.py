@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import FrozenWeights
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.lists import PLAN as PLAN_INTS
 from ..gpu.lists import panel_width
 from ..packing import tile_channels
-from . import tuning
+from . import launch, route_rows, tuning
 from .common import (
     kernel_strides,
     plan_at,
+    position_offsets,
     size_of,
 )
 from .gather_panel import gather_columns, gather_grid
@@ -60,6 +61,48 @@ def choose_neuron(
     return tl.minimum(tl.min(tl.where(hit & (n < neurons), n, NEURONS), 0), neurons - 1)
 
 
+@triton.jit
+def ask_for_positions(
+    x,
+    b,
+    channels,
+    positions,
+    size,
+    stride,
+    FLAT_POSITIONS: tl.constexpr,
+    INDEX_64: tl.constexpr,
+    BP: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Lines of whole positions are sent for, from memory to L2; programs that gather from them share them out.
+
+    ``LINE`` is the channels of 128 bytes, which lie side by side.
+    """
+    LINES: tl.constexpr = 16
+    i = tl.arange(0, BP)
+    p = tl.program_id(0) % tl.cdiv(positions, BP) * BP + i
+    start = x + b.to(tl.int64) * stride.b + position_offsets(p, size, stride, FLAT_POSITIONS, INDEX_64)
+    own = (p < positions) & (i % tl.num_programs(1) == tl.program_id(1))
+    for first in range(0, channels, LINES * LINE):
+        c = first + tl.arange(0, LINES) * LINE
+        wanted = own[:, None] & (c < channels)[None, :]
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred wanted;
+                setp.ne.b32 wanted, $2, 0;
+                @wanted prefetch.global.L2 [$1];
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r",
+            [(start[:, None] + c[None, :]).to(tl.int64), wanted.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize=["parts", "num_counters"])
 def route_and_gather_kernel(
     x,  # [B, C, T, H, W]
@@ -84,6 +127,8 @@ def route_and_gather_kernel(
     num_counters,
     FLAT_POSITIONS: tl.constexpr,
     INDEX_64: tl.constexpr,
+    FLAT_STORE: tl.constexpr,
+    ASK_FIRST: tl.constexpr,
     NEURONS: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
@@ -92,11 +137,15 @@ def route_and_gather_kernel(
     """Choose each sample's neuron, gather its channels, and plan the convolution.
 
     Every program works its sample's choice out for itself, alike; one writes it down. ``arrival_counters`` are zeroed
-    for the convolution that follows.
+    for the convolution that follows. Positions do not depend on the choice: with ``ASK_FIRST`` they are on their way to
+    L2 while it is worked out.
     """
     along = tl.cdiv(positions, BP)
     b = tl.program_id(0) // along
     batch = tl.num_programs(0) // along
+    if ASK_FIRST:
+        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+        ask_for_positions(x, b, channels, positions, size, stride, FLAT_POSITIONS, INDEX_64, BP, LINE)
     is_writer = (tl.program_id(0) % along == 0) & (tl.program_id(1) == 0)
     chosen = choose_neuron(sums, scoring, b, parts, channels * taps, neurons, divisor, scores, NEURONS, BC)
     n = tl.arange(0, NEURONS)
@@ -119,8 +168,13 @@ def route_and_gather_kernel(
             tl.store(arrival_counters + place, tl.zeros((256,), tl.int32), mask=place < num_counters)
     gather_columns(
         x, channel_lists, None, panel, b, chosen, spatial_blocks, temporal_blocks, split, split, True, channels,
-        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, BP, BK,
+        positions, size, stride, width, FLAT_POSITIONS, INDEX_64, FLAT_STORE, BP, BK,
     )  # fmt: skip
+
+
+def can_ask_first(x: Tensor) -> bool:
+    """Whether lines of ``x (B, C, T, H, W)`` are channels of a position, where kernels can send for them."""
+    return x.stride(1) == 1 and launch.chip(x.device)[0] != tuning.INTERPRETER
 
 
 def route_and_gather(
@@ -137,6 +191,19 @@ def route_and_gather(
     block_k, lanes = tile_channels(x.dtype), grids.next_power(scores.shape[1])
     panel = x.new_empty(b, *size, panel_width(c, x.dtype, False))
     plan = torch.empty((b, PLAN_INTS), dtype=torch.int32, device=x.device)
+    if switches.current().gluon_gather and route_rows.why_not(x) is None:
+        route_rows.route_and_gather_rows(
+            x,
+            (sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters),
+            sums.shape[1],
+            w.scoring.shape[2],
+            scores.shape[1],
+            float(divisor),
+            panel.shape[-1],
+            arrival_counters.numel(),
+            block_k,
+        )
+        return panel, plan
     stride, is_flat = kernel_strides(x)
     route_and_gather_kernel[gather_grid(x, block_k)](
         x,
@@ -161,6 +228,8 @@ def route_and_gather(
         arrival_counters.numel(),
         FLAT_POSITIONS=is_flat,
         INDEX_64=features.needs_int64(x),
+        FLAT_STORE=switches.current().flat_gather,
+        ASK_FIRST=switches.current().early_gather and can_ask_first(x),
         NEURONS=lanes,
         BC=tuning.score_channels(lanes),
         BP=grids.GATHER_POSITIONS,

@@ -99,6 +99,18 @@ def whole_positions() -> None:
         assert torch.equal(panel[b, ..., :count], x[b, lists.order[b, :count].long()].movedim(0, -1))
 
 
+def turned_positions() -> None:
+    """K blocks of positions that lie side by side, in several rounds of a CTA."""
+    BACKEND.processors = 1
+    x, gate = torch.randn(2, 400, 1, 8, 9).half(), (torch.rand(2, 400) < 0.5).half()
+    neuron = torch.tensor([1, 0])
+    lists = KERNELS.list_channels(gate, KERNELS.group_samples(neuron, 2), False, 64)
+    panel = KERNELS.gather_panel(x, gate, neuron, 2, None, lists, panel_width(400, HALF, True))
+    for b, plan in enumerate(lists.plans.tolist()):
+        count = Plan(*plan).spatial_channels
+        assert torch.equal(panel[b, ..., :count], x[b, lists.order[b, :count].long()].movedim(0, -1))
+
+
 TWO = dict(batch=1, channels=40, outputs=72, size=(1, 9, 15))  # tiles of positions; outputs in both halves of a tile
 SHORT = dict(batch=5, channels=40, outputs=72, size=(1, 2, 3))
 WIDE = dict(batch=2, channels=72, outputs=24, size=(1, 2, 3))  # channels in both halves of a tile
@@ -107,6 +119,7 @@ CASES: dict[str, Callable[[], None]] = {
     "lists": lists,
     "sums": sums,
     "whole positions": whole_positions,
+    "turned positions": turned_positions,
     "waves float": lambda: gated(FLOAT, 1, **SHORT),
     "waves half": lambda: gated(HALF, 1, **SHORT),
     "split float": lambda: gated(FLOAT, 9, **TWO),

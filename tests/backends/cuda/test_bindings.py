@@ -25,8 +25,8 @@ pytestmark = emulated
 
 SIZE, STRIDES = (1, 2, 3), (6, 6, 6, 3, 1)
 GATHER = dict(
-    x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1, whole_positions=0,
-    dtype=0,
+    x=HERE, panel=HERE, size=SIZE, x_strides=STRIDES, batch=1, channels=1, pitch=64, splits=1,
+    whole_positions=0, turned=0, dtype=0,
 )  # fmt: skip
 FILTER = dict(
     weight=HERE, filters=HERE, outputs=1, channels=1, taps=9, first_tap=0, all_taps=12, by_channel=True, pitch=8,
@@ -97,6 +97,13 @@ def bad_arguments(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         for bad in (-1, 513):
             said = f"whole_positions is {bad}; wanted at most 16384 bytes of them"
             yield dense | {"whole_positions": bad}, said
+        said = "wanted 0 where positions are no whole 16 bytes side by side"
+        lines = {"size": (1, 2, 4), "x_strides": (128, 16, 8, 4, 1)}
+        for bad in ({"whole_positions": 0, "x_strides": (128, 16, 8, 4, 2)}, {"size": (1, 1, 5)}, {"turned": 2}):
+            bad = lines | {"turned": 1} | bad
+            yield bad, f"turned is {bad['turned']}; {said}"
+        for strides in ((128, 17, 8, 4, 1), (127, 16, 8, 4, 1)):
+            yield lines | {"turned": 1, "batch": 2, "channels": 2, "x_strides": strides}, f"turned is 1; {said}"
     if name in ("tap_sums", "route_and_gather"):
         yield {"taps": 3}, "taps is 3; wanted 1 or 9"
     if name in ("pack_filters", "unpack_filters"):

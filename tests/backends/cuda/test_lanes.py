@@ -6,6 +6,7 @@ loads are 16 bytes wide and on their way together.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -134,10 +135,14 @@ def test_filters_move_sixteen_bytes(arch):
         assert not kernel.counts["LDL"] + kernel.counts["STL"], name
 
 
+SQUARES = {"half": 8, "float": 4}  # elements of a side
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [70, 75, 80, 90])
 def test_gathers_move_sixteen_bytes(arch):
-    """Four vectors of whole positions on their way, before the first round and in each; one of the panel at a time."""
+    """Four vectors of whole positions on their way, before the first round and in each; one of the panel at a time. Of
+    positions side by side all vectors of a square, in and out."""
     if reason := cuda_compilers.missing(arch):
         pytest.skip(reason)
     sources = [path for path in cuda_compilers.SOURCES if path.stem in ("gather_panel", "route")]
@@ -153,3 +158,7 @@ def test_gathers_move_sixteen_bytes(arch):
         kernel = found[name]
         assert kernel.vectors["LDG"] == 2 * 4 and kernel.vectors["STG"] == 1, (name, kernel)
         assert kernel.vectors["STS"] >= 4 and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)
+    for name, (square, rows) in itertools.product(("gather_panel_turned", "route_and_gather_turned"), SQUARES.items()):
+        kernel = found[f"{name}<{square}>"]
+        assert kernel.vectors["LDG"] == kernel.vectors["STG"] == kernel.vectors["STS"] == rows, (name, kernel)
+        assert kernel.vectors["LDS"] >= rows and not kernel.counts["LDL"] + kernel.counts["STL"], (name, kernel)

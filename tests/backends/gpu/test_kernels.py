@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
 
+from ...support.gathered import ROUTED, check_route_and_gather
+from ...support.gathered import lists_of as plain_lists
 from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, hard_gate
 from ...support.stand_ins import KERNELS, dtypes, emulated
 
@@ -87,9 +89,11 @@ def test_list_channels_of_a_union(channels):
     assert found.plans[2:].count_nonzero() == 0, "a slot without a neuron has an empty plan, for strays read it"
 
 
-# The last one's rows are 16 bytes at a time where channels lie side by side, and several rounds of a block.
+# The last two are several rounds of a block: 16 bytes at a time where channels lie side by side, or positions do.
 @dtypes
-@pytest.mark.parametrize("channels, size", [(70, SIZE), (72, SIZE), (1040, TILES)], ids=["70", "72", "1040"])
+@pytest.mark.parametrize(
+    "channels, size", [(70, SIZE), (72, SIZE), (1040, TILES), (300, (3, 4, 8))], ids=["70", "72", "1040", "300"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_panel(layout, channels, size, dtype):
     """Listed channels, gated, in K blocks with zeros behind each list; not a column beyond, NaN for a stray."""
@@ -111,6 +115,26 @@ def test_gather_panel(layout, channels, size, dtype):
         if b == 2:
             wanted.fill_(torch.nan)
         assert torch.equal(panel[b].nan_to_num(nan=77), wanted.nan_to_num(nan=77))
+
+
+# 80 and 60 positions: whole 16 bytes of a half type, and not.
+@dtypes
+@pytest.mark.parametrize("size", [(2, 5, 8), TILES], ids=["80", "60"])
+@pytest.mark.parametrize("case", ROUTED)
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first", "strided"])
+def test_route_and_gather(layout, case, size, dtype):
+    """A frozen layer's first launch: choice, plan, panel, and counters zeroed for the next one."""
+    check_route_and_gather(KERNELS, layout, case, size, dtype)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
+def test_gather_panel_of_one_sample(layout):
+    """A batch of one has a stride that says nothing."""
+    x = LAYOUTS[layout](torch.randn(1, 64, 3, 4, 8))
+    x = x.as_strided(x.shape, (7, *x.stride()[1:]))
+    lists = plain_lists(torch.ones(1, 64), tile_channels(x.dtype))
+    panel = KERNELS.gather_panel(x, torch.ones(1, 64), torch.tensor([0]), 1, None, lists, 128)
+    assert torch.equal(panel[0, ..., :64], x[0].movedim(0, -1))
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
