@@ -1,0 +1,53 @@
+"""Switches: each change of how the GPU path works can be turned off, so that old and new are timed beside each other.
+
+Users need none of them; ``python -m benchmarks.gpu.changes`` turns one off at a time. They hold for the whole process,
+because a backward pass runs in threads of autograd's own. A change that could give other results on a GPU where
+it never ran is off by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Switches:
+    """One field a change; ``False`` is how it was before."""
+
+    gluon_conv: bool = False
+    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``) where its waves are full. Off until
+    ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
+
+
+_current = Switches()
+
+
+def current() -> Switches:
+    """The switches as they are now."""
+    return _current
+
+
+@contextlib.contextmanager
+def switched(**changes: bool) -> Iterator[Switches]:
+    """The switches with ``changes`` inside the block, for every thread of the process.
+
+    >>> with switched(gluon_conv=True) as inside:
+    ...     assert current().gluon_conv
+
+    Raises:
+        TypeError: no switch has that name, or a value is no ``bool``.
+    """
+    global _current
+    names = [field.name for field in fields(Switches)]
+    for name, value in changes.items():
+        if name not in names:
+            raise TypeError(f"switched: got {name!r}, wanted one of {', '.join(names)}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    before, _current = _current, replace(_current, **changes)
+    try:
+        yield _current
+    finally:
+        _current = before
