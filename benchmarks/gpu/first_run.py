@@ -116,11 +116,15 @@ def run_case(name: str, device: torch.device) -> None:
     say(f"right, {count} launches; a module of two layers {old.median:.3f} ms, in Gluon {new.median:.3f} ms")
 
 
+def command(name: str) -> list[str]:
+    """Of the process that runs a case."""
+    return [sys.executable, "-m", "benchmarks.gpu.first_run", "--child", name]
+
+
 def watched(name: str, seconds: float) -> tuple[bool, str]:
     """Whether the case was right in a child process, and what it said last; a child that takes longer is killed."""
-    command = [sys.executable, "-m", "benchmarks.gpu.first_run", "--child", name]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as child:
+    with subprocess.Popen(command(name), cwd=ROOT, **pipes) as child:
         try:
             text, _ = child.communicate(timeout=seconds)
             ok = child.returncode == 0

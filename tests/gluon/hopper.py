@@ -75,6 +75,7 @@ class Barrier:
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
         self.complete = self.pending = self.bytes = 0
+        self.fenced = False  # copies see that it was initialised
         self.announced = self.heard = 0  # phases told to expect bytes, phases that somebody waited for
         self.guarded: dict[str, Stage] = {}  # what may be overwritten once a phase is complete
 
@@ -195,6 +196,8 @@ def copy_box(
         return
     if multicast or result.shape != descriptor.block or len(corner) != len(descriptor.block):
         raise Fault(f"{where}: {result.stage.name} {result.shape} takes no box {descriptor.block} at {corner}")
+    if not barrier.fenced:
+        raise Hazard(f"{where}: {barrier.name} was initialised without a fence, and the copy may not see it")
     if result.stage.state == COMING:
         raise Hazard(f"{where}: {result.stage.name} has a copy on its way already")
     if task.guard not in (None, barrier):
@@ -252,6 +255,12 @@ def wait_for_products(num_outstanding: int = 0, deps: Sequence[object] = ()) -> 
             first.happen()
     found = [Tensor(d.sum) if isinstance(d, Product) and d not in products else d for d in deps]
     return found[0] if len(found) == 1 else tuple(found)
+
+
+def fence() -> None:
+    """What was done to shared memory so far is seen by copies too."""
+    for barrier in me().program.barriers:
+        barrier.fenced = barrier.count > 0
 
 
 mbarrier = SimpleNamespace(

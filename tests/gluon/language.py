@@ -1,6 +1,7 @@
 """The names that kernels use, and how a file of kernels is read."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import builtins
@@ -177,6 +178,7 @@ NAMES: dict[str, object] = {
     "tl": gl,
     "range": counted,
     "barrier": barrier,
+    "fence_async_shared": hopper.fence,
     "mbarrier": hopper.mbarrier,
     "tma": hopper.tma,
     "warpgroup_mma": hopper.multiply,
@@ -205,16 +207,9 @@ def load(path: Path, changed: Mapping[Path, str] | None = None, *, seen: dict[Pa
     tree.body = functions
     linecache.cache[str(path)] = len(source), None, source.splitlines(keepends=True), str(path)
     sources.add(str(path))
-    exec(compile(tree, str(path), "exec", flags=annotations_flag()), names)
+    exec(compile(tree, str(path), "exec", flags=__future__.annotations.compiler_flag), names)
     seen[path] = {node.name: names[node.name] for node in functions}
     return seen[path]
-
-
-def annotations_flag() -> int:
-    """Annotations stay text."""
-    import __future__
-
-    return __future__.annotations.compiler_flag
 
 
 def is_jitted(node: ast.FunctionDef) -> bool:

@@ -127,7 +127,9 @@ class OnCpu:
         memories = [(one, memory_of(one)) for one in arguments if isinstance(one, Tensor)]
         by_tensor = {id(one): memory for one, memory in memories}
         given = [
-            Descriptor(memory_of(one.base), one.block_shape) if hasattr(one, "block_shape") else by_tensor.get(id(one), one)
+            Descriptor(memory_of(one.base), one.block_shape)
+            if hasattr(one, "block_shape")
+            else by_tensor.get(id(one), one)
             for one in arguments
         ]
         self.machine = launch(self.kernel, programs, *given, seed=self.seed, **constants)

@@ -89,6 +89,7 @@ def test_what_no_descriptor_describes(shape, block):
 RING = """ring = gl.allocate_shared_memory(gl.float32, [2, 4, 8], None)
 bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
 mbarrier.init(bars.index(0), count=1)
+fence_async_shared()
 """
 
 
@@ -111,6 +112,8 @@ mbarrier.init(bars.index(0), count=1)
          "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))", Fault, "on its way|does not expect|nobody waited"),
         ("mbarrier.expect(bars.index(0), 128)\n"
          "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))", Hazard, "nobody waited for phase 0"),
+        ("mbarrier.init(bars.index(1), count=1)\n"
+         "tma.async_copy_global_to_shared(a, [0, 0], bars.index(1), ring.index(0))", Hazard, "without a fence"),
         ("tma.async_copy_global_to_shared(a, [0], bars.index(0), ring.index(0))", Fault, "takes no box"),
         ("warpgroup_mma(ring.index(0), ring.index(1).permute((1, 0)), gl.zeros([4, 4], gl.float32))", Hazard,
          r"ring\[0\] is read, but its data is absent"),

@@ -283,7 +283,12 @@ def conv_grid(
     A :class:`.gluon.plan.WaveGrid` says that the kernel for Hopper runs: its switch is on, and its waves are full.
     """
     chip, kind = launch.chip(x.device), tuning.kind_of(x.dtype)
-    if packed and switches.current().gluon_conv and not tuning.is_forced("conv") and launch.gluon_runs(x.device, x.dtype):
+    if (
+        packed
+        and switches.current().gluon_conv
+        and not tuning.is_forced("conv")
+        and launch.gluon_runs(x.device, x.dtype)
+    ):
         k_blocks = grids.cdiv(width, tuning.block_k(kind)) * taps
         if (grid := gluon.wave_grid(chip[1], x.shape[0], tuple(x.shape[2:]), outputs, k_blocks)) is not None:
             return grid

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -158,9 +159,7 @@ def consume(
                 RELU, SUM_TAPS, INDEX_64, CHANNELS_LAST, BOX, WARPS,
             )  # fmt: skip
         if SUM_TAPS != 0:
-            add_boxes(
-                box_sums, sums, arrival_counters, b, boxes, o0, outputs, SUM_TAPS, CELLS, AT_ONCE, BN, WARPS
-            )
+            add_boxes(box_sums, sums, arrival_counters, b, boxes, o0, outputs, SUM_TAPS, CELLS, AT_ONCE, BN, WARPS)
 
 
 @gluon.jit(do_not_specialize=["tiles"])  # or every batch would be compiled anew
@@ -204,6 +203,7 @@ def conv_gluon_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()  # copies arrive at barriers by another way than threads that set them up
     gl.warp_specialize(
         [
             (

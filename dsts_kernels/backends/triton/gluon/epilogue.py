@@ -62,7 +62,9 @@ def end_part(
     """Ends outputs ``o0`` and on of one box of positions, which starts at ``start``."""
     BM: gl.constexpr = v.shape[0]
     PART: gl.constexpr = v.shape[1]
-    if CHANNELS_LAST:  # 8 outputs a lane; a warp has the part's outputs of some positions
+    # 8 outputs a lane; a warp has the part's outputs of some positions. Nine taps of features that lie channels-first,
+    # which no module asks for, are summed so too: in the other layout they spill.
+    if CHANNELS_LAST or SUM_TAPS == 9:
         rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [WARPS, 1], [1, 0])
     else:  # a lane a position
         rows: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS // 2, 2], [0, 1])

@@ -92,9 +92,7 @@ def why_not(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)  # every launch asks
-def wave_grid(
-    processors: int, batch: int, size: tuple[int, int, int], outputs: int, k_blocks: int
-) -> WaveGrid | None:
+def wave_grid(processors: int, batch: int, size: tuple[int, int, int], outputs: int, k_blocks: int) -> WaveGrid | None:
     """The grid that should take least time, of ``k_blocks`` a tile; ``None`` where no waves are full enough."""
     positions, found = size[0] * size[1] * size[2], []
     for tile in TILES:
