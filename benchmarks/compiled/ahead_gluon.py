@@ -1,7 +1,8 @@
-"""Compile the Gluon convolution for Hopper without a GPU, and read what a GPU would be given: ``python -m benchmarks.compiled.ahead_gluon``.
+"""Compile the Gluon convolution for Hopper without a GPU, and read what a GPU would be given.
 
-What is compiled is what :func:`.ahead.trace` sees launched with the switch on, for every tile that ships and every end
-of a tile. The table goes to docs/performance.md; tests/backends/triton/test_ahead_gluon.py asserts what must hold.
+``python -m benchmarks.compiled.ahead_gluon`` compiles what :func:`.ahead.trace` sees launched with the switch on, for
+every tile that ships and every end of a tile. The table goes to docs/performance.md;
+tests/backends/triton/test_ahead_gluon.py asserts what must hold.
 """
 
 from __future__ import annotations

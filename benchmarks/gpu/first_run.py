@@ -1,9 +1,9 @@
-"""The first run of the Gluon convolution on a GPU, where a mistake in its barriers would hang: ``python -m benchmarks.gpu.first_run``.
+"""The first run of the Gluon convolution on a GPU, where a mistake in its barriers would hang.
 
-Every case runs in a child process that is killed when its time is over, so a deadlock is told and not suffered: the
-parent names the case, what the child said last, and goes on with the next one. A case compares a frozen layer in Gluon
-with one in float64 and with the older kernel, runs it again for the same bits, and times both. The exit code is 0 only
-if every case ran and was right; then the switch ``gluon_conv`` may be turned on.
+``python -m benchmarks.gpu.first_run`` runs every case in a child process that is killed when its time is over, so a
+deadlock is told and not suffered: the parent names the case, what the child said last, and goes on with the next one. A
+case compares a frozen module in Gluon with the older kernel and with plain PyTorch, runs it again for the same bits, and
+times both kernels. The exit code is 0 only if every case was right; then the switch ``gluon_conv`` may be turned on.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ LATE = "                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES)
 END = "        if steps > 0:"
 EXPECT = "mbarrier.expect(ready.index(stage), BYTES)"
 COPY = "tma.async_copy_global_to_shared(filters, [row, 0], ready.index(stage), filter_ring.index(stage))\n"
+NEXT = "index((stage + 1) % STAGES)"
 RUNNING = "running = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[running]))"
 WRONG = AssertionError
 RAGGED, HOLE = {"outputs": 21}, {"neurons": (-1, 0, 1)}
@@ -73,13 +74,13 @@ ORDER = {
     "no release within a tile": Mistake(WITHIN, "            if k < 0:", Fault),
     "no release at a tile's end": Mistake(END, "        if steps < 0:", Fault),
     "a release without a step": Mistake(END, "        if steps >= 0:", Fault, HOLE),
-    "a copy told to another barrier": Mistake(COPY, COPY.replace("ready.index(stage)", "ready.index((stage + 1) % STAGES)"), Fault),
-    "a copy into another stage": Mistake(COPY, COPY.replace("filter_ring.index(stage)", "filter_ring.index((stage + 1) % STAGES)"), Fault),
+    "a copy told to another barrier": Mistake(COPY, COPY.replace("ready.index(stage)", f"ready.{NEXT}"), Fault),
+    "a copy into another stage": Mistake(COPY, COPY.replace("filter_ring.index(stage)", f"filter_ring.{NEXT}"), Fault),
     "a step the producer does not count": Mistake(COPY + "            step += 1", COPY, Fault),
     "a step the consumers do not count": Mistake(LATE, LATE.replace("            step += 1", ""), Fault),
     "no fence behind the barriers": Mistake("    fence_async_shared()", "    pass", Hazard),
     "one stage": Mistake("gl.static_assert(STAGES >= 2", "gl.static_assert(STAGES >= 4", Fault),
-    "sums without a barrier before the atomic": Mistake("    barrier()\n    before", "    before", Hazard, file="epilogue.py"),
+    "no barrier before the atomic": Mistake("    barrier()\n    before", "    before", Hazard, file="epilogue.py"),
     "an atomic that releases nothing": Mistake('sem="acq_rel"', 'sem="relaxed"', Hazard, file="epilogue.py"),
 }  # fmt: skip
 SUMS = {
@@ -102,7 +103,7 @@ SUMS = {
     ),
     "bias beyond its end": Mistake("bias + o, mask=o < outputs, other=0.0", "bias + o", Fault, RAGGED, "epilogue.py"),
     "NaN lost in ReLU": Mistake("gl.where(v < 0, 0.0, v)", "gl.maximum(v, 0.0)", WRONG, HOLE, "epilogue.py"),
-    "skip before ReLU": Mistake("    if RELU:\n        v = gl.where(v < 0, 0.0, v)", "    if False:\n        v = v", WRONG, file="epilogue.py"),
+    "no ReLU": Mistake("v = gl.where(v < 0, 0.0, v)", "v = v", WRONG, file="epilogue.py"),
     "sums of one box too few": Mistake("before == boxes - 1", "before == boxes - 2", WRONG, file="epilogue.py"),
     "sums of what was not stored": Mistake(
         "gl.where(inside[:, None], y.to(gl.float32), 0.0)", "y.to(gl.float32)", WRONG, file="epilogue.py"
@@ -173,7 +174,7 @@ def test_wrong_phase_names_barrier_line_and_phase(monkeypatch):
 
 def test_orders_differ(monkeypatch):
     turns = set()
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(0)
         *_, spy = run(monkeypatch, Case(neurons=(0,)), seed)
         turns.add(spy.machine.turns)

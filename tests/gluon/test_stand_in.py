@@ -91,6 +91,7 @@ bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
 mbarrier.init(bars.index(0), count=1)
 fence_async_shared()
 """
+COPY = "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))"
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,10 @@ fence_async_shared()
         ("mbarrier.wait(bars.index(0), 1)\nmbarrier.wait(bars.index(0), 1)", PhaseFault, "phase 0 is due"),
         ("mbarrier.arrive(bars.index(0))\nmbarrier.arrive(bars.index(0))\nmbarrier.wait(bars.index(0), 0)",
          PhaseFault, "phase 1 went by before the wait for phase 0"),
-        ("tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))\nmbarrier.wait(bars.index(0), 1)\n"
-         "mbarrier.wait(bars.index(0), 0)", PhaseFault, "bytes land that phase 0 does not expect"),
-        ("mbarrier.expect(bars.index(0), 128)\n"
-         "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))\n"
-         "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))", Fault, "on its way|does not expect|nobody waited"),
-        ("mbarrier.expect(bars.index(0), 128)\n"
-         "tma.async_copy_global_to_shared(a, [0, 0], bars.index(0), ring.index(0))", Hazard, "nobody waited for phase 0"),
+        (f"{COPY}\nmbarrier.wait(bars.index(0), 1)\nmbarrier.wait(bars.index(0), 0)", PhaseFault,
+         "bytes land that phase 0 does not expect"),
+        (f"mbarrier.expect(bars.index(0), 128)\n{COPY}\n{COPY}", Fault, "on its way|does not expect|nobody waited"),
+        (f"mbarrier.expect(bars.index(0), 128)\n{COPY}", Hazard, "nobody waited for phase 0"),
         ("mbarrier.init(bars.index(1), count=1)\n"
          "tma.async_copy_global_to_shared(a, [0, 0], bars.index(1), ring.index(0))", Hazard, "without a fence"),
         ("tma.async_copy_global_to_shared(a, [0], bars.index(0), ring.index(0))", Fault, "takes no box"),

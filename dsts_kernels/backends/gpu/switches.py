@@ -17,8 +17,8 @@ class Switches:
     """One field a change; ``False`` is how it was before."""
 
     gluon_conv: bool = False
-    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``) where its waves are full. Off until
-    ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
+    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full. Off
+    until ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
 
 
 _current = Switches()

@@ -1,4 +1,4 @@
-"""What differs between the versions of Triton that serve, read from its modules: nothing else here asks for a version."""
+"""What differs between the versions of Triton that serve, read from its modules; nothing else here depends on one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A frozen layer's packed convolution on Hopper, in Gluon: what :mod:`..conv` does for filters in the form ``packed``.
 
-A CTA a multiprocessor takes tiles in turn: boxes of ``BM`` positions by ``BN`` outputs. One warp, the producer, brings
-K blocks into a ring of ``STAGES``: a step is one TMA box of the panel, shifted by the step's tap and zero outside the
-features, and one of filters. Eight warps, the consumers, multiply them with ``wgmma``, both operands from shared memory,
-and end each tile, while the producer is already at the next one's blocks.
+Each multiprocessor has one CTA, which takes tiles in turn: boxes of ``BM`` positions by ``BN`` outputs. One warp, the
+producer, brings K blocks into a ring of ``STAGES``: a step is one TMA box of the panel, shifted by the step's tap and
+zero outside the features, and one of filters. Eight warps, the consumers, multiply them with ``wgmma``, both operands
+from shared memory, and end each tile, while the producer is already at the next one's blocks.
 
 Two barriers a stage: ``ready`` completes a phase when both boxes have landed, ``free`` when the product that read them
 is done. Step ``n`` of a CTA uses stage ``n % STAGES`` in phase ``n // STAGES``; both sides count steps alike, through
@@ -242,7 +242,7 @@ def conv_packed(
     epilogue: ConvEpilogue,
 ) -> None:
     """:func:`conv_gluon_kernel` on a panel into ``out``."""
-    b, outputs, *size = out.shape
+    b, outputs = out.shape[:2]
     tile, box, sums = grid.tile, grid.box, epilogue.sums
     taps = 0 if sums is None else sums.shape[2]
     counters, box_sums = epilogue.arrival_counters, None

@@ -27,7 +27,7 @@ def part_of(acc, part: gl.constexpr, PARTS: gl.constexpr, BM: gl.constexpr, BN: 
 
 @gluon.jit
 def taps_of(stored, h, w, size, tap: gl.constexpr, TAPS: gl.constexpr):
-    """Of what was stored ``[positions, outputs]``, what tap ``tap`` of a scoring kernel of ``TAPS`` meets; else zero."""
+    """What tap ``tap`` of a scoring kernel of ``TAPS`` meets of ``stored [positions, outputs]``; zero elsewhere."""
     if TAPS == 1:
         met = stored
     else:
