@@ -1,28 +1,31 @@
 """The first run of the Gluon convolution on a GPU, where a mistake in its barriers would hang.
 
 ``python -m benchmarks.gpu.first_run`` runs every case in a child process that is killed when its time is over, so a
-deadlock is told and not suffered: the parent names the case, what the child said last, and goes on with the next one. A
-case compares a frozen module in Gluon with the older kernel and with plain PyTorch, runs it again for the same bits, and
-times both kernels. The exit code is 0 only if every case was right; then the switch ``gluon_conv`` may be turned on.
+deadlock is told and not suffered: the parent names the case, what the child said last, and goes on with the next. A
+case compares a frozen module in Gluon with the older kernel and with plain PyTorch, runs it again for the same bits,
+and times both kernels. The exit code is 0 only if every case was right; then the switch ``gluon_conv`` may be turned
+on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks.gpu.timing import NOT_RUN, require_gpu, time_steps
-from dsts_kernels import FusedDSTS
+from dsts_kernels import FusedDSTS, Routing
 from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.triton import load
 from dsts_kernels.backends.triton.gluon import plan
-from dsts_kernels.testing import assert_close
+from dsts_kernels.testing import assert_close, exact_float32
 
 SECONDS = 60.0  # of a case: compiling takes most of it
 
@@ -58,23 +61,54 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def frozen_of(case: Case, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """A frozen module, features, and what it makes of them in float64 on the CPU's operators."""
+def frozen_of(case: Case, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
+    """A frozen module, the module in float32 that it comes from, and features."""
     torch.manual_seed(0)
     kernel = (1, 3, 3) if case.taps == 9 else (1, 1, 1)
     options = {"num_layers": 2, "num_neurons": 4, "score_reduction": "mean", "scoring_kernel": kernel}
-    module = FusedDSTS(case.channels, **options, device=device, dtype=case.dtype, backend="eager").eval()
+    module = FusedDSTS(case.channels, **options, device=device, backend="eager").eval()
     with torch.no_grad():
         for layer in module.layers:
             layer.gate.normal_().add_(case.split)
     x = torch.randn(case.batch, case.channels, *case.size, device=device, dtype=case.dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d) if case.channels_last else x
-    frozen = module.freeze(backend="triton")
-    return frozen, x, module
+    return module.freeze(dtype=case.dtype, backend="triton"), module, x
 
 
-def launched(run: Callable[[], object]) -> int:
-    """How many launches of the Gluon convolution ``run()`` makes."""
+def same_routes(routing: Routing, wanted: Routing) -> Tensor:
+    """Samples that took the same way through all layers: nearly tied scores are routed by rounding."""
+    same = (routing.neuron == wanted.neuron).all(0)
+    if not same.any():
+        raise AssertionError(f"no sample took the same way: neurons {routing.neuron}, wanted {wanted.neuron}")
+    return same
+
+
+@torch.inference_mode()
+def compare(frozen: torch.nn.Module, module: torch.nn.Module, x: Tensor) -> int:
+    """How many launches of the Gluon convolution a call made; raises ``AssertionError`` where it was wrong."""
+    say("the older kernel")
+    older, older_routing = frozen(x, return_routing=True)
+    with switched(gluon_conv=True), counted_launches() as count:
+        say("compiling and launching the Gluon kernel")
+        y, routing = frozen(x, return_routing=True)
+        say(f"it ended with a sum of {float(y.float().sum()):.6g}; once more")
+        launches = count[0]
+        again = frozen(x)
+        say(f"and with {float(again.float().sum()):.6g}; comparing")
+    if not torch.equal(y, again):
+        raise AssertionError("two runs differ in bits")
+    same = same_routes(routing, older_routing)
+    assert_close(y[same], older[same].double(), name="beside the older kernel")
+    with exact_float32():
+        wanted, wanted_routing = module(x.float(), return_routing=True)
+    same = same_routes(routing, wanted_routing)
+    assert_close(y[same], wanted[same].double(), dtype=y.dtype, name="beside plain PyTorch in float32")
+    return launches
+
+
+@contextlib.contextmanager
+def counted_launches() -> Iterator[list[int]]:
+    """Of the Gluon convolution inside the block."""
     conv, count = load("gluon.conv"), [0]
     whole = conv.conv_packed
 
@@ -84,36 +118,23 @@ def launched(run: Callable[[], object]) -> int:
 
     conv.conv_packed = counted
     try:
-        run()
+        yield count
     finally:
         conv.conv_packed = whole
-    return count[0]
 
 
 @torch.inference_mode()
 def run_case(name: str, device: torch.device) -> None:
-    """Raises where it is wrong."""
-    case = CASES[name]
-    frozen, x, module = frozen_of(case, device)
-    say("older kernel")
-    before = frozen(x)
-    with switched(gluon_conv=True):
-        say("compiling and launching the Gluon kernel")
-        after = [frozen(x)]
-        torch.cuda.synchronize()
-        say("it ended; comparing")
-        count = launched(lambda: after.append(frozen(x)))
-        torch.cuda.synchronize()
-    if not count:
-        say("its waves are not full enough: the older kernel ran")
+    """Compares and times a case; raises where it is wrong."""
+    frozen, module, x = frozen_of(CASES[name], device)
+    launches = compare(frozen, module, x)
+    if not launches:
+        say("right, and its waves are not full enough: the older kernel ran")
         return
-    assert torch.equal(*after), "two runs differ in bits"
-    assert_close(after[0], before.double(), name="the older kernel's result")
-    assert_close(after[0], module(x).double(), name="the module's own result, in plain PyTorch")
     old = time_steps([lambda: frozen(x)], 0.3)
     with switched(gluon_conv=True):
         new = time_steps([lambda: frozen(x)], 0.3)
-    say(f"right, {count} launches; a module of two layers {old.median:.3f} ms, in Gluon {new.median:.3f} ms")
+    say(f"right, {launches} launches; a module of two layers {old.median:.3f} ms, in Gluon {new.median:.3f} ms")
 
 
 def command(name: str) -> list[str]:

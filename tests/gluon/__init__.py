@@ -7,8 +7,8 @@
 Every partition of ``warp_specialize`` of every program is a thread; one runs at a time. Whenever one reaches a barrier,
 a copy, a product or an atomic, who goes on is drawn, at speeds that the seed chooses. What the hardware does by itself
 is drawn among them: a copy lands at any time after its issue, and a product reads its operands at any time up to the
-wait that covers it. Where a GPU would hang, race or go astray there is a :class:`.faults.Fault` that names the barrier, the
-kernel's line and the phase.
+wait that covers it. Where a GPU would hang, race or go astray there is a :class:`.faults.Fault` that names the barrier,
+the line of the kernel and the phase.
 
 :mod:`.values`   scalars, tensors in registers, device memory: integers may not overflow, division truncates, half types
                  are float32 rounded to them, accesses stay within their memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.gpu import first_run
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.triton import load
@@ -61,3 +62,14 @@ def test_frozen_module(scoring_kernel, mixing_kernel, hopper, monkeypatch):
     hopper.clear()
     assert_close(frozen(x), wanted, factor=2)
     assert not hopper, "the switch was off"
+
+
+def test_first_run_compares(hopper):
+    """What the first run on a GPU does there but for timing; a wrong result is told."""
+    case = first_run.Case(24, 3, (2, 4, 6), torch.float16, taps=9)
+    frozen, module, x = first_run.frozen_of(case, torch.device("cpu"))
+    assert first_run.compare(frozen, module, x) == 2 and len(hopper) == 4
+    with torch.no_grad():
+        module.layers[1].norm.bias.add_(1)
+    with pytest.raises(AssertionError, match="beside plain PyTorch in float32: relative error"):
+        first_run.compare(frozen, module, x)

@@ -20,7 +20,7 @@ def hopper():
         pytest.skip(f"gluon: {reason}")
 
 
-@pytest.mark.parametrize("case", first_run.CASES)
+@pytest.mark.parametrize("case", ["one tile", "ragged", "float16", "nine taps", "channels-first", "tpn", "swin"])
 def test_in_a_process_of_its_own(case, hopper):
     """Right, twice the same bits, and it ends: a deadlock fails this test and no other."""
     ok, text = first_run.watched(case, 2 * first_run.SECONDS)

@@ -12,6 +12,8 @@ all tiles. A sample without filters (its plan begins below 0) has no steps, and 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -227,10 +229,15 @@ def conv_gluon_kernel(
     )  # fmt: skip
 
 
+@functools.cache
+def swizzled(rank: int) -> gl.NVMMASharedLayout:
+    """Of a box in half types with ``rank`` sides."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
 def box_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """``tensor`` for TMA boxes of ``block``, whose rows of 128 bytes lie in shared memory as ``wgmma`` reads them."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-    return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), block, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), block, swizzled(len(block)))
 
 
 def conv_packed(
