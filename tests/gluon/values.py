@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -92,6 +93,10 @@ class Tensor:
     @property
     def shape(self) -> list[int]:
         return list(self.data.shape)
+
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=None)
 
     def __getitem__(self, key: object) -> Tensor:
         return Tensor(self.data[key])

@@ -5,36 +5,25 @@ producer, brings K blocks into a ring of ``STAGES``: a step is one TMA box of th
 zero outside the features, and one of filters. Eight warps, the consumers, multiply them with ``wgmma``, both operands
 from shared memory, and end each tile, while the producer is already at the next one's blocks.
 
-Two barriers a stage: ``ready`` completes a phase when both boxes have landed, ``free`` when the product that read them
-is done. Step ``n`` of a CTA uses stage ``n % STAGES`` in phase ``n // STAGES``; both sides count steps alike, through
-all tiles. A sample without filters (its plan begins below 0) has no steps, and its output is NaN.
+Stages and barriers: :mod:`.ring`. A sample without filters (its plan begins below 0) has no steps, and its output is
+NaN.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...gpu import features, grids
 from ...gpu.kernels import ConvEpilogue
 from ..common import Strides, box_start, boxes_of, plan_field, size_of
 from ..conv import k_block
-from ..launch import dense_strides
 from . import plan as plans
 from .epilogue import add_boxes, end_part, part_of
+from .ring import box_of, bring, multiply
 
 
 @gluon.jit
@@ -84,13 +73,9 @@ def produce(
         for k in range(0, steps_of(plan, b, KERNEL, TEMPORAL_TAPS)):
             _, _, _, block, shift = k_block(k, spatial_blocks, KERNEL, TEMPORAL_TAPS, 1)
             dt, dh, dw = shift
-            stage = step % STAGES
-            mbarrier.wait(free.index(stage), step // STAGES & 1 ^ 1)
-            mbarrier.expect(ready.index(stage), BYTES)
             corner = [b, t0 + dt, h0 + dh, w0 + dw, block * BK]
-            tma.async_copy_global_to_shared(panel, corner, ready.index(stage), panel_ring.index(stage))
-            row = (first + k) * outputs + o0
-            tma.async_copy_global_to_shared(filters, [row, 0], ready.index(stage), filter_ring.index(stage))
+            row = [(first + k) * outputs + o0, 0]
+            bring(panel, corner, filters, row, panel_ring, filter_ring, ready, free, step, BYTES, STAGES)
             step += 1
 
 
@@ -129,28 +114,14 @@ def consume(
     """The consumers: every step's product, then the end of each tile, :data:`PART` outputs at a time."""
     BM: gl.constexpr = BOX.t * BOX.h * BOX.w
     PARTS: gl.constexpr = BN // PART
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     boxes = boxes_of(size, BOX)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, box, o0 = place_of(tile, size, outputs, BOX, BN)
         steps = steps_of(plan, b, KERNEL, TEMPORAL_TAPS)
-        running = warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, layout))
-        for k in range(0, steps):
-            stage = step % STAGES
-            mbarrier.wait(ready.index(stage), step // STAGES & 1)
-            left = panel_ring.index(stage).reshape([BM, BK])
-            right = filter_ring.index(stage).permute((1, 0))
-            running = warpgroup_mma(left, right, running, is_async=True)
-            running = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[running]))
-            if k > 0:  # all but this step's product are done: the stage of the one before is free
-                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            step += 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=[running])
-        if steps > 0:
-            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+        acc, step = multiply(panel_ring, filter_ring, ready, free, step, steps, BM, BN, BK, STAGES, WARPS)
         if plan_field(plan, b, "filters") < 0:
-            acc = gl.full([BM, BN], float("nan"), gl.float32, layout)
+            acc = gl.full([BM, BN], float("nan"), gl.float32, acc.type.layout)
         row = bias
         if bias is not None:
             row += plan_field(plan, b, "row") * outputs
@@ -227,17 +198,6 @@ def conv_gluon_kernel(
         [PRODUCER_WARPS],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-@functools.cache
-def swizzled(rank: int) -> gl.NVMMASharedLayout:
-    """Of a box in half types with ``rank`` sides."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
-def box_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """``tensor`` for TMA boxes of ``block``, whose rows of 128 bytes lie in shared memory as ``wgmma`` reads them."""
-    return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), block, swizzled(len(block)))
 
 
 def conv_packed(
