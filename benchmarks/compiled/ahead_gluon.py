@@ -39,6 +39,7 @@ class Look(NamedTuple):
     product_operands: frozenset[str]  # "shared" or "registers", of every wgmma
     step: int  # instructions of a consumer in a K step
     step_products: int  # of these, wgmma
+    step_spills: int  # of these, loads and stores of spilled registers
     step_barriers: int  # of these, barriers of the eight warps
     guarded_release: bool  # all eight warps meet between a product's end and its stage's release
     producer_step: int  # instructions of the producer in a K step
@@ -127,6 +128,7 @@ def look(launch: ahead.Launch) -> Look:
         frozenset("shared" if operand.startswith("%rd") else "registers" for operand in operands),
         len(step),
         sum("HGMMA" in text for text in step),
+        sum(re.search(r"\b(LDL|STL)\b", text) is not None for text in step),
         sum(text.startswith("BAR.SYNC") for text in step),
         release_is_guarded(ptx),
         len(producer),

@@ -212,7 +212,7 @@ def conv_packed(
     b, outputs = out.shape[:2]
     tile, box, sums = grid.tile, grid.box, epilogue.sums
     taps = 0 if sums is None else sums.shape[2]
-    counters, box_sums = epilogue.arrival_counters, None
+    counters, box_sums, channels_last = epilogue.arrival_counters, None, out.stride(1) == 1
     if taps:
         box_sums = panel.new_empty((b, grid.tiles.along, outputs, taps), dtype=torch.float32)
     if counters is None:
@@ -236,13 +236,13 @@ def conv_packed(
         RELU=epilogue.relu,
         SUM_TAPS=taps,
         INDEX_64=features.needs_int64(out),
-        CHANNELS_LAST=out.stride(1) == 1,
+        CHANNELS_LAST=channels_last,
         CELLS=grids.next_power(tile.n * max(1, taps)),
         AT_ONCE=16 if taps <= 1 else 4,
         BOX=box,
         BN=tile.n,
         BK=tile.k,
-        PART=min(plans.PART, tile.n),
+        PART=min(plans.PART if channels_last else plans.PART // 2, tile.n),  # whole ones would spill there
         STAGES=tile.stages,
         WARPS=plans.CONSUMER_WARPS,
         PRODUCER_WARPS=plans.PRODUCER_WARPS,
