@@ -33,6 +33,7 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 SHAPES = {"tpn": (8, 16, 16), "swin": (16, 7, 7)}
 CHANNELS, NEURONS, BATCH = 1024, 10, 8
 KINDS = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
+MODULES = (*LAUNCHERS, "gluon.conv")  # what has kernels
 LARGE = ("conv_kernel", "data_gradient_kernel", "weight_gradient_kernel")
 
 
@@ -103,9 +104,9 @@ def specialized(path: Place, value: object, plain: bool, values: dict[Place, obj
     if isinstance(value, tuple):
         kinds = [specialized((*path, i), one, plain, values, divisible) for i, one in enumerate(value)]
         return type(value)(*kinds)
-    if isinstance(value, TensorDescriptor):
-        block = ",".join(map(str, value.block_shape))
-        return f"tensordesc<{DTYPES[value.base.dtype]}[{block}]>"
+    if isinstance(value, TensorDescriptor) or hasattr(value, "block_shape"):  # Gluon's own says its layout too
+        block, layout = ",".join(map(str, value.block_shape)), getattr(value, "layout", None)
+        return f"tensordesc<{DTYPES[value.base.dtype]}[{block}]{f',{layout!r}' if layout else ''}>"
     if isinstance(value, torch.Tensor):
         divisible.append(path)
         return f"*{DTYPES[value.dtype]}"
@@ -130,14 +131,14 @@ def on_chip(architecture: str, processors: int, stand_in: Callable[[object], obj
     """The Triton backend on a chip that is not here, with something else in place of every kernel."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(load("launch"), "chip", lambda device: (architecture, processors)))
-        for module in map(load, LAUNCHERS):
+        for module in map(load, MODULES):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, stand_in(getattr(module, name))))
         yield TritonBackend()
 
 
 def kernel_named(name: str) -> object:
-    return next(getattr(module, name) for module in map(load, LAUNCHERS) if hasattr(module, name))
+    return next(getattr(module, name) for module in map(load, MODULES) if hasattr(module, name))
 
 
 def trace(architecture: str, shape: str, dtype: torch.dtype) -> list[Launch]:
@@ -203,10 +204,12 @@ def launches(architecture: str, shape: str, dtype: torch.dtype, precision: str) 
 
 
 def build(launch: Launch, architecture: str, kernel: object | None = None) -> object:
-    """One launch as Triton compiles it; ``kernel`` where it stands in for the one of that name."""
+    """What Triton makes of a launch, its code in every form and metadata; ``kernel`` stands in for the one of that
+    name."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = kernel or kernel_named(launch.kernel)
     signature = dict(launch.signature)
@@ -215,9 +218,7 @@ def build(launch: Launch, architecture: str, kernel: object | None = None) -> ob
     attributes = {
         (kernel.arg_names.index(name), *place): [["tt.divisibility", 16]] for name, *place in launch.divisible
     }
-    source = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(
         source(kernel, full, values, attributes),
         target=GPUTarget("cuda", TARGETS[architecture], 32),
@@ -225,18 +226,30 @@ def build(launch: Launch, architecture: str, kernel: object | None = None) -> ob
     )
 
 
-def compile_launch(launch: Launch, architecture: str) -> Compiled:
-    """Compile one launch and read its resources off the binary."""
+def looked_at(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of the tools that come with Triton says of a binary."""
     import triton
 
-    built, signature = build(launch, architecture), dict(launch.signature)
-    constants = {name: value for (name, *place), value in launch.constants if not place}
-    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        text = subprocess.run([dump, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        return subprocess.run([program, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of a thread's own memory: what was spilled."""
+    text = looked_at(cubin, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups())
+    return registers, stack + local
+
+
+def compile_launch(launch: Launch, architecture: str) -> Compiled:
+    """Compile one launch and read its resources off the binary."""
+    signature = dict(launch.signature)
+    constants = {name: value for (name, *place), value in launch.constants if not place}
+    built = build(launch, architecture)
+    registers, stack = resources(built.asm["cubin"])
     ptx = built.asm["ptx"]
     instruction = next((name for name in ("tcgen05", "wgmma", "mma") if f"{name}." in ptx), "none")
     shared = built.metadata.shared
@@ -256,7 +269,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         launch.warps,
         launch.stages,
         registers,
-        stack + local,
+        stack,
         shared,
         instruction,
         str(constants.get("FORM", "listed" if constants.get("dgate", ...) is None else "")),

@@ -217,7 +217,8 @@ def explain(
     lines = []
     for name, backend in BACKENDS.items():
         reason = backend.why_not(op, device, dtype)
-        lines.append(f"  {name}: can run ({backend.remark})" if reason is None else f"  {name}: no, {reason}")
+        can = reason is None
+        lines.append(f"  {name}: can run ({backend.note(op, device, dtype)})" if can else f"  {name}: no, {reason}")
     try:
         head = f"{op} on {device} in {dtype} runs on {choose(op, device, dtype, size=size).name!r}"
     except RuntimeError as error:

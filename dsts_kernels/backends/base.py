@@ -68,6 +68,10 @@ class Backend(ABC):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run ``op`` on such tensors; ``None`` when it can."""
 
+    def note(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
+        """What there is to say of how it runs ``op`` on such tensors, where it can."""
+        return self.remark
+
     def why_not_fast(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why frozen layers have no fast convolution here; ``None`` when they have."""
         return f"the {self.name!r} backend has none"

@@ -17,7 +17,7 @@ from . import launch
 from .launch import address, padded, resident, uses_tf32, vector
 
 
-def conv_grid(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> PersistentGrid:
+def conv_grid(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int, packed: bool = False) -> PersistentGrid:
     tiles = grids.flat_tiles(x.shape[2:].numel(), outputs)
     k_blocks = cdiv(width, tile_channels(x.dtype)) * taps
     processors = launch.chip(x.device).processors

@@ -37,7 +37,8 @@ class FrozenLayer:
         last = ConvEpilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
         with features.on_device(x):
             parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
-            grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, SPATIAL_TAPS, options.next_taps if folds else 0)
+            sum_taps = options.next_taps if folds else 0
+            grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, SPATIAL_TAPS, sum_taps, packed=True)
             counters = torch.empty(grid.arrival_counters, dtype=torch.int32, device=x.device)
             panel, plan = kernels.route_and_gather(x, parts, w, options.score_divisor(x), neuron, scores, counters)
             filters = w.filters.view(-1, block_k)

@@ -106,8 +106,13 @@ class Kernels(Protocol):
         (``READ_BY_SPATIAL`` or ``READ_BY_TEMPORAL``) of a channel.
         """
 
-    def conv_grid(self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
-        """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``."""
+    def conv_grid(
+        self, x: Tensor, outputs: int, width: int, taps: int, sum_taps: int, packed: bool = False
+    ) -> ConvGrid:
+        """``x`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has, by ``taps``.
+
+        ``packed`` says that filters will come in that form.
+        """
 
     def conv(
         self,

@@ -35,6 +35,10 @@ class Switches:
     turned_gather: bool = True
     """CUDA C++ gathers from features whose positions lie side by side 16 bytes at a time, not by elements."""
 
+    gluon_conv: bool = False
+    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full. Off
+    until ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
+
 
 _current = Switches()
 

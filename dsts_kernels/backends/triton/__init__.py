@@ -18,8 +18,9 @@ import torch
 
 from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
+from .gluon import plan
 
-HELPERS = ("common", "epilogue", "launch", "schedule", "tuning")  # every other file has kernels and their launchers
+HELPERS = ("common", "epilogue", "gluon", "launch", "schedule", "tuning")  # all others: kernels and their launchers
 LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 
@@ -71,6 +72,12 @@ class TritonBackend(GpuBackend):
             major, minor = capability(device)
             return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
         return dtypes.why_not(dtype)
+
+    def note(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
+        if op != "frozen_layer":
+            return self.remark
+        reason = plan.why_not(capability(device), dtype) if device.type == "cuda" else "it runs on GPUs alone"
+        return f"{self.remark}; its convolution " + ("in Gluon" if reason is None else f"not in Gluon: {reason}")
 
     @property
     def kernels(self) -> Kernels:

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.kernels import PLAIN, ConvEpilogue
-from . import launch, tuning
+from . import launch, load, tuning
 from .common import (
     Strides,
     box_start,
@@ -33,6 +33,7 @@ from .common import (
     tap_shift,
 )
 from .epilogue import add_boxes, epilogue, fixup, part_of, write_sums
+from .gluon import plan as gluon
 from .schedule import block_counts, iteration_ranges, shared_iterations, tile_of
 from .tuning import ConvGrid
 
@@ -274,9 +275,23 @@ def conv_kernel(
         begin = tl.where(whole, begin, tile_start + length)
 
 
-def conv_grid(x: Tensor, outputs: int, width: int, taps: int, sum_taps: int) -> ConvGrid:
-    """``x (B, C, T, H, W)`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has."""
+def conv_grid(
+    x: Tensor, outputs: int, width: int, taps: int, sum_taps: int, packed: bool = False
+) -> ConvGrid | gluon.WaveGrid:
+    """``x (B, C, T, H, W)`` gives batch, size, dtype and device; ``width`` is the most columns a reduction has.
+
+    A :class:`.gluon.plan.WaveGrid` says that the kernel for Hopper runs: its switch is on, and its waves are full.
+    """
     chip, kind = launch.chip(x.device), tuning.kind_of(x.dtype)
+    if (
+        packed
+        and switches.current().gluon_conv
+        and not tuning.is_forced("conv")
+        and launch.gluon_runs(x.device, x.dtype)
+    ):
+        k_blocks = grids.cdiv(width, tuning.block_k(kind)) * taps
+        if (grid := gluon.wave_grid(chip[1], x.shape[0], tuple(x.shape[2:]), outputs, k_blocks)) is not None:
+            return grid
     return tuning.conv_grid(*chip, kind, x.shape[0], tuple(x.shape[2:]), outputs, width, taps, sum_taps)
 
 
@@ -286,7 +301,7 @@ def conv(
     form: str,
     plan: Tensor,  # (B, PLAN) int32, or of a mixing kernel (B,): whose filters
     out: Tensor,  # (B, O, T, H, W)
-    grid: ConvGrid,
+    grid: ConvGrid | gluon.WaveGrid,
     *,
     kernel: tuple[int, int, int] = features.SPATIAL,
     with_temporal: bool = True,
@@ -296,7 +311,9 @@ def conv(
     slots: int = 0,
     epilogue: ConvEpilogue = PLAIN,
 ) -> None:
-    """:func:`.conv.conv_kernel` on a panel into ``out``."""
+    """:func:`.conv.conv_kernel` on a panel into ``out``, or :func:`.gluon.conv.conv_gluon_kernel`, as its grid says."""
+    if isinstance(grid, gluon.WaveGrid):
+        return load("gluon.conv").conv_packed(panel, filters, plan, out, grid, epilogue)
     b, outputs, *size = out.shape
     tile, box, ctas = grid.tile, grid.box, grid.persistent.num_ctas
     x, tma_panel = launch.boxed(panel, box, tile.k, tile.tma, left=True)

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gpu.grids import Box
 from . import tuning
+from .gluon import plan
 
 
 @functools.cache
@@ -20,6 +21,13 @@ def chip(device: torch.device) -> tuple[str, int]:
         return tuning.INTERPRETER, 3
     properties = torch.cuda.get_device_properties(device)
     return tuning.architecture_of((properties.major, properties.minor)), properties.multi_processor_count
+
+
+@functools.cache
+def gluon_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels in Gluon are for this device and dtype, their switch aside."""
+    architecture, _ = chip(device)
+    return architecture == plan.ARCHITECTURE and plan.unfit(plan.CAPABILITY, dtype) is None
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -187,6 +187,11 @@ def forced(**tiles: Tile) -> Iterator[None]:
         _forced.update(before)
 
 
+def is_forced(kernel: str) -> bool:
+    """Whether :func:`forced` names the kernel's tile."""
+    return kernel in _forced
+
+
 def architecture_of(capability: tuple[int, int]) -> str:
     """The family whose tiles a device of this compute capability runs."""
     return "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"

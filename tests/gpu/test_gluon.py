@@ -1,0 +1,36 @@
+"""The Gluon convolution on a GPU: first in processes that are killed when they hang, then as a module's kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu import first_run
+from dsts_kernels.backends import explain
+from dsts_kernels.backends.gpu.switches import switched
+from dsts_kernels.backends.triton.gluon import plan
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def hopper():
+    reason = plan.unfit(torch.cuda.get_device_capability(), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(f"gluon: {reason}")
+
+
+@pytest.mark.parametrize("case", ["one tile", "ragged", "float16", "nine taps", "channels-first", "tpn", "swin"])
+def test_in_a_process_of_its_own(case, hopper):
+    """Right, twice the same bits, and it ends: a deadlock fails this test and no other."""
+    ok, text = first_run.watched(case, 2 * first_run.SECONDS)
+    assert ok, text
+
+
+def test_explain_says_which_kernel_runs():
+    """With the switch off, and on a GPU without the feature, the older one, with its reason."""
+    assert "not in Gluon: " in explain("frozen_layer", "cuda", torch.bfloat16)
+    with switched(gluon_conv=True):
+        text = explain("frozen_layer", "cuda", torch.bfloat16)
+    fits = plan.unfit(torch.cuda.get_device_capability(), torch.bfloat16) is None
+    assert ("its convolution in Gluon" in text) == fits
