@@ -300,7 +300,7 @@ def conv(
     b, outputs, *size = out.shape
     tile, box, ctas = grid.tile, grid.box, grid.persistent.num_ctas
     x, tma_panel = launch.boxed(panel, box, tile.k, tile.tma, left=True)
-    shape = {"packed": [tile.n, tile.k], "stored": [1, tile.n, tile.k], "transposed": [1, tile.k, tile.n]}.get(form)
+    shape = {"packed": (tile.n, tile.k), "stored": (1, tile.n, tile.k), "transposed": (1, tile.k, tile.n)}.get(form)
     f, tma_filters = launch.described(filters, shape, tile.tma) if shape else (filters, False)
     sums, box_sums = epilogue.sums, None
     if sums is not None:
@@ -309,26 +309,14 @@ def conv(
     if counters is None:
         counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
     workspace = panel.new_empty((2 * ctas, tile.m, tile.n), dtype=torch.float32)
-    conv_kernel[(ctas,)](
-        x,
-        f,
-        order,
-        plan,
-        epilogue.bias,
-        epilogue.skip,
-        out,
-        box_sums,
-        sums,
-        workspace,
-        counters,
-        size_of(out),
-        Strides(*out.stride()),
-        b,
-        panel.shape[-1],
-        k_channels,
-        slots,
-        outputs,
-        grid.persistent.waves,
+    launch.start(
+        conv_kernel,
+        (ctas,),
+        (x, f, order, plan, epilogue.bias, epilogue.skip, out, box_sums, sums, workspace, counters),
+        (
+            size_of(out), Strides(*out.stride()), b, panel.shape[-1], k_channels, slots, outputs,
+            grid.persistent.waves,
+        ),
         FORM=form,
         TMA_PANEL=tma_panel,
         TMA_FILTERS=tma_filters,

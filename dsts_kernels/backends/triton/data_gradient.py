@@ -198,20 +198,12 @@ def data_gradient(
     boxes = box.tiles(*size)
     dgate = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
     g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
-    f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
-    data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
-        g,
-        f,
-        lists.order,
-        lists.plans,
-        gate,
-        x,
-        dx,
-        dgate,
-        size_of(x),
-        Strides(*like.stride()),
-        c,
-        outputs,
+    f, tma_filters = launch.described(filters, (1, tile.n, tile.k), tile.tma and need_gate)
+    launch.start(
+        data_gradient_kernel,
+        (b * boxes * cdiv(c, tile.n),),
+        (g, f, lists.order, lists.plans, gate, x, dx, dgate),
+        (size_of(x), Strides(*like.stride()), c, outputs),
         TMA_GRAD=tma_grad,
         TMA_FILTERS=tma_filters,
         INDEX_64=features.needs_int64(like) or grad_ndhwc[0].numel() > grids.INT32,

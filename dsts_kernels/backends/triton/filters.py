@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu.lists import Groups
-from . import tuning
+from . import launch, tuning
 
 
 @triton.jit
@@ -109,8 +109,9 @@ def pack_filters(
     filters = torch.empty((slots * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
     first_tap = 0
     for weight, count in zip(weights, taps, strict=True):
-        pack_filters_kernel[filter_grid(outputs, channels, count, slots)](
-            weight.contiguous(), filters, neuron_of, outputs, channels, first_tap, sum(taps),
+        launch.start(
+            pack_filters_kernel, filter_grid(outputs, channels, count, slots),
+            (weight.contiguous(), filters, neuron_of), (outputs, channels, first_tap, sum(taps)),
             TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
         )  # fmt: skip
         first_tap += count
@@ -131,8 +132,9 @@ def unpack_filters(
     neurons, outputs, channels = like.shape[:3]
     weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     count = like[0, 0, 0].numel()
-    unpack_filters_kernel[filter_grid(outputs, channels, count, neurons)](
-        filters, weight, groups.slot_of, listed, outputs, channels, first_tap, all_taps, reader,
+    launch.start(
+        unpack_filters_kernel, filter_grid(outputs, channels, count, neurons),
+        (filters, weight, groups.slot_of, listed), (outputs, channels, first_tap, all_taps, reader),
         TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
     )  # fmt: skip
     return weight

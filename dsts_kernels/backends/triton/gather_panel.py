@@ -139,20 +139,11 @@ def gather_panel(
     panel = x.new_empty(b, *size, width)
     block_k = tile_channels(x.dtype)
     stride, is_flat = kernel_strides(x)
-    gather_panel_kernel[gather_grid(x, block_k)](
-        x,
-        lists.order,
-        gate,
-        neuron,
-        slots,
-        lists.plans,
-        panel,
-        neurons,
-        c,
-        math.prod(size),
-        size_of(x),
-        stride,
-        width,
+    launch.start(
+        gather_panel_kernel,
+        gather_grid(x, block_k),
+        (x, lists.order, gate, neuron, slots, lists.plans, panel),
+        (neurons, c, math.prod(size), size_of(x), stride, width),
         FLAT_POSITIONS=is_flat,
         INDEX_64=features.needs_int64(x),
         BP=grids.GATHER_POSITIONS,

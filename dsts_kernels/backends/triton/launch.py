@@ -1,16 +1,29 @@
-"""What launchers share: the chip, the precision of products, and operands as tensor descriptors."""
+"""What launchers share: the chip, the precision of products, operands as tensor descriptors, and the launch itself.
+
+Triton looks at every argument of every launch anew to find the compiled kernel: 9 us for a small kernel, 26 us for the
+convolution. :func:`start` remembers which one it found, by all that the choice depends on (:func:`key_of`), and then
+hands addresses and numbers to the driver.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..gpu import switches
 from ..gpu.grids import Box
 from . import tuning
+
+REMEMBERED = 4096  # launches at most, of all shapes that came
 
 
 @functools.cache
@@ -45,11 +58,108 @@ def boxed(panel: Tensor, box: Box, columns: int, tma: bool, *, left: bool) -> tu
     """
     if not (tma and aligned(panel)) or (left and chip(panel.device)[0] == "sm_90"):
         return panel, False
-    return TensorDescriptor(panel, list(panel.shape), dense_strides(panel.shape), [1, *box, columns]), True
+    return descriptor(panel, (1, *box, columns)), True
 
 
-def described(matrix: Tensor, block: list[int], tma: bool) -> tuple[object, bool]:
+def described(matrix: Tensor, block: tuple[int, ...], tma: bool) -> tuple[object, bool]:
     """Likewise for filters."""
     if not (tma and aligned(matrix)):
         return matrix, False
-    return TensorDescriptor(matrix, list(matrix.shape), dense_strides(matrix.shape), block), True
+    return descriptor(matrix, block), True
+
+
+class Address:
+    """Memory as a tensor descriptor asks for it; a tensor in its place would be kept alive by those that are kept."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Of dense memory, in boxes of ``block``."""
+    if chip(tensor.device)[0] == tuning.INTERPRETER:  # which reads the tensor itself
+        return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), list(block))
+    return _descriptor(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
+
+
+@functools.lru_cache(maxsize=1024)  # making one checks every side of it; memory comes back at the same addresses
+def _descriptor(address: int, dtype: torch.dtype, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(Address(address, dtype), list(shape), dense_strides(shape), list(block))
+
+
+class Compiled(NamedTuple):
+    """A kernel that Triton compiled for arguments like these, and the arguments that are the same each time."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: object
+    numbers: tuple  # and constants, in the order of the kernel's arguments
+    kernel: JITFunction  # kept, as its id is part of the key
+
+
+_compiled: dict[tuple, Compiled] = {}
+
+
+def key_of(kernel: object, device: int, kinds: list, numbers: tuple, constants: dict[str, object]) -> tuple:
+    """All that Triton's choice depends on, and all that :class:`Compiled` keeps.
+
+    ``kinds`` say of every tensor its dtype, and whether it is aligned to 16 bytes, or its descriptor's box. Numbers are
+    compared with their types: 1, 1.0 and ``True`` are equal in Python, and three kernels in Triton.
+    """
+    values = (*numbers, *constants.values())
+    return id(kernel), device, *kinds, *values, *map(type, values)
+
+
+def start(
+    kernel: JITFunction, grid: tuple[int, ...], tensors: tuple[object, ...], numbers: tuple, /, **constants: object
+) -> None:
+    """``kernel[grid](*tensors, *numbers, **constants)``, by what an earlier launch found out.
+
+    Args:
+        tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
+        numbers: those that follow: integers, floats, and tuples of integers.
+        constants: constexprs, ``num_warps`` and ``num_stages``.
+    """
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if type(kernel) is not JITFunction or watched(enter) or watched(leave) or not switches.current().remember_launches:
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    arguments, kinds = [], []
+    for tensor in tensors:
+        if tensor is None:
+            arguments.append(None)
+            kinds.append(None)
+        elif type(tensor) is TensorDescriptor:
+            arguments.append(tensor)
+            kinds.append((tensor.base.dtype, *tensor.block_shape))
+        else:
+            address = tensor.data_ptr()
+            arguments.append(address)
+            kinds.append(tensor.dtype if address % 16 == 0 else (tensor.dtype,))
+    active = driver.active
+    device = active.get_current_device()
+    key = key_of(kernel, device, kinds, numbers, constants)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*tensors, *numbers, **constants)
+        rest = (constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+        if len(_compiled) >= REMEMBERED:
+            _compiled.clear()
+        _compiled[key] = Compiled(
+            compiled.run, compiled.function, compiled.packed_metadata, (*numbers, *rest), kernel
+        )
+        return
+    run, function, metadata, rest, _ = found
+    stream = active.get_current_stream(device)
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, stream, function, metadata, None, None, None, *arguments, *rest)
+
+
+def watched(hook: object) -> bool:
+    """Whether somebody, as a profiler, waits for launches."""
+    return bool(getattr(hook, "calls", hook))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..gpu.grids import next_power
 from ..gpu.lists import PLAN as PLAN_INTS
 from ..gpu.lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, Lists
-from . import tuning
+from . import launch, tuning
 from .common import PLAN, plan_at
 
 BY_SPATIAL, BY_TEMPORAL = tl.constexpr(READ_BY_SPATIAL), tl.constexpr(READ_BY_TEMPORAL)
@@ -167,9 +167,10 @@ def group_samples(neuron: Tensor, neurons: int) -> Groups:
     empty = functools.partial(torch.empty, dtype=torch.int32, device=neuron.device)
     groups = Groups(empty(batch), empty(count), empty(neurons), empty(count, 2), empty(batch))
     lanes = next_power(neurons)
-    group_samples_kernel[(batch,)](
-        neuron, *groups, batch, neurons, count, NEURONS=lanes, SAMPLES=tuning.samples_at_once(batch, lanes)
-    )
+    launch.start(
+        group_samples_kernel, (batch,), (neuron, *groups), (batch, neurons, count),
+        NEURONS=lanes, SAMPLES=tuning.samples_at_once(batch, lanes),
+    )  # fmt: skip
     return groups
 
 
@@ -180,16 +181,11 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
     order = torch.empty((count, channels), dtype=torch.int32, device=gate.device)
     plans = torch.empty((count, PLAN_INTS), dtype=torch.int32, device=gate.device)
     listed = torch.empty((count, channels), dtype=torch.int8, device=gate.device) if union else None
-    list_channels_kernel[(count,)](
-        gate,
-        groups.slots,
-        groups.neuron_of,
-        groups.groups,
-        groups.members,
-        order,
-        plans,
-        listed,
-        channels,
+    launch.start(
+        list_channels_kernel,
+        (count,),
+        (gate, groups.slots, groups.neuron_of, groups.groups, groups.members, order, plans, listed),
+        (channels,),
         BK=block_k,
         CHANNELS=min(tuning.LIST_CHANNELS, next_power(channels)),
     )

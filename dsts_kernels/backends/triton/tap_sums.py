@@ -70,8 +70,9 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     if sums.numel():
         with features.on_device(x):
             stride, is_flat = kernel_strides(x)
-            tap_sums_kernel[b, parts, cdiv(c, tile.channels)](
-                x, sums, c, size_of(x), stride, TAPS=taps, FLAT_POSITIONS=is_flat, INDEX_64=features.needs_int64(x),
+            launch.start(
+                tap_sums_kernel, (b, parts, cdiv(c, tile.channels)), (x, sums), (c, size_of(x), stride),
+                TAPS=taps, FLAT_POSITIONS=is_flat, INDEX_64=features.needs_int64(x),
                 BP=grids.SUM_POSITIONS, BC=tile.channels, num_warps=tile.warps,
             )  # fmt: skip
     return sums

@@ -126,19 +126,12 @@ def weight_gradient(
     lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma, left=True)
     rights, tma_right = launch.boxed(right, box, tile.n, tile.tma, left=False)
     tiles = cdiv(k_channels, tile.m) * cdiv(width, tile.n)
-    weight_gradient_kernel[tiles, math.prod(kernel) + temporal_taps, groups.neuron_of.shape[0]](
-        lefts,
-        rights,
-        None if lists is None else lists.order,
-        None if lists is None else lists.plans,
-        groups.neuron_of,
-        groups.groups,
-        groups.members,
-        out,
-        Size(*size),
-        left.shape[-1],
-        width,
-        k_channels,
+    order, plans = (None, None) if lists is None else (lists.order, lists.plans)
+    launch.start(
+        weight_gradient_kernel,
+        (tiles, math.prod(kernel) + temporal_taps, groups.neuron_of.shape[0]),
+        (lefts, rights, order, plans, groups.neuron_of, groups.groups, groups.members, out),
+        (Size(*size), left.shape[-1], width, k_channels),
         KERNEL=kernel,
         TEMPORAL_TAPS=temporal_taps,
         SIGN=sign,

@@ -1,0 +1,38 @@
+"""Switches between an older and a newer way of the GPU backends: ``benchmarks/gpu`` times both in one call.
+
+No environment variable and no option reads them; what ships is the defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """One field a change, the newer way where it is true."""
+
+    fuse_routing: bool = True  # scores, Gumbel noise, choice, share and gates in a launch, and their gradients in one
+    remember_launches: bool = True  # Triton: an earlier launch's compiled kernel, by dtypes, alignment, numbers, constants
+
+
+_current = Switches()
+
+
+def current() -> Switches:
+    """The switches as they are now, of the whole process."""
+    return _current
+
+
+@contextlib.contextmanager
+def switched(**fields: bool) -> Iterator[None]:
+    """A block with other switches, ``switched(remember_launches=False)``; of the whole process, autograd's threads too."""
+    global _current
+    before = _current
+    _current = dataclasses.replace(before, **fields)
+    try:
+        yield
+    finally:
+        _current = before
