@@ -297,7 +297,9 @@ def refuse(module: nn.Module, sample: Tensor) -> None:
                 f"graphed(sample): got {name} with momentum None, whose share of a batch the host works out, wanted a "
                 "number"
             )
-        chosen = choose("gated_conv3d", sample.device, computed, getattr(part, "backend", None))
+        if not hasattr(part, "backend"):
+            continue
+        chosen = choose("gated_conv3d", sample.device, computed, part.backend)
         if reason := waits(chosen):
             raise RuntimeError(f"graphed(sample): got the backend {chosen.name!r}, {reason}")
 

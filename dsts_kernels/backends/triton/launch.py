@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every launch anew to find the compiled kernel: 9 us for a small kernel, 26 us for the
 convolution. :func:`start` remembers which one it found, by all that the choice depends on (:func:`key_of`), and then
-hands addresses and numbers to the driver.
+hands addresses and numbers to the driver. What a problem's launches have in common, a :class:`Launch`, is kept as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..gpu import switches
 from ..gpu.grids import Box
 from . import tuning
 
-REMEMBERED = 4096  # launches at most, of all shapes that came
+_runtime = knobs.runtime
 
 
 @functools.cache
@@ -93,41 +93,52 @@ def _descriptor(address: int, dtype: torch.dtype, shape: torch.Size, block: tupl
 
 
 class Compiled(NamedTuple):
-    """A kernel that Triton compiled for arguments like these, and the arguments that are the same each time."""
+    """What Triton compiled for tensors of some kinds."""
 
+    kernel: JITFunction
     run: Callable[..., None]
     function: int
     metadata: object
-    numbers: tuple  # and constants, in the order of the kernel's arguments
-    kernel: JITFunction  # kept, as its id is part of the key
+    rest: tuple  # numbers and constants, in the order of the kernel's arguments
 
 
-_compiled: dict[tuple, Compiled] = {}
+class Launch:
+    """All of a launch but its tensors: made once for each problem (:func:`remembered`).
 
-
-def key_of(kernel: object, device: int, kinds: list, numbers: tuple, constants: dict[str, object]) -> tuple:
-    """All that Triton's choice depends on, and all that :class:`Compiled` keeps.
-
-    ``kinds`` say of every tensor its dtype, and whether it is aligned to 16 bytes, or its descriptor's box. Numbers are
-    compared with their types: 1, 1.0 and ``True`` are equal in Python, and three kernels in Triton.
+    Args:
+        grid: programs, by axis.
+        numbers: the arguments that follow the tensors: integers, floats, and tuples of integers.
+        constants: constexprs, ``num_warps`` and ``num_stages``.
     """
-    values = (*numbers, *constants.values())
-    return id(kernel), device, *kinds, *values, *map(type, values)
+
+    __slots__ = ("compiled", "constants", "grid", "numbers")
+
+    def __init__(self, grid: tuple[int, ...], numbers: tuple, **constants: object) -> None:
+        self.grid, self.numbers, self.constants = tuple(grid), numbers, constants
+        self.compiled: dict[tuple, Compiled] = {}  # by key_of its tensors
 
 
-def start(
-    kernel: JITFunction, grid: tuple[int, ...], tensors: tuple[object, ...], numbers: tuple, /, **constants: object
-) -> None:
-    """``kernel[grid](*tensors, *numbers, **constants)``, by what an earlier launch found out.
+# For functions that return a Launch. Sizes that change with every batch push others out.
+remembered = functools.lru_cache(maxsize=1024, typed=True)
+
+
+def key_of(device: int, kinds: list) -> tuple:
+    """All that Triton's choice of a compiled kernel depends on, beside numbers and constants.
+
+    ``kinds`` say of every tensor its dtype, and whether it is aligned to 16 bytes, or its descriptor's box.
+    """
+    return device, *kinds
+
+
+def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> None:
+    """``kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)``, by what an earlier launch found out.
 
     Args:
         tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
-        numbers: those that follow: integers, floats, and tuples of integers.
-        constants: constexprs, ``num_warps`` and ``num_stages``.
     """
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     if type(kernel) is not JITFunction or watched(enter) or watched(leave) or not switches.current().remember_launches:
-        kernel[grid](*tensors, *numbers, **constants)
+        kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
         return
     arguments, kinds = [], []
     for tensor in tensors:
@@ -140,24 +151,25 @@ def start(
         else:
             address = tensor.data_ptr()
             arguments.append(address)
-            kinds.append(tensor.dtype if address % 16 == 0 else (tensor.dtype,))
+            kinds.append((tensor.dtype,) if address % 16 else tensor.dtype)
     active = driver.active
     device = active.get_current_device()
-    key = key_of(kernel, device, kinds, numbers, constants)
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*tensors, *numbers, **constants)
-        rest = (constants[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-        if len(_compiled) >= REMEMBERED:
-            _compiled.clear()
-        _compiled[key] = Compiled(
-            compiled.run, compiled.function, compiled.packed_metadata, (*numbers, *rest), kernel
-        )
+    key = key_of(device, kinds)
+    found = launch.compiled.get(key)
+    if found is None or found.kernel is not kernel:
+        launch.compiled[key] = compiled_for(kernel, launch, tensors)
         return
-    run, function, metadata, rest, _ = found
-    stream = active.get_current_stream(device)
-    x, y, z = (*grid, 1, 1)[:3]
-    run(x, y, z, stream, function, metadata, None, None, None, *arguments, *rest)
+    _, run, function, metadata, rest = found
+    x, y, z = (*launch.grid, 1, 1)[:3]
+    run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *rest)
+
+
+def compiled_for(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> Compiled:
+    """Launches by Triton's own way, and says what was launched."""
+    compiled = kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
+    names = kernel.arg_names[len(tensors) + len(launch.numbers) :]
+    rest = (*launch.numbers, *(launch.constants[name] for name in names))
+    return Compiled(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
 def watched(hook: object) -> bool:

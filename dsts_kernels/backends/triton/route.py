@@ -21,9 +21,9 @@ from ..gpu.lists import panel_width
 from ..packing import tile_channels
 from . import launch, tuning
 from .common import (
+    Size,
     kernel_strides,
     plan_at,
-    size_of,
 )
 from .gather_panel import gather_columns, gather_grid
 from .semhash import gate_of, gate_slope
@@ -266,6 +266,27 @@ def route_backward_kernel(
         tl.store(dlogits + n[:, None] * channels + f[None, :], of_logits, mask=inside)
 
 
+@launch.remembered
+def route_launch(
+    batch: int, parts: int, size: int, neurons: int, channels: int, divisor: float, tau: float
+) -> launch.Launch:
+    lanes = grids.next_power(neurons)
+    return launch.Launch(
+        (batch,), (parts, size, neurons, channels, divisor, tau),
+        NEURONS=lanes, BC=tuning.score_channels(lanes), BLOCK=tuning.semhash_channels(channels),
+    )  # fmt: skip
+
+
+@launch.remembered
+def route_backward_launch(
+    batch: int, size: int, neurons: int, channels: int, divisor: float, tau: float
+) -> launch.Launch:
+    lanes = grids.next_power(neurons)
+    block = tuning.route_channels(lanes)
+    numbers = batch, size, neurons, channels, divisor, tau
+    return launch.Launch((grids.cdiv(size, block),), numbers, NEURONS=lanes, BC=block)
+
+
 def route(
     x: Tensor,  # (B, C, T, H, W)
     scoring: Tensor,  # (N, C, taps) float32
@@ -280,18 +301,15 @@ def route(
     """Neurons, scores, gates; and with ``keep`` the choice's shares ``(B,)`` and tap sums ``(B, C * taps)`` of ``x``."""
     (neurons, channels), (batch, size) = logits.shape, (x.shape[0], scoring[0].numel())
     partial = partial_tap_sums(x, scoring.shape[2])
-    lanes, real = grids.next_power(neurons), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    real = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     neuron, scores = torch.empty(batch, dtype=torch.int64, device=x.device), real(batch, neurons)
     gate = torch.empty((batch, channels), dtype=logits.dtype, device=x.device)
     share, sums = (real(batch), real(batch, size)) if keep else (None, None)
     if batch:
         with features.on_device(x):
-            launch.start(
-                route_kernel, (batch,),
-                (partial, scoring, logits, gumbel, noise, hard, neuron, scores, gate, share, sums),
-                (partial.shape[1], size, neurons, channels, float(divisor), float(tau)),
-                NEURONS=lanes, BC=tuning.score_channels(lanes), BLOCK=tuning.semhash_channels(channels),
-            )  # fmt: skip
+            one = route_launch(batch, partial.shape[1], size, neurons, channels, float(divisor), float(tau))
+            tensors = partial, scoring, logits, gumbel, noise, hard, neuron, scores, gate, share, sums
+            launch.start(route_kernel, one, tensors)
     return neuron, scores, gate, share, sums
 
 
@@ -311,20 +329,39 @@ def route_backward(
     """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where it is not needed."""
     (batch, neurons), (channels, taps) = scores.shape, scoring.shape[1:]
     dscores, dgate, dshare = (None if g is None else g.contiguous() for g in gradients)
-    lanes, block = grids.next_power(neurons), tuning.route_channels(grids.next_power(neurons))
     dsums = torch.empty((batch, channels, taps), dtype=torch.float32, device=scores.device) if needs[0] else None
     dscoring = torch.empty_like(scoring) if needs[1] else None
     dlogits = torch.empty_like(logits) if needs[2] else None
     with features.on_device(scores):
+        written = dsums, dscoring, None if dgate is None else dlogits
         launch.start(
-            route_backward_kernel, (grids.cdiv(channels * taps, block),),
-            (
-                dscores, dgate, dshare, scores, gumbel, neuron, sums, scoring, logits, noise,
-                dsums, dscoring, dlogits if dgate is not None else None,
-            ),
-            (batch, channels * taps, neurons, channels, float(divisor), float(tau)), NEURONS=lanes, BC=block,
-        )  # fmt: skip
+            route_backward_kernel,
+            route_backward_launch(batch, channels * taps, neurons, channels, float(divisor), float(tau)),
+            (dscores, dgate, dshare, scores, gumbel, neuron, sums, scoring, logits, noise, *written),
+        )
     return dsums, dscoring, dlogits.zero_() if dlogits is not None and dgate is None else dlogits
+
+
+@launch.remembered
+def route_and_gather_launch(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    routing: tuple[int, int, int, float],
+    width: int,
+    counters: int,
+    block_k: int,
+    index_64: bool,
+    processors: int,
+) -> launch.Launch:
+    """``routing`` are parts of the sums, taps, neurons and the divisor of scores."""
+    stride, is_flat = kernel_strides(shape, strides)
+    lanes = grids.next_power(routing[2])
+    return launch.Launch(
+        gather_grid(shape, block_k, processors),
+        (*routing, shape[1], math.prod(shape[2:]), Size(*shape[2:]), stride, width, counters),
+        FLAT_POSITIONS=is_flat, INDEX_64=index_64, NEURONS=lanes, BC=tuning.score_channels(lanes),
+        BP=grids.GATHER_POSITIONS, BK=block_k, num_warps=8,
+    )  # fmt: skip
 
 
 def route_and_gather(
@@ -338,24 +375,13 @@ def route_and_gather(
 ) -> tuple[Tensor, Tensor]:
     """A frozen layer's panel ``(B, T, H, W, width)`` and plan ``(B, PLAN)``."""
     b, c, *size = x.shape
-    block_k, lanes = tile_channels(x.dtype), grids.next_power(scores.shape[1])
-    panel = x.new_empty(b, *size, panel_width(c, x.dtype, False))
+    width = panel_width(c, x.dtype, False)
+    panel = x.new_empty(b, *size, width)
     plan = torch.empty((b, PLAN_INTS), dtype=torch.int32, device=x.device)
-    stride, is_flat = kernel_strides(x)
-    launch.start(
-        route_and_gather_kernel,
-        gather_grid(x, block_k),
-        (x, sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters),
-        (
-            sums.shape[1], w.scoring.shape[2], scores.shape[1], float(divisor), c, math.prod(size), size_of(x), stride,
-            panel.shape[-1], arrival_counters.numel(),
-        ),
-        FLAT_POSITIONS=is_flat,
-        INDEX_64=features.needs_int64(x),
-        NEURONS=lanes,
-        BC=tuning.score_channels(lanes),
-        BP=grids.GATHER_POSITIONS,
-        BK=block_k,
-        num_warps=8,
-    )
+    one = route_and_gather_launch(
+        x.shape, x.stride(), (sums.shape[1], w.scoring.shape[2], scores.shape[1], float(divisor)), width,
+        arrival_counters.shape[0], tile_channels(x.dtype), features.needs_int64(x), launch.chip(x.device)[1],
+    )  # fmt: skip
+    tensors = x, sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters
+    launch.start(route_and_gather_kernel, one, tensors)
     return panel, plan

@@ -120,6 +120,16 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+@launch.remembered
+def gates_launch(batch: int, neurons: int, channels: int, block: int) -> launch.Launch:
+    return launch.Launch((cdiv(channels, block) * batch,), (neurons, channels), BLOCK=block)
+
+
+@launch.remembered
+def gradients_launch(batch: int, neurons: int, channels: int, block: int) -> launch.Launch:
+    return launch.Launch((cdiv(channels, block) * neurons,), (batch, neurons, channels), BLOCK=block)
+
+
 def semhash_gate(
     logits: Tensor,  # (N, C)
     neuron: Tensor | None,  # (B,) int64
@@ -134,10 +144,8 @@ def semhash_gate(
     if gate.numel():
         with features.on_device(logits):
             block = tuning.semhash_channels(channels)
-            launch.start(
-                semhash_kernel, (cdiv(channels, block) * batch,),
-                (logits, dense(neuron), dense(noise), dense(hard), gate), (neurons, channels), BLOCK=block,
-            )  # fmt: skip
+            tensors = logits, dense(neuron), dense(noise), dense(hard), gate
+            launch.start(semhash_kernel, gates_launch(batch, neurons, channels, block), tensors)
     return gate
 
 
@@ -154,8 +162,6 @@ def semhash_gate_backward(
         neurons, channels = logits.shape
         with features.on_device(logits):
             block = tuning.semhash_channels(channels, backward=True)
-            launch.start(
-                semhash_backward_kernel, (cdiv(channels, block) * neurons,),
-                (grad, logits, dense(neuron), dense(noise), dlogits), (grad.shape[0], neurons, channels), BLOCK=block,
-            )  # fmt: skip
+            tensors = grad, logits, dense(neuron), dense(noise), dlogits
+            launch.start(semhash_backward_kernel, gradients_launch(grad.shape[0], neurons, channels, block), tensors)
     return dlogits

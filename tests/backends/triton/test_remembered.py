@@ -29,6 +29,12 @@ require_triton()
 tl, triton = map(importlib.import_module, ("triton.language", "triton"))
 launch = load("launch")
 MODULES = [load(name) for name in LAUNCHERS]
+REMEMBERED = [
+    (module, name, function)
+    for module in MODULES
+    for name, function in vars(module).items()
+    if name.endswith("_launch") and function.__module__ == module.__name__
+]
 DEVICE, STREAM = 3, 77
 
 
@@ -82,12 +88,15 @@ class Compiler:
         self.asked: tuple = ()
         monkeypatch.setattr(launch, "driver", type("Active", (), {"active": self.driver}))
         monkeypatch.setattr(launch, "chip", functools.cache(lambda device: ("sm_90", 132)))
-        monkeypatch.setattr(launch, "_compiled", {})
+        self.problems: list[tuple] = []
         original = launch.start
+        for module, name, function in REMEMBERED:
+            monkeypatch.setattr(module, name, launch.remembered(function.__wrapped__))
 
-        def start(kernel: object, grid: tuple, tensors: tuple, numbers: tuple, /, **constants: object) -> None:
-            self.asked = (kernel, grid, (*tensors, *numbers), constants)
-            original(kernel, grid, tensors, numbers, **constants)
+        def start(kernel: object, one: object, tensors: tuple) -> None:
+            self.asked = (kernel, one.grid, (*tensors, *one.numbers), one.constants)
+            self.problems.append((kernel, one.grid, one.numbers, one.constants))
+            original(kernel, one, tensors)
 
         monkeypatch.setattr(launch, "start", start)
         monkeypatch.setattr(launch.JITFunction, "run", self.compile)
@@ -167,8 +176,6 @@ def all_cases() -> None:
         everything(channels, outputs, size, batch, dtype, lambda t: change(t) if t.dim() == 5 or change is shifted else t)
 
 
-    for kernel in (one_kernel, another_kernel):
-        launch.start(kernel, (1,), (torch.zeros(4),), (3,), BLOCK=4)
 
 
 def test_what_runs_is_what_triton_would_run(compiler):
@@ -202,22 +209,35 @@ def test_a_frozen_module(compiler, monkeypatch):
     }  # fmt: skip
 
 
-# What a key must not leave out: a part of it, and how it looks without.
+def test_what_is_remembered_of_a_problem(compiler, monkeypatch):
+    """Grid, numbers and constants, as they would be worked out anew for every launch."""
+    all_cases()
+    compiler.problems.clear()
+    all_cases()
+    remembered, compiler.problems = compiler.problems, []
+    for module, name, function in REMEMBERED:
+        monkeypatch.setattr(module, name, function.__wrapped__)
+    all_cases()
+    assert len(REMEMBERED) >= 13 and len(remembered) > 1000
+    for mine, theirs in zip(remembered, compiler.problems, strict=True):
+        assert mine == theirs and repr(mine) == repr(theirs)  # 1, 1.0 and True are equal, and three kernels
+
+
+# What a key must not leave out, and how it looks without.
 MUTATIONS = {
-    "kernel": lambda kernel, device, kinds, numbers, constants: (None, device, kinds, numbers, constants),
-    "device": lambda kernel, device, kinds, numbers, constants: (kernel, 0, kinds, numbers, constants),
-    "dtypes": lambda kernel, device, kinds, numbers, constants: (
-        kernel, device, [k if k is None else type(k) for k in kinds], numbers, constants,
-    ),
-    "alignment": lambda kernel, device, kinds, numbers, constants: (
-        kernel, device, [k[0] if type(k) is tuple and len(k) == 1 else k for k in kinds], numbers, constants,
-    ),
-    "absent-tensors": lambda kernel, device, kinds, numbers, constants: (
-        kernel, device, [k or torch.float32 for k in kinds], numbers, constants,
-    ),
-    "numbers": lambda kernel, device, kinds, numbers, constants: (kernel, device, kinds, (), constants),
-    "constants": lambda kernel, device, kinds, numbers, constants: (kernel, device, kinds, numbers, {}),
-}  # fmt: skip
+    "device": lambda device, kinds: (0, kinds),
+    "dtypes": lambda device, kinds: (device, [k if k is None else type(k) for k in kinds]),
+    "alignment": lambda device, kinds: (device, [k[0] if type(k) is tuple and len(k) == 1 else k for k in kinds]),
+    "absent-tensors": lambda device, kinds: (device, [k or torch.float32 for k in kinds]),
+    "boxes": lambda device, kinds: (device, [k[0] if type(k) is tuple and len(k) > 1 else k for k in kinds]),
+}
+
+
+def boxes(rounds: int = 1) -> None:
+    """The same memory, by its address and in boxes of two shapes."""
+    panel, one = torch.zeros(64, 64, dtype=torch.bfloat16), launch.Launch((1,), (3,), BLOCK=4)
+    for operand in (panel, launch.descriptor(panel, (16, 64)), launch.descriptor(panel, (32, 64)), panel) * rounds:
+        launch.start(one_kernel, one, (operand,))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
@@ -227,30 +247,25 @@ def test_no_part_of_the_key_can_be_left_out(compiler, monkeypatch, mutation):
     monkeypatch.setattr(launch, "key_of", lambda *parts: original(*mutation(*parts)))
     for device in (3, 0, 3):
         compiler.driver.device = device
+        boxes()
         all_cases()
         if compiler.wrong:
             break
     assert compiler.wrong
 
 
-def test_numbers_of_another_type(compiler):
-    """1, 1.0 and True are equal in Python: Triton compiles them apart, and so they are remembered apart."""
-    kernel = load("semhash").semhash_kernel
-    x = torch.zeros(2, 3)
-    for neurons in (2, 2.0, 2, 1, True, 1.0, 1):
-        launch.start(kernel, (1,), (x, None, None, None, x), (neurons, 3), BLOCK=4)
-    assert not compiler.wrong and len(compiler.compiled) == 5
+def test_kernels_do_not_share(compiler):
+    """One problem's launch under two kernels, as a test's spy and a kernel take turns."""
+    x, one = torch.zeros(4), launch.Launch((1,), (3,), BLOCK=4)
+    for kernel in (one_kernel, another_kernel, one_kernel, one_kernel):
+        launch.start(kernel, one, (x,))
+    assert not compiler.wrong and len(compiler.compiled) == 3
 
 
 def test_box_of_a_descriptor(compiler):
-    """The same memory in boxes of another shape is another kernel's argument."""
-    kernel, panel = load("conv").conv_kernel, torch.zeros(64, 64, dtype=torch.bfloat16)
-    operands = (panel,) * 11
-    constants = dict.fromkeys(kernel.arg_names[11 + 8 :], 1)
-    for block in ((16, 64), (32, 64), (16, 64)):
-        tensors = (launch.descriptor(panel, block), *operands[1:])
-        launch.start(kernel, (1,), tensors, ((1, 1, 1), (1, 1, 1, 1, 1), 1, 1, 1, 1, 1, 1), **constants)
-    assert not compiler.wrong and len(compiler.compiled) == 2
+    """The same memory in boxes of another shape, or by its address, is another kernel's argument."""
+    boxes(rounds=2)
+    assert not compiler.wrong and len(compiler.compiled) == 3
 
 
 def test_descriptors_keep_no_memory_alive():
@@ -266,10 +281,10 @@ def test_descriptors_keep_no_memory_alive():
 
 def test_a_profiler_sees_launches(compiler, monkeypatch):
     """Triton's own way wherever somebody listens, and by the switch."""
-    kernel, x = load("semhash").semhash_kernel, torch.zeros(2, 3)
+    x, one = torch.zeros(4), launch.Launch((1,), (3,), BLOCK=4)
 
     def start() -> None:
-        launch.start(kernel, (1,), (x, None, None, None, x), (2, 3), BLOCK=4)
+        launch.start(one_kernel, one, (x,))
 
     start()
     start()
@@ -283,13 +298,3 @@ def test_a_profiler_sees_launches(compiler, monkeypatch):
     with switched(remember_launches=False):
         start()
     assert (len(compiler.compiled), len(compiler.run)) == (3, 1)
-
-
-def test_few_are_kept(compiler, monkeypatch):
-    """Sizes that change with every batch do not fill the memory."""
-    monkeypatch.setattr(launch, "REMEMBERED", 4)
-    kernel, x = load("semhash").semhash_kernel, torch.zeros(2, 3)
-    for neurons in range(2, 12):
-        launch.start(kernel, (1,), (x, None, None, None, x), (neurons, 3), BLOCK=4)
-        assert len(launch._compiled) <= 4
-    assert not compiler.wrong
