@@ -15,6 +15,7 @@ class Switches:
     """One field a change, the newer way where it is true."""
 
     fuse_routing: bool = True  # scores, Gumbel noise, choice, share and gates in a launch, and their gradients in one
+    keep_counters: bool = True  # Triton: a convolution's counters are kept zero from launch to launch, not filled by each
     remember_launches: bool = True  # Triton: an earlier launch's compiled kernel, by dtypes, alignment, numbers, constants
 
 

@@ -129,7 +129,7 @@ def conv_kernel(
     box_sums,  # [B, boxes, O, SUM_TAPS] float32, or None
     sums,  # [B, O, SUM_TAPS] float32, or None
     workspace,  # [2 * programs, BM, BN] float32
-    arrival_counters,  # [programs], then [B, tiles across outputs] int32: zeros
+    arrival_counters,  # [programs], then [B, tiles across outputs] int32: zeros, and zeros again when it ends
     size,
     stride,
     batch,
@@ -252,9 +252,11 @@ def conv_kernel(
             )  # fmt: skip
             used = (starts < stops) & (stops > tile_start) & (starts < tile_start + length)
             tl.debug_barrier()
-            before = tl.atomic_add(arrival_counters + tl.max(tl.where(used, q, -1), 0), 1, sem="acq_rel")
+            counter = arrival_counters + tl.max(tl.where(used, q, -1), 0)
+            before = tl.atomic_add(counter, 1, sem="acq_rel")
             if before == tl.sum(used.to(tl.int32), 0) - 1:
                 tl.debug_barrier()
+                tl.store(counter, 0)
                 tile_sums = tl.zeros((TAP_ROWS, BN), tl.float32)
                 for rows in range(0, BM // FIXUP_ROWS):
                     m = rows * FIXUP_ROWS + tl.arange(0, FIXUP_ROWS)
@@ -350,7 +352,7 @@ def conv(
         box_sums = panel.new_empty((out.shape[0], boxes, out.shape[1], sums.shape[2]), dtype=torch.float32)
     counters = epilogue.arrival_counters
     if counters is None:
-        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
+        counters = launch.zeroed(grid.arrival_counters, panel.device)
     workspace = panel.new_empty((2 * ctas, tile.m, tile.n), dtype=torch.float32)
     one = conv_launch(
         out.shape, out.stride(), grid, (panel.shape[-1], k_channels, slots), form, (tma_panel, tma_filters), kernel,

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gpu import switches
-from ..gpu.grids import Box
+from ..gpu.grids import Box, next_power
 from . import tuning
 
 _runtime = knobs.runtime
@@ -122,6 +122,26 @@ class Launch:
 remembered = functools.lru_cache(maxsize=1024, typed=True)
 
 
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # by stream: launches of one come after one another
+
+
+def zeroed(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` int32 that are zero, for a kernel that leaves them so, on the current stream of ``device``.
+
+    Kept from launch to launch, which saves a fill before each. Graphs get memory of their own, as they are replayed
+    beside what else their stream does.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.shape[0] < count or not switches.current().keep_counters:
+        with torch.inference_mode(False):
+            found = torch.zeros(next_power(count), dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
+
+
 def key_of(device: int, kinds: list) -> tuple:
     """All that Triton's choice of a compiled kernel depends on, beside numbers and constants.
 
@@ -136,8 +156,7 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
     Args:
         tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
     """
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    if type(kernel) is not JITFunction or watched(enter) or watched(leave) or not switches.current().remember_launches:
+    if type(kernel) is not JITFunction or watched() or not switches.current().remember_launches:
         kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
         return
     arguments, kinds = [], []
@@ -172,6 +191,7 @@ def compiled_for(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...
     return Compiled(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
-def watched(hook: object) -> bool:
+def watched() -> bool:
     """Whether somebody, as a profiler, waits for launches."""
-    return bool(getattr(hook, "calls", hook))
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

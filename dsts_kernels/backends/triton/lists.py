@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -177,8 +175,10 @@ def group_samples(neuron: Tensor, neurons: int) -> Groups:
     """Samples by ``neuron (B,)``."""
     batch = neuron.shape[0]
     count = min(batch, neurons)
-    empty = functools.partial(torch.empty, dtype=torch.int32, device=neuron.device)
-    groups = Groups(empty(batch), empty(count), empty(neurons), empty(count, 2), empty(batch))
+    slots, neuron_of, slot_of, found, members = torch.empty(
+        2 * batch + neurons + 3 * count, dtype=torch.int32, device=neuron.device
+    ).split((batch, count, neurons, 2 * count, batch))
+    groups = Groups(slots, neuron_of, slot_of, found.view(count, 2), members)
     launch.start(group_samples_kernel, groups_launch(batch, neurons, count), (neuron, *groups))
     return groups
 

@@ -234,7 +234,8 @@ def choose_tile(
         return _forced[kernel]
     every = candidates(kernel, architecture, kind)
     fitting = [tile for tile in every if not (small and tile.n > 128)]
-    index = measured(architecture).get(problem(kernel, kind, size, columns, batch), -1)
+    table = measured(architecture)
+    index = table.get(problem(kernel, kind, size, columns, batch), -1) if table else -1
     if 0 <= index < len(every) and every[index] in fitting:
         return every[index]
     positions = size[0] * size[1] * size[2]
