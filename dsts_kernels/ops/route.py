@@ -40,7 +40,9 @@ class Fused(torch.autograd.Function):
         found = backend.kernels.route(x, collapsed, logits, noise, hard, gumbel, ctx.divisor, tau, True)
         neuron, scores, gate, share, sums = found
         ctx.save_for_backward(x, scoring, logits, noise, hard, gumbel, neuron, scores, collapsed, sums)
-        ctx.mark_non_differentiable(neuron)
+        need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
+        cut_off = (neuron,) if need_x or need_scoring else (neuron, scores, share)
+        ctx.mark_non_differentiable(*cut_off, *(() if need_logits else (gate,)))
         ctx.set_materialize_grads(False)
         return neuron, scores, gate, share
 
