@@ -13,7 +13,7 @@ from ..backends.base import accumulate_dtype
 from ..backends.memory import lazy_zeros
 from . import _checks
 from ._library import apply, define, without_autocast
-from .tap_sums import tap_sums
+from .tap_sums import tap_sums_op
 
 SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
 
@@ -75,7 +75,7 @@ def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", back
     check_scoring(x, scoring, reduction)
     with without_autocast(x):
         collapsed = collapse_scoring(scoring)
-        sums = tap_sums(x, collapsed.shape[2], backend=backend)
+        sums = tap_sums_op(x, collapsed.shape[2], backend)
         scores = sums.flatten(1) @ collapsed.flatten(1).t()
         if reduction == "mean":
             scores = scores / (scoring.shape[1] * x.shape[2] * x.shape[3] * x.shape[4])

@@ -63,7 +63,11 @@ def _once_more(ctx, gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]
     """The gradients of the single steps' ops, with a graph of their own."""
     tensors = ctx.saved_tensors[:6]
     inputs = [t for t, needs in zip(tensors, ctx.needs_input_grad, strict=False) if needs]
-    found = composed(*tensors, ctx.tau, ctx.reduction, ctx.backend.name, True)
+    x, scoring, logits, noise, hard, gumbel = tensors
+    found = route(
+        x, scoring, logits, noise=noise, hard=hard, gumbel=gumbel, tau=ctx.tau, reduction=ctx.reduction, share=True,
+        backend=ctx.backend.name, fused=False,
+    )  # fmt: skip
     pairs = [(y, g) for y, g in zip(found[1:], gradients, strict=True) if g is not None and y.requires_grad]
     outputs, given = zip(*pairs, strict=True)
     mine = iter(torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True))
@@ -75,7 +79,16 @@ def score_divisor(x: Tensor, scoring: Tensor, reduction: str) -> int:
     return scoring.shape[1] * x.shape[2:].numel() if reduction == "mean" else 1
 
 
-def composed(
+def fusing_backend(tensors: tuple[Tensor | None, ...], neurons: int, backend: str | None) -> GpuBackend | None:
+    """The backend that routes features, the first of ``tensors``, in one launch, where it may."""
+    if torch.compiler.is_compiling() or not isinstance(tensors[0], Tensor) or listened(tensors, profiled=False):
+        return None
+    x = tensors[0]
+    chosen = choose("tap_sums", x.device, x.dtype, backend)
+    return chosen if isinstance(chosen, GpuBackend) and chosen.fuses_routing(x.shape[0], neurons) else None
+
+
+def in_one_launch(
     x: Tensor,
     scoring: Tensor,
     logits: Tensor,
@@ -84,17 +97,27 @@ def composed(
     gumbel: Tensor | None,
     tau: float,
     reduction: str,
-    backend: str | None,
-    share: bool,
+    chosen: GpuBackend,
 ) -> Routed:
-    """:func:`route` by the ops of its steps."""
-    scores = relevance_scores(x, scoring, reduction=reduction, backend=backend)
-    noisy = scores if gumbel is None else scores + gumbel.to(scores.dtype)
-    neuron = noisy.argmax(dim=1)
-    gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=backend)
-    if not (share and noisy.requires_grad):
-        return Routed(neuron, scores, gate, None)
-    return Routed(neuron, scores, gate, torch.softmax(noisy / tau, dim=1).gather(1, neuron[:, None])[:, 0])
+    """:func:`route` by the kernels of ``chosen``; the share comes wherever scores have a derivative."""
+    _checks.features("x", x)
+    check_scoring(x, scoring, reduction)
+    check_gate(logits, noise, hard, x.shape[0], x.device)
+    if gumbel is not None:
+        _checks.shaped("gumbel", gumbel, (x.shape[0], scoring.shape[0]), _checks.FLOATS)
+        _checks.same_device("gumbel", gumbel, x.device)
+    noise, hard, gumbel = (None if t is None else t.contiguous() for t in (noise, hard, gumbel))
+    logits = logits.contiguous()
+    if tracked((x, scoring, logits)):
+        neuron, scores, gate, share = Fused.apply(
+            x, scoring, logits, noise, hard, gumbel, float(tau), reduction, chosen
+        )
+        return Routed(neuron, scores, gate, share if share.requires_grad else None)
+    with without_autocast(x):
+        collapsed = summed_over_outputs(scoring).contiguous()
+    divisor = score_divisor(x, scoring, reduction)
+    neuron, scores, gate, *_ = chosen.kernels.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
+    return Routed(neuron, scores, gate, None)
 
 
 def route(
@@ -109,6 +132,7 @@ def route(
     reduction: str = "sum",
     share: bool = False,
     backend: str | None = None,
+    fused: bool = True,
 ) -> Routed:
     """Scores of every neuron, the largest with ``gumbel``, that neuron's gates, its share of ``softmax(scores / tau)``.
 
@@ -120,6 +144,7 @@ def route(
         reduction: ``"sum"`` or ``"mean"`` of scores.
         share: return the share too, where a derivative is wanted.
         backend: the name of a backend; ``None`` chooses.
+        fused: in one launch where that can be.
 
     Raises:
         TypeError, ValueError: as :func:`~.relevance.relevance_scores` and :func:`~.semhash.semhash_gate`.
@@ -127,25 +152,14 @@ def route(
     Source: docs/design.md, section 1, rows "relevance" to "gate".
     """
     given = x, scoring, logits, noise, hard, gumbel
-    if torch.compiler.is_compiling() or listened(given, profiled=False):
-        return composed(*given, tau, reduction, backend, share)
-    chosen = choose("tap_sums", x.device, x.dtype, backend)
-    if not (isinstance(chosen, GpuBackend) and chosen.fuses_routing(x.shape[0], scoring.shape[0])):
-        return composed(*given, tau, reduction, backend, share)
-    check_scoring(x, scoring, reduction)
-    check_gate(logits, noise, hard, x.shape[0], x.device)
-    if gumbel is not None:
-        _checks.shaped("gumbel", gumbel, (x.shape[0], scoring.shape[0]), _checks.FLOATS)
-        _checks.same_device("gumbel", gumbel, x.device)
-    noise, hard, gumbel = (None if t is None else t.contiguous() for t in (noise, hard, gumbel))
-    logits = logits.contiguous()
-    if tracked((x, scoring, logits)):
-        neuron, scores, gate, mine = Fused.apply(
-            x, scoring, logits, noise, hard, gumbel, float(tau), reduction, chosen
-        )
-        return Routed(neuron, scores, gate, mine if share and mine.requires_grad else None)
-    with without_autocast(x):
-        collapsed = summed_over_outputs(scoring).contiguous()
-    divisor = score_divisor(x, scoring, reduction)
-    neuron, scores, gate, *_ = chosen.kernels.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
-    return Routed(neuron, scores, gate, None)
+    chosen = fusing_backend(given, logits.shape[0], backend) if fused else None
+    if chosen is not None:
+        found = in_one_launch(*given, tau, reduction, chosen)
+        return found if share else found._replace(share=None)
+    scores = relevance_scores(x, scoring, reduction=reduction, backend=backend)
+    noisy = scores if gumbel is None else scores + gumbel.to(scores.dtype)
+    neuron = noisy.argmax(dim=1)
+    gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=backend)
+    if not (share and noisy.requires_grad):
+        return Routed(neuron, scores, gate, None)
+    return Routed(neuron, scores, gate, torch.softmax(noisy / tau, dim=1).gather(1, neuron[:, None])[:, 0])

@@ -82,7 +82,7 @@ class Address:
 
 def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """Of dense memory, in boxes of ``block``."""
-    if chip(tensor.device)[0] == tuning.INTERPRETER:  # which reads the tensor itself
+    if tensor.is_meta or chip(tensor.device)[0] == tuning.INTERPRETER:  # which reads the tensor itself
         return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), list(block))
     return _descriptor(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
 
