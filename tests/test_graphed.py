@@ -295,7 +295,10 @@ CALLS = {
     "dtype": (lambda x: ((x.float(),), {}), r"x: got .*torch.float32, wanted the sample's shape .*, torch.float64"),
     "device": (lambda x: ((x.to("meta"),), {}), "x: got a tensor on meta, wanted cpu, where the graphs are"),
     "no-tensor": (lambda x: ((None,), {}), "x: got NoneType None, wanted the sample's shape"),
-    "routing": (lambda x: ((x,), {"return_routing": True}), "return_routing: got True, wanted False for graphs without"),
+    "routing": (
+        lambda x: ((x,), {"return_routing": True}),
+        "return_routing: got True, wanted False for graphs without",
+    ),
     "draws": (lambda x: ((x, draws()), {}), "draws: got some for graphs that draw by themselves, wanted None"),
 }
 

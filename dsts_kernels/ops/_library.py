@@ -50,8 +50,8 @@ def listened(tensors: Sequence[Tensor | None], profiled: bool = True) -> bool:
 
     Compilers and exporters; dispatch and function modes (a FLOP counter, a default device); transforms
     (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta tensors; and tensors whose
-    memory does not hold their values: a lazy negative, a lazy zero. The profiler is left out where not ``profiled``: what
-    it would time must be what runs without it.
+    memory does not hold their values: a lazy negative, a lazy zero. The profiler is left out where not ``profiled``:
+    what it would time must be what runs without it.
     """
     if torch.compiler.is_compiling() or (profiled and torch.autograd._profiler_enabled()):
         return True

@@ -181,7 +181,8 @@ def choice(case: Case, chip: Chip) -> list[Launch]:
 
 def choice_backward(case: Case, chip: Chip) -> list[Launch]:
     """Their gradients, of which that of the scoring kernels is zeroed, then written for every output."""
-    ctas, matrices = cdiv(case.channels, SEMHASH_CHANNELS) * case.neurons, case.neurons * case.channels**2 * case.element
+    ctas = cdiv(case.channels, SEMHASH_CHANNELS) * case.neurons
+    matrices = case.neurons * case.channels**2 * case.element
     return [
         little("semhash_backward", case, chip, ctas, 3 * case.batch + case.neurons, 2),
         library("softmax, scores backward", 2.0 * matrices, 6),

@@ -212,10 +212,11 @@ def launchers(package: str, helpers: tuple[str, ...] = ()) -> dict[str, Callable
         ImportError: one is missing, or two files have it.
     """
     wanted = _names(Kernels) | set(ONE_LAUNCH)
+    offered = wanted | _names(FusedRouting)
     found: dict[str, Callable] = {}
     for module in map(importlib.import_module, files(package, helpers)):
         for name, value in vars(module).items():
-            if name in wanted | _names(FusedRouting) and inspect.isfunction(value) and value.__module__ == module.__name__:
+            if name in offered and inspect.isfunction(value) and value.__module__ == module.__name__:
                 if name in found:
                     raise ImportError(f"{package}: {name} is in {found[name].__module__} and in {module.__name__}")
                 found[name] = value

@@ -15,8 +15,8 @@ class Switches:
     """One field a change, the newer way where it is true."""
 
     fuse_routing: bool = True  # scores, Gumbel noise, choice, share and gates in a launch, and their gradients in one
-    keep_counters: bool = True  # Triton: a convolution's counters are kept zero from launch to launch, not filled by each
-    remember_launches: bool = True  # Triton: an earlier launch's compiled kernel, by dtypes, alignment, numbers, constants
+    keep_counters: bool = True  # Triton: a convolution's counters stay zero from launch to launch, no launch fills them
+    remember_launches: bool = True  # Triton: the compiled kernel of an earlier launch of the same kind is taken again
 
 
 _current = Switches()
@@ -29,7 +29,7 @@ def current() -> Switches:
 
 @contextlib.contextmanager
 def switched(**fields: bool) -> Iterator[None]:
-    """A block with other switches, ``switched(remember_launches=False)``; of the whole process, autograd's threads too."""
+    """A block with other switches, ``switched(keep_counters=False)``: of the whole process, autograd's threads too."""
     global _current
     before = _current
     _current = dataclasses.replace(before, **fields)

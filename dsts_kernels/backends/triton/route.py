@@ -298,7 +298,7 @@ def route(
     tau: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Neurons, scores, gates; and with ``keep`` the choice's shares ``(B,)`` and tap sums ``(B, C * taps)`` of ``x``."""
+    """Neurons, scores, gates; and with ``keep`` the choice's shares ``(B,)`` and the tap sums ``(B, C * taps)``."""
     (neurons, channels), (batch, size) = logits.shape, (x.shape[0], scoring[0].numel())
     partial = partial_tap_sums(x, scoring.shape[2])
     real = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
