@@ -65,6 +65,8 @@ def make_graphed_callables(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *gradients):
+            for mine, theirs in zip(static.outputs, static.live, strict=True):
+                theirs.data.copy_(mine)  # in a graph they are one: autograd may have kept what a user changes
             found = static.differentiate(list(gradients))
             for mine, theirs in zip(static.gradients, found, strict=True):
                 assert (mine is None) == (theirs is None)
