@@ -199,11 +199,12 @@ def test_training_and_evaluation_in_turns(graphs):
 def test_static_output(graphs):
     """The graph's own memory, by request; a copy else, which in-place changes leave the graph out of."""
     dsts = module(skip=False, norm=None)
-    static, x = dsts.graphed(features(), static_output=True, draws=draws()), features()
+    x, sample = (features().contiguous(memory_format=torch.channels_last_3d) for _ in range(2))  # or y is a copy anyway
+    static = dsts.graphed(sample, static_output=True, draws=draws())
     drawn = draws()
     first, second = static(x, drawn), static(-x, drawn)
     assert first.data_ptr() == second.data_ptr()
-    for graphed in (static, dsts.graphed(features(), draws=draws())):
+    for graphed in (static, dsts.graphed(sample, draws=draws())):
         dsts.zero_grad()
         graphed(x, drawn).neg_().sum().backward()  # a ReLU keeps where its result is positive
         mine = gradients(dsts)
