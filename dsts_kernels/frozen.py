@@ -21,6 +21,7 @@ from .backends.packing import Layout
 from .freezing import freeze_layer, read_source
 from .frozen_layer import FrozenLayer, dense, has_values, plain_tensors, relaid
 from .frozen_state import ALGORITHMS, BUFFERS, Description
+from .graphed import Graphed
 from .module_base import NotScripted, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
@@ -232,6 +233,14 @@ class FrozenDSTS(NotScripted):
                 layer.put(own, Layout(packing, dtype))
         self.dtype = dtype
         return self
+
+    def graphed(self, sample: Tensor, *, return_routing: bool = False, static_output: bool = False) -> Graphed:
+        """A CUDA graph of the module, called like it: see :meth:`FusedDSTS.graphed`."""
+
+        def weights() -> list[Tensor | None]:
+            return [t for layer in self.layers for t in (layer.gate, *layer.weights())]
+
+        return Graphed(self, sample, None, return_routing, static_output, weights, lambda x: None)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"

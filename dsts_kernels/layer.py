@@ -110,19 +110,24 @@ class DSTSLayer(NotScripted):
             )
             draws = Draws(*(field[0] for field in sampled))
 
-        scores = ops.relevance_scores(x, self.scoring, reduction=self.score_reduction, backend=self.backend)
+        noise, hard, gumbel = draws if self.training else (None, None, None)
+        routed = ops.route(
+            x,
+            self.scoring,
+            gate_logits,
+            noise=noise,
+            hard=hard,
+            gumbel=gumbel,
+            tau=self.gumbel_tau,
+            reduction=self.score_reduction,
+            share=self.training and self.routing_gradient == "selected",
+            backend=self.backend,
+        )
+        neuron, scores, gate, _ = routed
         operators = self.spatial, self.temporal, self.mixing
-        if self.training:
-            noisy = scores + draws.gumbel.to(scores.dtype)
-            neuron = noisy.argmax(dim=1)
-            gate = self._gate(gate_logits, neuron, draws)
-            z = self._operate(x, gate, neuron, operators)
-            if noisy.requires_grad:
-                z = self._weigh(z, x, neuron, noisy, draws, gate_logits, operators)
-        else:
-            neuron = scores.argmax(dim=1)
-            gate = self._gate(gate_logits, neuron, None)
-            z = self._operate(x, gate, neuron, operators)
+        z = self._operate(x, gate, neuron, operators)
+        if self.training and scores.requires_grad:
+            z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:
             weight = getattr(self.norm, "weight", None)
             if isinstance(weight, Tensor) and not weight.is_contiguous():
@@ -140,10 +145,6 @@ class DSTSLayer(NotScripted):
         hooks = torch.nn.modules.module._global_forward_hooks
         return norm is None or (type(norm) is nn.BatchNorm3d and not (norm._forward_hooks or hooks))
 
-    def _gate(self, logits: Tensor, neuron: Tensor, draws: Draws | None) -> Tensor:
-        noise, hard = (None, None) if draws is None else (draws.noise, draws.hard)
-        return ops.semhash_gate(logits, noise, hard, neuron=neuron, backend=self.backend)
-
     def _operate(self, x: Tensor, gate: Tensor, neuron: Tensor, operators: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """A neuron's output ``z'``: gated convolution, then mixing."""
         spatial, temporal, mixing = operators
@@ -154,21 +155,22 @@ class DSTSLayer(NotScripted):
         self,
         z: Tensor,
         x: Tensor,
-        neuron: Tensor,
-        noisy: Tensor,
+        routed: ops.Routed,
         draws: Draws,
         logits: Tensor,
         operators: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
         """Give the router its gradient: ``z`` is unchanged in value."""
-        shares = torch.softmax(noisy / self.gumbel_tau, dim=1)
         # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
         fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
         if self.routing_gradient == "selected":
-            return ops.selected_weight(z, shares.gather(1, neuron[:, None])[:, 0], fresh=fresh)
+            return ops.selected_weight(z, routed.share, fresh=fresh)
+        neuron, scores = routed.neuron, routed.scores
+        shares = torch.softmax((scores + draws.gumbel.to(scores.dtype)) / self.gumbel_tau, dim=1)
         with torch.no_grad():
             others = []
             for i in range(self.num_neurons):
                 chosen = torch.full_like(neuron, i)
-                others.append(self._operate(x, self._gate(logits, chosen, draws), chosen, operators))
+                gate = ops.semhash_gate(logits, draws.noise, draws.hard, neuron=chosen, backend=self.backend)
+                others.append(self._operate(x, gate, chosen, operators))
         return ops.all_neurons_weight(z, shares, others, fresh=fresh)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .backends import BACKENDS
 from .frozen import FrozenDSTS
+from .graphed import Graphed, weights_of
 from .layer import DSTSLayer
 from .module_base import NotScripted, check_input, memory_format
 from .ops import _checks
@@ -86,16 +87,7 @@ class FusedDSTS(TwoSided, NotScripted):
         if draws is not None:
             draws = check_draws(draws, size, first.in_channels, first.num_neurons, x)
         elif self.training:
-            draws = sample_draws(
-                x.shape[0],
-                first.in_channels,
-                first.num_neurons,
-                len(self.layers),
-                noise_std=first.noise_std,
-                hard_fraction=first.hard_fraction,
-                device=x.device,
-                dtype=x.dtype,
-            )
+            draws = self._sample_draws(x)
         h, routings = x, []
         for index, layer in enumerate(self.layers):
             mine = None if draws is None else Draws(*(field[index] for field in draws))
@@ -106,6 +98,45 @@ class FusedDSTS(TwoSided, NotScripted):
         if not return_routing:
             return h
         return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))
+
+    def _sample_draws(self, x: Tensor) -> Draws:
+        """Fresh draws for features ``x``."""
+        first = self.layers[0]
+        return sample_draws(
+            x.shape[0],
+            first.in_channels,
+            first.num_neurons,
+            len(self.layers),
+            noise_std=first.noise_std,
+            hard_fraction=first.hard_fraction,
+            device=x.device,
+            dtype=x.dtype,
+        )
+
+    def graphed(
+        self,
+        sample: Tensor,
+        *,
+        draws: Draws | None = None,
+        return_routing: bool = False,
+        static_output: bool = False,
+    ) -> Graphed:
+        """CUDA graphs of forward and backward passes, called like the module: see :class:`Graphed`.
+
+        Args:
+            sample: features of the shape, dtype, strides and ``requires_grad`` of those to come; the phase that the
+                module is in now is captured at once, others when they are first met.
+            draws: an example, where draws are to be inputs of the graphs; else they are drawn in the graphs.
+            return_routing: capture the routing too; then each call may ask for it or not.
+            static_output: return the graphs' own memory, which the next call overwrites, and save a copy of it.
+
+        >>> graphed = dsts.graphed(features)  # on a CUDA device  # doctest: +SKIP
+        >>> y = graphed(features)  # doctest: +SKIP
+        """
+        return Graphed(self, sample, draws, return_routing, static_output, weights_of(self), self._drawn)
+
+    def _drawn(self, x: Tensor) -> Draws | None:
+        return self._sample_draws(x) if self.training else None
 
     def freeze(
         self, *, dtype: torch.dtype | None = None, algorithm: str = "auto", backend: str | None = None

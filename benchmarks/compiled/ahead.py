@@ -158,6 +158,14 @@ def trace(architecture: str, shape: str, dtype: torch.dtype) -> list[Launch]:
         launch.semhash_gate_backward(gate, logits, neuron, noise)
         launch.tap_sums(x, 1)
         launch.tap_sums(x, 9)
+        wide, scores = empty(b, c, dtype=torch.float32), empty(b, n, dtype=torch.float32)
+        for taps in (1, 9):
+            scoring, sums = empty(n, c, taps, dtype=torch.float32), empty(b, c * taps, dtype=torch.float32)
+            for keep, drawn in ((False, (None,) * 3), (True, (wide, empty(b, dtype=torch.bool), scores))):
+                launch.kernels.route(x, scoring, logits, *drawn, 1, 1.0, keep)
+            launch.kernels.route_backward(
+                (scores, gate, scores[:, 0]), scores, scores, neuron, sums, scoring, logits, wide, 1, 1.0, (True,) * 3
+            )
         launch.gated_conv3d(x, gate, neuron, spatial, temporal)
         launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4)
         step[0] = "gates frozen"

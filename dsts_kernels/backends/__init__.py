@@ -183,6 +183,20 @@ def choose(
         RuntimeError: the backend asked for cannot run this; the message says why.
     """
     name, source = _requested(requested)
+    if device.type != "cuda" or not isinstance(name, (str, type(None))):
+        return _choose(op, device, dtype, name, source)
+    known = _chosen.get((op, device, dtype, name))
+    if known is None:
+        known = _chosen[op, device, dtype, name] = _choose(op, device, dtype, name, source)
+    return known
+
+
+# What was chosen on GPUs, which stay as they are: every op asks, and no kernel starts meanwhile.
+_chosen: dict[tuple[str, torch.device, torch.dtype, str | None], Backend] = {}
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype, name: str | None, source: str) -> Backend:
+    """:func:`choose` by what every backend says."""
     if name is not None:
         backend = BACKENDS[_known(name, source)]
         reason = backend.why_not(op, device, dtype)

@@ -11,17 +11,20 @@ from .gated_conv import gated_conv3d
 from .layout import to_memory_format
 from .mixing_conv import mixing_conv3d
 from .relevance import collapse_scoring, relevance_scores
+from .route import Routed, route
 from .routing_weight import all_neurons_weight, selected_weight
 from .semhash import saturating_sigmoid, semhash_gate
 from .tap_sums import tap_sums
 
 __all__ = [
+    "Routed",
     "all_neurons_weight",
     "collapse_scoring",
     "frozen_layer",
     "gated_conv3d",
     "mixing_conv3d",
     "relevance_scores",
+    "route",
     "saturating_sigmoid",
     "selected_weight",
     "semhash_gate",

@@ -45,14 +45,15 @@ def _quiet() -> frozenset[int]:
 QUIET = _quiet()
 
 
-def listened(tensors: Sequence[Tensor | None]) -> bool:
+def listened(tensors: Sequence[Tensor | None], profiled: bool = True) -> bool:
     """Whether anything must see an op on ``tensors``, so that it has to go through the dispatcher.
 
     Compilers and exporters; dispatch and function modes (a FLOP counter, a default device); transforms
     (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta tensors; and tensors whose
-    memory does not hold their values: a lazy negative, a lazy zero.
+    memory does not hold their values: a lazy negative, a lazy zero. The profiler is left out where not ``profiled``:
+    what it would time must be what runs without it.
     """
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or (profiled and torch.autograd._profiler_enabled()):
         return True
     modes = torch._C._dispatch_tls_local_include_set().raw_repr()
     if modes not in QUIET or torch._C._is_torch_function_mode_enabled():

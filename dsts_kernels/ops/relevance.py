@@ -13,18 +13,19 @@ from ..backends.base import accumulate_dtype
 from ..backends.memory import lazy_zeros
 from . import _checks
 from ._library import apply, define, without_autocast
-from .tap_sums import tap_sums
+from .tap_sums import tap_sums_op
 
 SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
 
 
-def _spread(grad: Tensor, like: Tensor) -> Tensor:
+def spread(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad (N, C, taps)`` for every output of scoring kernels ``like``."""
     return lazy_zeros(like.shape, like.dtype, like.device).copy_(grad.view(like[:, :1].shape).expand(like.shape))
 
 
 spread_op = define(
     "spread_scoring_gradient(Tensor grad, Tensor like) -> Tensor",
-    _spread,
+    spread,
     lambda grad, like: torch.empty_like(like, memory_format=torch.contiguous_format),
 )
 
@@ -71,6 +72,18 @@ def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", back
     Source: docs/design.md, section 1, rows "relevance" and "choice"; Table 2 of the paper for the kernels.
     """
     x = _checks.features("x", x)
+    check_scoring(x, scoring, reduction)
+    with without_autocast(x):
+        collapsed = collapse_scoring(scoring)
+        sums = tap_sums_op(x, collapsed.shape[2], backend)
+        scores = sums.flatten(1) @ collapsed.flatten(1).t()
+        if reduction == "mean":
+            scores = scores / (scoring.shape[1] * x.shape[2] * x.shape[3] * x.shape[4])
+    return scores
+
+
+def check_scoring(x: Tensor, scoring: object, reduction: object) -> None:
+    """Refuse what :func:`relevance_scores` does not take of features ``x``."""
     scoring = _checks.floating("scoring", scoring, 6)
     sizes, kernel = scoring.shape[:3], tuple(scoring.shape[3:])
     if 0 in sizes or sizes[2] != x.shape[1] or kernel not in SCORING_KERNELS:
@@ -83,10 +96,3 @@ def relevance_scores(x: Tensor, scoring: Tensor, *, reduction: str = "sum", back
     _checks.same_device("scoring", scoring, x.device)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'mean'")
-    with without_autocast(x):
-        collapsed = collapse_scoring(scoring)
-        sums = tap_sums(x, collapsed.shape[2], backend=backend)
-        scores = sums.flatten(1) @ collapsed.flatten(1).t()
-        if reduction == "mean":
-            scores = scores / (scoring.shape[1] * x.shape[2] * x.shape[3] * x.shape[4])
-    return scores

@@ -94,14 +94,20 @@ def semhash_gate(
             raise ValueError(f"neuron: got {_checks.describe(neuron)}, wanted a tensor of shape (B,)")
         batch = neuron.shape[0]
         _checks.neurons(neuron, batch, logits.device)
+    check_gate(logits, noise, hard, batch, logits.device)
+    return gate_op(logits, neuron, None if noise is None else noise.to(logits.dtype), hard, backend)
+
+
+def check_gate(logits: object, noise: object, hard: object, batch: int, device: torch.device) -> None:
+    """Refuse what :func:`semhash_gate` does not take, for ``batch`` samples on ``device``."""
+    logits = _checks.floating("logits", logits, 2)
+    _checks.same_device("logits", logits, device)
     if noise is not None:
         _checks.shaped("noise", noise, (batch, logits.shape[1]), _checks.FLOATS)
-        _checks.same_device("noise", noise, logits.device)
-        noise = noise.to(logits.dtype)
+        _checks.same_device("noise", noise, device)
     if hard is not None:
         _checks.shaped("hard", hard, (batch,), (torch.bool,))
-        _checks.same_device("hard", hard, logits.device)
-    return gate_op(logits, neuron, noise, hard, backend)
+        _checks.same_device("hard", hard, device)
 
 
 def saturating_sigmoid(x: Tensor, *, backend: str | None = None) -> Tensor:

@@ -6,6 +6,7 @@ A ``1x1x1`` kernel has one tap, which meets every position. A zero-padded ``1x3x
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends.base import accumulate_dtype
@@ -19,20 +20,27 @@ def _tap_sums_fake(x, taps, backend=None):
 
 
 def _keep(ctx, inputs, output):
-    x, ctx.taps, _ = inputs
+    x = inputs[0]
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
-def _gradients(ctx, grad):
-    # A position's gradient is the sum over the taps that meet it; broadcasting writes no full tensor.
-    b, c, _, h, w = ctx.shape
-    if ctx.taps == 1:
+def spread_over_positions(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient of features of ``shape`` by that of their tap sums, ``grad (B, C, taps)``.
+
+    A position's is the sum over the taps that meet it; broadcasting writes no full tensor.
+    """
+    b, c, _, h, w = shape
+    if grad.shape[2] == 1:
         dx = grad[:, :, :, None, None]
     else:
         rows = valid_positions(h, grad.device, grad.dtype).t()  # (H, 3)
         columns = valid_positions(w, grad.device, grad.dtype)  # (3, W)
         dx = (rows @ grad.reshape(b, c, 3, 3) @ columns)[:, :, None]
-    return dx.to(ctx.dtype).expand(ctx.shape), None, None
+    return dx.to(dtype).expand(shape)
+
+
+def _gradients(ctx, grad):
+    return spread_over_positions(grad, ctx.shape, ctx.dtype), None, None
 
 
 tap_sums_op = define(

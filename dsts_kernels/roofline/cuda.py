@@ -15,7 +15,7 @@ from ..backends.packing import tile_channels
 from ..backends.triton.tuning import Tile
 from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
 from .chips import DRAM_US, L2_US, START_US, Chip, Launch
-from .common import busiest, library, stream
+from .common import busiest, library, little, stream
 from .loops import step_of
 
 # As in csrc/cuda: channels of a CTA that works gates out; bytes of a line, and of a filter tile's rows and columns;
@@ -170,9 +170,28 @@ def weight_gradient(case: Case, chip: Chip, gated: bool) -> Launch:
     return one_tile_each(launch, case, chip, "weight_gradient", steps, DRAM_US)
 
 
-def semhash_ctas(channels: int, backward: bool = False) -> int:
-    """CTAs a sample, or a neuron: as many in either direction."""
-    return cdiv(channels, SEMHASH_CHANNELS)
+def choice(case: Case, chip: Chip) -> list[Launch]:
+    """Scores, choice, share and gates of a training step: torch's launches around SemHash."""
+    ctas = cdiv(case.channels, SEMHASH_CHANNELS) * case.batch
+    return [
+        library("scores, choice, softmax", 0, 6),
+        little("semhash", case, chip, ctas, 3 * case.batch, 2),
+    ]
+
+
+def choice_backward(case: Case, chip: Chip) -> list[Launch]:
+    """Their gradients, of which that of the scoring kernels is zeroed, then written for every output."""
+    ctas = cdiv(case.channels, SEMHASH_CHANNELS) * case.neurons
+    matrices = case.neurons * case.channels**2 * case.element
+    return [
+        little("semhash_backward", case, chip, ctas, 3 * case.batch + case.neurons, 2),
+        library("softmax, scores backward", 2.0 * matrices, 6),
+    ]
+
+
+def counters() -> list[Launch]:
+    """What a convolution's counters cost before it."""
+    return [library("arrival counters", 0)]
 
 
 def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:

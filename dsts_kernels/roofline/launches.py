@@ -16,7 +16,7 @@ from ..backends.triton import tuning
 from ..backends.triton.tuning import ConvGrid, Tile
 from .cases import FLOAT, SPATIAL, TEMPORAL, Case, Reduction, reduction
 from .chips import DRAM_US, L2_US, START_US, Chip, Launch
-from .common import busiest, stream
+from .common import busiest, library, little, stream
 
 
 def tile_for(kernel: str, case: Case, chip: Chip) -> Tile:
@@ -130,9 +130,23 @@ def weight_gradient(case: Case, chip: Chip, gated: bool) -> Launch:
     return one_tile_each(launch, case, chip, steps, (tile.m + tile.n) * inside, 1)
 
 
-def semhash_ctas(channels: int, backward: bool = False) -> int:
-    """Programs a sample, or a neuron."""
-    return cdiv(channels, tuning.semhash_channels(channels, backward))
+def choice(case: Case, chip: Chip) -> list[Launch]:
+    """Scores, choice, share and gates of a training step."""
+    trips = 2 + cdiv(case.channels, tuning.score_channels(grids.next_power(case.neurons)))
+    return [little("route", case, chip, case.batch, 5 * case.batch + case.neurons, trips)]
+
+
+def choice_backward(case: Case, chip: Chip) -> list[Launch]:
+    """Their gradients, of which that of the scoring kernels is zeroed, then written for every output."""
+    ctas = cdiv(case.channels, tuning.route_channels(grids.next_power(case.neurons)))
+    rows, matrices = 4 * case.batch + 3 * case.neurons, case.neurons * case.channels**2 * case.element
+    one = little("route_backward", case, chip, ctas, rows, 2 + case.batch)
+    return [one, library("scoring gradient spread", 2.0 * matrices, 2)]
+
+
+def counters() -> list[Launch]:
+    """What a convolution's counters cost before it: nothing, as each leaves them zero."""
+    return []
 
 
 def tap_sums(case: Case, chip: Chip) -> tuple[Launch, int]:

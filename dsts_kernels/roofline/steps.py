@@ -43,19 +43,17 @@ def training_forward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
     return [
         library("scoring kernels summed", case.neurons * c * c * case.element),
         run.tap_sums(case, chip)[0],
-        library("scores, choice", 0, 4),
-        little("semhash", case, chip, run.semhash_ctas(c) * case.batch, 3 * case.batch, 2),
+        *run.choice(case, chip),
         little("group_samples", case, chip, case.batch, 0, 2),
         little("list_channels", case, chip, case.batch, 2 * case.batch, 4),
         run.gather("gather_panel", case, chip, lists, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
         run.pack_filters(case, chip, SPATIAL),
         run.pack_filters(case, chip, TEMPORAL),
-        library("arrival counters", 0),
+        *run.counters(),
         run.conv(case, chip, "listed", samples, c + block, SPATIAL + TEMPORAL),
         *run.padding(case, chip, *mixing),
-        library("arrival counters", 0),
+        *run.counters(),
         run.plain_conv(case, chip, "stored"),
-        library("softmax", 0, 2),
         library("BatchNorm, ReLU", 5.0 * case.features, 3),  # statistics 1, normalise 2, ReLU 2
     ]
 
@@ -74,7 +72,7 @@ def training_backward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         library("ReLU, BatchNorm backward", 8.0 * f, 3),  # 3 passes, then 2 and 3
         library("<dz', z'>", inner, passes),
         *run.padding(case, chip, *mixing),
-        library("arrival counters", 0),
+        *run.counters(),
         run.plain_conv(case, chip, "transposed"),
         little("group_samples", case, chip, case.batch, 0, 2),
         library("mixing gradient zeroed", matrices),
@@ -93,10 +91,7 @@ def training_backward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         run.weight_gradient(case, chip, True),
         run.unpack_filters(case, chip, SPATIAL),
         run.unpack_filters(case, chip, TEMPORAL),
-        little(
-            "semhash_backward", case, chip, run.semhash_ctas(c, True) * case.neurons, 3 * case.batch + case.neurons, 2
-        ),
-        library("softmax, scores backward", 2.0 * matrices, 6),  # the scoring gradient is zeroed, then written
+        *run.choice_backward(case, chip),
         library("sum of input gradients", 2.0 * f),
     ]
 

@@ -90,3 +90,26 @@ def test_opcheck_frozen(gpu_backend, options):
         torch.library.opcheck(
             frozen_layer_op.overload, (x, None, skip, *layer.weights(), *layer.options(taps), gpu_backend)
         )
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+def test_reduce_overhead(gpu_backend, train):
+    """``mode="reduce-overhead"``: Inductor's own CUDA graphs hold our kernels, with the module's results."""
+    if why_not("triton", HALF) is not None:
+        pytest.skip("Inductor needs Triton")
+    ref, fused = pair(gpu_backend, SIZE[1], HALF, num_layers=2, activation=None)
+    fused.train(train)
+    compiled = torch.compile(fused, fullgraph=True, mode="reduce-overhead")
+    x = randn(*SIZE, dtype=HALF)
+    for _ in range(4):  # the first runs, the second records, others replay
+        torch.compiler.cudagraph_mark_step_begin()
+        x, grad = randn(*SIZE, dtype=HALF), randn(*SIZE, dtype=HALF)
+        if not train:
+            with torch.no_grad():
+                assert_close(compiled(x).clone(), fused(x), factor=2)
+            continue
+        draws = draws_for(ref, x, HALF)
+        mine, theirs = training_step(compiled, x, draws, grad), training_step(fused, x, draws, grad)
+        assert_close(mine[0].clone(), theirs[0], factor=2)
+        for name, gradient in theirs[2].items():
+            assert_close(mine[2][name].clone(), gradient, name=name, factor=20)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from ..base import ONE_LAUNCH, Backend
+from . import switches
 from .frozen_layer import FrozenLayer
 from .gated_conv import GatedConv
 from .kernels import Kernels
 from .mixing_conv import MixingConv
 
 __all__ = ["GpuBackend", "Kernels"]
+
+FUSED_CHOICES = 4096  # samples times neurons: its backward kernel goes through the samples one after the other
 
 
 class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
@@ -33,6 +36,10 @@ class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
 
     def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
         return "tiled"
+
+    def fuses_routing(self, batch: int, neurons: int) -> bool:
+        """Whether the choice and its gradients are a launch each: small ones are, where a backend has the kernels."""
+        return batch * neurons <= FUSED_CHOICES and switches.current().fuse_routing and hasattr(self.kernels, "route")
 
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
         return self.kernels.partial_tap_sums(x, taps).sum(1)

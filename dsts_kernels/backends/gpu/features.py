@@ -31,7 +31,8 @@ def needs_int64(*features: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel_strides(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+def strides_for_kernels(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """:func:`kernel_strides` by sizes and strides."""
     longer = [(size, stride) for size, stride in zip(sizes[2:], strides[2:], strict=True) if size > 1]
     if any(before[1] != after[0] * after[1] for before, after in itertools.pairwise(longer)):
         return strides, False
@@ -44,7 +45,7 @@ def kernel_strides(x: Tensor) -> tuple[tuple[int, ...], bool]:
 
     Where they do, the last one leads from position to position.
     """
-    return _kernel_strides(x.shape, x.stride())
+    return strides_for_kernels(x.shape, x.stride())
 
 
 def as_ndhwc(x: Tensor) -> Tensor:

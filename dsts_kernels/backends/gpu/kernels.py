@@ -172,17 +172,56 @@ class Kernels(Protocol):
         """Gradients of filters: ``shape (S * taps, k_channels, columns)`` by slot, or into ``out`` by neuron."""
 
 
+class FusedRouting(Protocol):
+    """Launchers that a backend may have besides: the whole choice, and all its gradients, in one launch each."""
+
+    def route(
+        self,
+        x: Tensor,  # (B, C, T, H, W)
+        scoring: Tensor,  # (N, C, taps) float32, summed over outputs
+        logits: Tensor,  # (N, C)
+        noise: Tensor | None,  # (B, C)
+        hard: Tensor | None,  # (B,) bool
+        gumbel: Tensor | None,  # (B, N)
+        divisor: int,
+        tau: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Neurons, scores, gates; and with ``keep`` the choice's shares ``(B,)`` and tap sums ``(B, C * taps)``."""
+
+    def route_backward(
+        self,
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],  # of scores (B, N), gates (B, C), shares (B,)
+        scores: Tensor,  # (B, N) float32
+        gumbel: Tensor | None,  # (B, N)
+        neuron: Tensor,  # (B,) int64
+        sums: Tensor,  # (B, C * taps) float32
+        scoring: Tensor,  # (N, C, taps) float32
+        logits: Tensor,  # (N, C)
+        noise: Tensor | None,  # (B, C)
+        divisor: int,
+        tau: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where not needed."""
+
+
+def _names(protocol: type) -> set[str]:
+    return {name for name in vars(protocol) if not name.startswith("_")}
+
+
 def launchers(package: str, helpers: tuple[str, ...] = ()) -> dict[str, Callable]:
     """The launchers in the files of ``package``, but for its ``helpers``: what a backend's :class:`Kernels` is made of.
 
     Raises:
         ImportError: one is missing, or two files have it.
     """
-    wanted = {name for name in vars(Kernels) if not name.startswith("_")} | set(ONE_LAUNCH)
+    wanted = _names(Kernels) | set(ONE_LAUNCH)
+    offered = wanted | _names(FusedRouting)
     found: dict[str, Callable] = {}
     for module in map(importlib.import_module, files(package, helpers)):
         for name, value in vars(module).items():
-            if name in wanted and inspect.isfunction(value) and value.__module__ == module.__name__:
+            if name in offered and inspect.isfunction(value) and value.__module__ == module.__name__:
                 if name in found:
                     raise ImportError(f"{package}: {name} is in {found[name].__module__} and in {module.__name__}")
                 found[name] = value

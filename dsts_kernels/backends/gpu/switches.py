@@ -39,6 +39,28 @@ class Switches:
     """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full. Off
     until ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
 
+    fuse_routing: bool = True
+    """Scores, Gumbel noise, choice, share and gates are one launch of Triton, and their gradients another."""
+
+    keep_counters: bool = True
+    """In Triton a convolution's counters stay zero from launch to launch, and no launch fills them."""
+
+    remember_launches: bool = True
+    """In Triton the compiled kernel of an earlier launch of the same kind is taken again."""
+
+    whole_waves: bool = True
+    """A convolution whose CTAs end nearly together without it shares no tiles (:func:`.grids.dealt_waves`)."""
+
+    flat_norm: bool = True
+    """BatchNorm sees features with frames and rows as one dimension, for which torch has faster kernels
+    (:mod:`dsts_kernels.norm`)."""
+
+    keep_lists: bool = True
+    """A backward pass takes groups and lists of its forward pass instead of making them again."""
+
+    keep_filters: bool = True
+    """A backward pass takes filters as its forward pass laid them out: ``12*C*O`` numbers for each neuron chosen."""
+
 
 _current = Switches()
 

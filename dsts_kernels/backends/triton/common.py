@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..gpu import features
 from ..gpu.lists import Plan
@@ -32,15 +32,10 @@ class Strides(NamedTuple):
     w: int
 
 
-def size_of(x: Tensor) -> Size:
-    """Of ``x (B, C, T, H, W)``."""
-    return Size(*x.shape[2:])
-
-
-def kernel_strides(x: Tensor) -> tuple[Strides, bool]:
-    """Strides of ``x (B, C, T, H, W)``, and whether its positions are ``w`` apart: FLAT_POSITIONS."""
-    strides, is_flat = features.kernel_strides(x)
-    return Strides(*strides), is_flat
+def kernel_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[Strides, bool]:
+    """Strides of features ``(B, C, T, H, W)``, and whether positions are ``w`` apart: FLAT_POSITIONS."""
+    found, is_flat = features.strides_for_kernels(shape, strides)
+    return Strides(*found), is_flat
 
 
 @triton.jit

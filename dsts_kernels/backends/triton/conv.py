@@ -24,12 +24,12 @@ from ..gpu import features, grids, switches
 from ..gpu.kernels import PLAIN, ConvEpilogue
 from . import launch, load, tuning
 from .common import (
+    Size,
     Strides,
     box_start,
     boxes_of,
     load_box,
     plan_field,
-    size_of,
     tap_shift,
 )
 from .epilogue import add_boxes, epilogue, fixup, part_of, write_sums
@@ -130,7 +130,7 @@ def conv_kernel(
     box_sums,  # [B, boxes, O, SUM_TAPS] float32, or None
     sums,  # [B, O, SUM_TAPS] float32, or None
     workspace,  # [2 * programs, BM, BN] float32
-    arrival_counters,  # [programs], then [B, tiles across outputs] int32: zeros
+    arrival_counters,  # [programs], then [B, tiles across outputs] int32: zeros, and zeros again when it ends
     size,
     stride,
     batch,
@@ -253,9 +253,11 @@ def conv_kernel(
             )  # fmt: skip
             used = (starts < stops) & (stops > tile_start) & (starts < tile_start + length)
             tl.debug_barrier()
-            before = tl.atomic_add(arrival_counters + tl.max(tl.where(used, q, -1), 0), 1, sem="acq_rel")
+            counter = arrival_counters + tl.max(tl.where(used, q, -1), 0)
+            before = tl.atomic_add(counter, 1, sem="acq_rel")
             if before == tl.sum(used.to(tl.int32), 0) - 1:
                 tl.debug_barrier()
+                tl.store(counter, 0)
                 tile_sums = tl.zeros((TAP_ROWS, BN), tl.float32)
                 for rows in range(0, BM // FIXUP_ROWS):
                     m = rows * FIXUP_ROWS + tl.arange(0, FIXUP_ROWS)
@@ -295,6 +297,49 @@ def conv_grid(
     return tuning.conv_grid(*chip, kind, x.shape[0], tuple(x.shape[2:]), outputs, width, taps, sum_taps)
 
 
+@launch.remembered
+def conv_launch(
+    shape: torch.Size,  # of the output
+    strides: tuple[int, ...],
+    grid: ConvGrid,
+    numbers: tuple[int, int, int],  # columns of the panel, channels of the reduction, sets of taps
+    form: str,
+    tma: tuple[bool, bool],  # of panel and filters
+    kernel: tuple[int, int, int],
+    with_temporal: bool,
+    sign: int,
+    relu: bool,
+    sum_taps: int,
+    index_64: bool,
+    precision: str,
+    min_k_blocks: int,
+) -> launch.Launch:
+    tile, ctas = grid.tile, grid.persistent.num_ctas
+    return launch.Launch(
+        (ctas,),
+        (Size(*shape[2:]), Strides(*strides), shape[0], *numbers, shape[1], grid.persistent.waves),
+        FORM=form,
+        TMA_PANEL=tma[0],
+        TMA_FILTERS=tma[1],
+        UNIFORM=form in ("stored", "transposed"),
+        KERNEL=kernel,
+        TEMPORAL_TAPS=3 if with_temporal else 0,
+        SIGN=sign,
+        RELU=relu,
+        SUM_TAPS=sum_taps,
+        INDEX_64=index_64,
+        PRECISION=precision,
+        BATCH=grids.next_power(shape[0]),
+        PROGRAMS=grids.next_power(ctas),
+        MIN_K_BLOCKS=min_k_blocks,
+        BOX=grid.box,
+        BN=tile.n,
+        BK=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 def conv(
     panel: Tensor,  # (B, T, H, W, width)
     filters: Tensor,  # see the top of this file
@@ -314,55 +359,22 @@ def conv(
     """:func:`.conv.conv_kernel` on a panel into ``out``, or :func:`.gluon.conv.conv_gluon_kernel`, as its grid says."""
     if isinstance(grid, gluon.WaveGrid):
         return load("gluon.conv").conv_packed(panel, filters, plan, out, grid, epilogue)
-    b, outputs, *size = out.shape
     tile, box, ctas = grid.tile, grid.box, grid.persistent.num_ctas
     x, tma_panel = launch.boxed(panel, box, tile.k, tile.tma, left=True)
-    shape = {"packed": [tile.n, tile.k], "stored": [1, tile.n, tile.k], "transposed": [1, tile.k, tile.n]}.get(form)
+    shape = {"packed": (tile.n, tile.k), "stored": (1, tile.n, tile.k), "transposed": (1, tile.k, tile.n)}.get(form)
     f, tma_filters = launch.described(filters, shape, tile.tma) if shape else (filters, False)
     sums, box_sums = epilogue.sums, None
     if sums is not None:
-        box_sums = panel.new_empty((b, box.tiles(*size), outputs, sums.shape[2]), dtype=torch.float32)
+        boxes = box.tiles(*out.shape[2:])
+        box_sums = panel.new_empty((out.shape[0], boxes, out.shape[1], sums.shape[2]), dtype=torch.float32)
     counters = epilogue.arrival_counters
     if counters is None:
-        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
+        counters = launch.zeroed(grid.arrival_counters, panel.device)
     workspace = panel.new_empty((2 * ctas, tile.m, tile.n), dtype=torch.float32)
-    conv_kernel[(ctas,)](
-        x,
-        f,
-        order,
-        plan,
-        epilogue.bias,
-        epilogue.skip,
-        out,
-        box_sums,
-        sums,
-        workspace,
-        counters,
-        size_of(out),
-        Strides(*out.stride()),
-        b,
-        panel.shape[-1],
-        k_channels,
-        slots,
-        outputs,
-        grid.persistent.waves,
-        FORM=form,
-        TMA_PANEL=tma_panel,
-        TMA_FILTERS=tma_filters,
-        UNIFORM=form in ("stored", "transposed"),
-        KERNEL=kernel,
-        TEMPORAL_TAPS=3 if with_temporal else 0,
-        SIGN=sign,
-        RELU=epilogue.relu,
-        SUM_TAPS=0 if sums is None else sums.shape[2],
-        INDEX_64=features.needs_int64(out) or panel[0].numel() > grids.INT32,
-        PRECISION=launch.precision(panel.dtype),
-        BATCH=grids.next_power(b),
-        PROGRAMS=grids.next_power(ctas),
-        MIN_K_BLOCKS=grids.MIN_K_BLOCKS,
-        BOX=box,
-        BN=tile.n,
-        BK=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    one = conv_launch(
+        out.shape, out.stride(), grid, (panel.shape[-1], k_channels, slots), form, (tma_panel, tma_filters), kernel,
+        with_temporal, sign, epilogue.relu, 0 if sums is None else sums.shape[2],
+        features.needs_int64(out, panel), launch.precision(panel.dtype), grids.MIN_K_BLOCKS,
+    )  # fmt: skip
+    tensors = x, f, order, plan, epilogue.bias, epilogue.skip, out, box_sums, sums, workspace, counters
+    launch.start(conv_kernel, one, tensors)

@@ -18,6 +18,7 @@ from ..gpu.lists import Groups
 from ..packing import tile_channels
 from . import launch, tuning
 from .common import (
+    Size,
     Strides,
     box_positions,
     box_start,
@@ -25,7 +26,6 @@ from .common import (
     inside,
     load_box,
     plan_field,
-    size_of,
     tap_shift,
 )
 from .epilogue import part_of
@@ -174,6 +174,33 @@ def data_gradient_kernel(
         )  # fmt: skip
 
 
+@launch.remembered
+def gradient_launch(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    outputs: int,
+    tile: tuning.Tile,
+    box: grids.Box,
+    tma: tuple[bool, bool],  # of the gradient and of filters
+    index_64: bool,
+    precision: str,
+) -> launch.Launch:
+    b, c, *size = shape
+    return launch.Launch(
+        (b * box.tiles(*size) * cdiv(c, tile.n),),
+        (Size(*size), Strides(*strides), c, outputs),
+        TMA_GRAD=tma[0],
+        TMA_FILTERS=tma[1],
+        INDEX_64=index_64,
+        PRECISION=precision,
+        BOX=box,
+        BN=tile.n,
+        BK=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 def data_gradient(
     grad_ndhwc: Tensor,  # (B, T, H, W, O)
     x: Tensor,  # (B, C, T, H, W)
@@ -198,28 +225,10 @@ def data_gradient(
     boxes = box.tiles(*size)
     dgate = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
     g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
-    f, tma_filters = launch.described(filters, [1, tile.n, tile.k], tile.tma and need_gate)
-    data_gradient_kernel[(b * boxes * cdiv(c, tile.n),)](
-        g,
-        f,
-        lists.order,
-        lists.plans,
-        gate,
-        x,
-        dx,
-        dgate,
-        size_of(x),
-        Strides(*like.stride()),
-        c,
-        outputs,
-        TMA_GRAD=tma_grad,
-        TMA_FILTERS=tma_filters,
-        INDEX_64=features.needs_int64(like) or grad_ndhwc[0].numel() > grids.INT32,
-        PRECISION=launch.precision(x.dtype),
-        BOX=box,
-        BN=tile.n,
-        BK=tile.k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    f, tma_filters = launch.described(filters, (1, tile.n, tile.k), tile.tma and need_gate)
+    one = gradient_launch(
+        x.shape, like.stride(), outputs, tile, box, (tma_grad, tma_filters),
+        features.needs_int64(like, grad_ndhwc), launch.precision(x.dtype),
+    )  # fmt: skip
+    launch.start(data_gradient_kernel, one, (g, f, lists.order, lists.plans, gate, x, dx, dgate))
     return dx, None if dgate is None else dgate.sum(1).to(gate.dtype)

@@ -142,11 +142,13 @@ def add_boxes(
     TAP_ROWS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The last of a sample's boxes to come here adds up the tap sums of all of them, in order."""
+    """The last of a sample's boxes to come here adds up the tap sums of all of them, in order, and leaves a zero."""
     tl.debug_barrier()
-    before = tl.atomic_add(arrival_counters + b * tl.cdiv(outputs, BN) + o0 // BN, 1, sem="acq_rel")
+    counter = arrival_counters + b * tl.cdiv(outputs, BN) + o0 // BN
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
     if before == boxes - 1:
         tl.debug_barrier()
+        tl.store(counter, 0)
         o = o0 + tl.arange(0, BN)
         tap = tl.arange(0, TAP_ROWS)[:, None]
         cell = o[None, :] * TAPS + tap

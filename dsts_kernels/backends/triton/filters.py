@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu.lists import Groups
-from . import tuning
+from . import launch, tuning
 
 
 @triton.jit
@@ -91,9 +91,15 @@ def unpack_filters_kernel(
     tl.store(target + (o.to(tl.int64) * channels * TAPS)[:, None] + f[None, :], v, mask=mask)
 
 
-def filter_grid(outputs: int, channels: int, taps: int, matrices: int) -> tuple[int, int]:
-    """Tiles of ``matrices`` neurons' filters of one kernel."""
-    return tuning.filter_tiles(outputs, channels, taps), matrices
+@launch.remembered
+def filters_launch(
+    outputs: int, channels: int, taps: int, matrices: int, numbers: tuple[int, ...], by_channel: bool
+) -> launch.Launch:
+    """Of ``matrices`` neurons' filters of one kernel; ``numbers`` are where its taps begin, of how many, and others."""
+    return launch.Launch(
+        (tuning.filter_tiles(outputs, channels, taps), matrices), (outputs, channels, *numbers),
+        TAPS=taps, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
+    )  # fmt: skip
 
 
 def pack_filters(
@@ -104,15 +110,13 @@ def pack_filters(
 ) -> Tensor:
     """Filters of the chosen neurons, ``(S * taps, C, O)`` or ``(S * taps, O, C)``, every kernel's taps."""
     outputs, channels = weights[0].shape[1:3]
-    taps = [weight[0, 0, 0].numel() for weight in weights]
+    taps = [weight.shape[3:].numel() for weight in weights]
     slots, shape = neuron_of.shape[0], (channels, outputs) if by_channel else (outputs, channels)
     filters = torch.empty((slots * sum(taps), *shape), dtype=dtype, device=neuron_of.device)
     first_tap = 0
     for weight, count in zip(weights, taps, strict=True):
-        pack_filters_kernel[filter_grid(outputs, channels, count, slots)](
-            weight.contiguous(), filters, neuron_of, outputs, channels, first_tap, sum(taps),
-            TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
-        )  # fmt: skip
+        one = filters_launch(outputs, channels, count, slots, (first_tap, sum(taps)), by_channel)
+        launch.start(pack_filters_kernel, one, (weight.contiguous(), filters, neuron_of))
         first_tap += count
     return filters
 
@@ -130,9 +134,7 @@ def unpack_filters(
     """Gradients ``filters`` of the chosen neurons, as a gradient of ``like``."""
     neurons, outputs, channels = like.shape[:3]
     weight = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    count = like[0, 0, 0].numel()
-    unpack_filters_kernel[filter_grid(outputs, channels, count, neurons)](
-        filters, weight, groups.slot_of, listed, outputs, channels, first_tap, all_taps, reader,
-        TAPS=count, BY_CHANNEL=by_channel, BO=tuning.FILTER_TILE, BF=tuning.FILTER_TILE,
-    )  # fmt: skip
+    count = like.shape[3:].numel()
+    one = filters_launch(outputs, channels, count, neurons, (first_tap, all_taps, reader), by_channel)
+    launch.start(unpack_filters_kernel, one, (filters, weight, groups.slot_of, listed))
     return weight

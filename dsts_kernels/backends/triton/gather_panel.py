@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,10 +19,10 @@ from ..gpu.lists import Lists
 from ..packing import tile_channels
 from . import launch
 from .common import (
+    Size,
     kernel_strides,
     plan_field,
     position_offsets,
-    size_of,
 )
 
 
@@ -134,10 +135,28 @@ def gather_panel_kernel(
     )  # fmt: skip
 
 
-def gather_grid(x: Tensor, block_k: int) -> grids.GatherGrid:
-    """Of ``x (B, C, T, H, W)``."""
-    b, c, *size = x.shape
-    return grids.gather_grid(b, math.prod(size), cdiv(c, block_k), launch.chip(x.device)[1])
+def gather_grid(shape: torch.Size, block_k: int, processors: int) -> grids.GatherGrid:
+    """Of features ``(B, C, T, H, W)``."""
+    return grids.gather_grid(shape[0], math.prod(shape[2:]), cdiv(shape[1], block_k), processors)
+
+
+@launch.remembered
+def gather_launch(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    neurons: int,
+    width: int,
+    block_k: int,
+    index_64: bool,
+    flat: bool,
+    processors: int,
+) -> launch.Launch:
+    stride, is_flat = kernel_strides(shape, strides)
+    return launch.Launch(
+        gather_grid(shape, block_k, processors),
+        (neurons, shape[1], math.prod(shape[2:]), Size(*shape[2:]), stride, width),
+        FLAT_POSITIONS=is_flat, INDEX_64=index_64, FLAT_STORE=flat, BP=grids.GATHER_POSITIONS, BK=block_k,
+    )  # fmt: skip
 
 
 def gather_panel(
@@ -150,28 +169,11 @@ def gather_panel(
     width: int,
 ) -> Tensor:
     """``(B, T, H, W, width)``: gated features gathered by each sample's own list, or by that of its slot."""
-    b, c, *size = x.shape
+    b, _, *size = x.shape
     panel = x.new_empty(b, *size, width)
-    block_k = tile_channels(x.dtype)
-    stride, is_flat = kernel_strides(x)
-    gather_panel_kernel[gather_grid(x, block_k)](
-        x,
-        lists.order,
-        gate,
-        neuron,
-        slots,
-        lists.plans,
-        panel,
-        neurons,
-        c,
-        math.prod(size),
-        size_of(x),
-        stride,
-        width,
-        FLAT_POSITIONS=is_flat,
-        INDEX_64=features.needs_int64(x),
-        FLAT_STORE=switches.current().flat_gather,
-        BP=grids.GATHER_POSITIONS,
-        BK=block_k,
-    )
+    one = gather_launch(
+        x.shape, x.stride(), neurons, width, tile_channels(x.dtype), features.needs_int64(x),
+        switches.current().flat_gather, launch.chip(x.device)[1],
+    )  # fmt: skip
+    launch.start(gather_panel_kernel, one, (x, lists.order, gate, neuron, slots, lists.plans, panel))
     return panel

@@ -1,17 +1,30 @@
-"""What launchers share: the chip, the precision of products, and operands as tensor descriptors."""
+"""What launchers share: the chip, the precision of products, operands as tensor descriptors, and the launch itself.
+
+Triton looks at every argument of every launch anew to find the compiled kernel: 9 us for a small kernel, 26 us for the
+convolution. :func:`start` remembers which one it found, by all that the choice depends on (:func:`key_of`), and then
+hands addresses and numbers to the driver. What a problem's launches have in common, a :class:`Launch`, is kept as well.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..gpu.grids import Box
+from ..gpu import switches
+from ..gpu.grids import Box, next_power
 from . import tuning
 from .gluon import plan
+
+_runtime = knobs.runtime
 
 
 @functools.cache
@@ -53,11 +66,140 @@ def boxed(panel: Tensor, box: Box, columns: int, tma: bool, *, left: bool) -> tu
     """
     if not (tma and aligned(panel)) or (left and chip(panel.device)[0] == "sm_90"):
         return panel, False
-    return TensorDescriptor(panel, list(panel.shape), dense_strides(panel.shape), [1, *box, columns]), True
+    return descriptor(panel, (1, *box, columns)), True
 
 
-def described(matrix: Tensor, block: list[int], tma: bool) -> tuple[object, bool]:
+def described(matrix: Tensor, block: tuple[int, ...], tma: bool) -> tuple[object, bool]:
     """Likewise for filters."""
     if not (tma and aligned(matrix)):
         return matrix, False
-    return TensorDescriptor(matrix, list(matrix.shape), dense_strides(matrix.shape), block), True
+    return descriptor(matrix, block), True
+
+
+class Address:
+    """Memory as a tensor descriptor asks for it; a tensor in its place would be kept alive by those that are kept."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Of dense memory, in boxes of ``block``."""
+    if tensor.is_meta or chip(tensor.device)[0] == tuning.INTERPRETER:  # which reads the tensor itself
+        return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), list(block))
+    return _descriptor(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
+
+
+@functools.lru_cache(maxsize=1024)  # making one checks every side of it; memory comes back at the same addresses
+def _descriptor(address: int, dtype: torch.dtype, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(Address(address, dtype), list(shape), dense_strides(shape), list(block))
+
+
+class Compiled(NamedTuple):
+    """What Triton compiled for tensors of some kinds."""
+
+    kernel: JITFunction
+    run: Callable[..., None]
+    function: int
+    metadata: object
+    rest: tuple  # numbers and constants, in the order of the kernel's arguments
+
+
+class Launch:
+    """All of a launch but its tensors: made once for each problem (:func:`remembered`).
+
+    Args:
+        grid: programs, by axis.
+        numbers: the arguments that follow the tensors: integers, floats, and tuples of integers.
+        constants: constexprs, ``num_warps`` and ``num_stages``.
+    """
+
+    __slots__ = ("compiled", "constants", "grid", "numbers")
+
+    def __init__(self, grid: tuple[int, ...], numbers: tuple, **constants: object) -> None:
+        self.grid, self.numbers, self.constants = tuple(grid), numbers, constants
+        self.compiled: dict[tuple, Compiled] = {}  # by key_of its tensors
+
+
+# For functions that return a Launch. Sizes that change with every batch push others out.
+remembered = functools.lru_cache(maxsize=1024, typed=True)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # by stream: launches of one come after one another
+
+
+def zeroed(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` int32 that are zero, for a kernel that leaves them so, on the current stream of ``device``.
+
+    Kept from launch to launch, which saves a fill before each. Graphs get memory of their own, as they are replayed
+    beside what else their stream does.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.shape[0] < count or not switches.current().keep_counters:
+        with torch.inference_mode(False):
+            found = torch.zeros(next_power(count), dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
+
+
+def key_of(device: int, kinds: list) -> tuple:
+    """All that Triton's choice of a compiled kernel depends on, beside numbers and constants.
+
+    ``kinds`` say of every tensor its dtype, and whether it is aligned to 16 bytes, or its descriptor's box.
+    """
+    return device, *kinds
+
+
+def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> None:
+    """``kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)``, by what an earlier launch found out.
+
+    Args:
+        tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
+    """
+    if type(kernel) is not JITFunction or watched() or not switches.current().remember_launches:
+        kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
+        return
+    arguments, kinds = [], []
+    for tensor in tensors:
+        if tensor is None:
+            arguments.append(None)
+            kinds.append(None)
+        elif type(tensor) is TensorDescriptor:
+            arguments.append(tensor)
+            kinds.append((tensor.base.dtype, *tensor.block_shape))
+        else:
+            address = tensor.data_ptr()
+            arguments.append(address)
+            kinds.append((tensor.dtype,) if address % 16 else tensor.dtype)
+    active = driver.active
+    device = active.get_current_device()
+    key = key_of(device, kinds)
+    found = launch.compiled.get(key)
+    if found is None or found.kernel is not kernel:
+        launch.compiled[key] = compiled_for(kernel, launch, tensors)
+        return
+    _, run, function, metadata, rest = found
+    x, y, z = (*launch.grid, 1, 1)[:3]
+    run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *rest)
+
+
+def compiled_for(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> Compiled:
+    """Launches by Triton's own way, and says what was launched."""
+    compiled = kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
+    names = kernel.arg_names[len(tensors) + len(launch.numbers) :]
+    rest = (*launch.numbers, *(launch.constants[name] for name in names))
+    return Compiled(kernel, compiled.run, compiled.function, compiled.packed_metadata, rest)
+
+
+def watched() -> bool:
+    """Whether somebody, as a profiler, waits for launches."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

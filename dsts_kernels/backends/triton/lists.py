@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from torch import Tensor
 from ..gpu.grids import next_power
 from ..gpu.lists import PLAN as PLAN_INTS
 from ..gpu.lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, Lists
-from . import tuning
+from . import launch, tuning
 from .common import PLAN, plan_at
 
 BY_SPATIAL, BY_TEMPORAL = tl.constexpr(READ_BY_SPATIAL), tl.constexpr(READ_BY_TEMPORAL)
@@ -160,16 +158,28 @@ def list_channels_kernel(
             tl.store(plans + row * PLAN + i, 0)
 
 
+@launch.remembered
+def groups_launch(batch: int, neurons: int, slots: int) -> launch.Launch:
+    lanes = next_power(neurons)
+    samples = tuning.samples_at_once(batch, lanes)
+    return launch.Launch((batch,), (batch, neurons, slots), NEURONS=lanes, SAMPLES=samples)
+
+
+@launch.remembered
+def lists_launch(rows: int, channels: int, block_k: int) -> launch.Launch:
+    width = min(tuning.LIST_CHANNELS, next_power(channels))
+    return launch.Launch((rows,), (channels,), BK=block_k, CHANNELS=width)
+
+
 def group_samples(neuron: Tensor, neurons: int) -> Groups:
     """Samples by ``neuron (B,)``."""
     batch = neuron.shape[0]
     count = min(batch, neurons)
-    empty = functools.partial(torch.empty, dtype=torch.int32, device=neuron.device)
-    groups = Groups(empty(batch), empty(count), empty(neurons), empty(count, 2), empty(batch))
-    lanes = next_power(neurons)
-    group_samples_kernel[(batch,)](
-        neuron, *groups, batch, neurons, count, NEURONS=lanes, SAMPLES=tuning.samples_at_once(batch, lanes)
-    )
+    slots, neuron_of, slot_of, found, members = torch.empty(
+        2 * batch + neurons + 3 * count, dtype=torch.int32, device=neuron.device
+    ).split((batch, count, neurons, 2 * count, batch))
+    groups = Groups(slots, neuron_of, slot_of, found.view(count, 2), members)
+    launch.start(group_samples_kernel, groups_launch(batch, neurons, count), (neuron, *groups))
     return groups
 
 
@@ -180,17 +190,6 @@ def list_channels(gate: Tensor, groups: Groups, union: bool, block_k: int) -> Li
     order = torch.empty((count, channels), dtype=torch.int32, device=gate.device)
     plans = torch.empty((count, PLAN_INTS), dtype=torch.int32, device=gate.device)
     listed = torch.empty((count, channels), dtype=torch.int8, device=gate.device) if union else None
-    list_channels_kernel[(count,)](
-        gate,
-        groups.slots,
-        groups.neuron_of,
-        groups.groups,
-        groups.members,
-        order,
-        plans,
-        listed,
-        channels,
-        BK=block_k,
-        CHANNELS=min(tuning.LIST_CHANNELS, next_power(channels)),
-    )
+    tensors = gate, groups.slots, groups.neuron_of, groups.groups, groups.members, order, plans, listed
+    launch.start(list_channels_kernel, lists_launch(count, channels, block_k), tensors)
     return Lists(order, plans, listed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..gpu import features
 from ..gpu.grids import cdiv
-from . import tuning
+from . import launch, tuning
 
 
 @triton.jit
@@ -39,6 +39,25 @@ def noisy_logits(
 
 
 @triton.jit
+def gate_of(q, b, hard):
+    """Gates of noisy logits ``q`` of sample ``b``; ``hard [B]`` says which samples are, all where it is ``None``."""
+    g = tl.where(q > 0, 1.0, 0.0)
+    if hard is not None:
+        r = 1.2 / (1.0 + tl.exp(-q)) - 0.1
+        r = tl.where(r < 0.0, 0.0, tl.where(r > 1.0, 1.0, r))
+        g = tl.where(tl.load(hard + b), g, r)
+    return g
+
+
+@triton.jit
+def gate_slope(q):
+    """The derivative of a gate, hard or soft, by its logit."""
+    s = 1.0 / (1.0 + tl.exp(-q))
+    r = 1.2 * s - 0.1
+    return tl.where((r > 0.0) & (r < 1.0), 1.2 * s * (1.0 - s), 0.0)
+
+
+@triton.jit
 def semhash_kernel(
     logits,  # [N, C]
     neuron,  # [B] int64, or None
@@ -55,13 +74,9 @@ def semhash_kernel(
     c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = c < channels
     q = noisy_logits(logits, neuron, noise, b, c, mask, neurons, channels)
-    g = tl.where(q > 0, 1.0, 0.0)
+    g = gate_of(q, b, hard)
     if neuron is not None:
         g = tl.where(q == q, g, q)  # a neuron out of range shows as NaN
-    if hard is not None:
-        r = 1.2 / (1.0 + tl.exp(-q)) - 0.1
-        r = tl.where(r < 0.0, 0.0, tl.where(r > 1.0, 1.0, r))
-        g = tl.where(tl.load(hard + b), g, r)
     tl.store(gate + b.to(tl.int64) * channels + c, g, mask=mask)
 
 
@@ -95,15 +110,24 @@ def semhash_backward_kernel(
         if chose:
             b64 = tl.cast(b, tl.int64)
             q = noisy_logits(logits, neuron, noise, b64, c, mask, neurons, channels)
-            s = 1.0 / (1.0 + tl.exp(-q))
-            r = 1.2 * s - 0.1
             g = tl.load(grad + b64 * channels + c, mask=mask, other=0.0).to(tl.float32)
-            total += tl.where((r > 0.0) & (r < 1.0), g * (1.2 * s * (1.0 - s)), 0.0)
+            slope = gate_slope(q)
+            total += tl.where(slope > 0.0, g * slope, 0.0)  # a gradient of infinity does not meet a slope of 0
     tl.store(dlogits + n.to(tl.int64) * channels + c, total, mask=mask)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+@launch.remembered
+def gates_launch(batch: int, neurons: int, channels: int, block: int) -> launch.Launch:
+    return launch.Launch((cdiv(channels, block) * batch,), (neurons, channels), BLOCK=block)
+
+
+@launch.remembered
+def gradients_launch(batch: int, neurons: int, channels: int, block: int) -> launch.Launch:
+    return launch.Launch((cdiv(channels, block) * neurons,), (batch, neurons, channels), BLOCK=block)
 
 
 def semhash_gate(
@@ -120,9 +144,8 @@ def semhash_gate(
     if gate.numel():
         with features.on_device(logits):
             block = tuning.semhash_channels(channels)
-            semhash_kernel[(cdiv(channels, block) * batch,)](
-                logits, dense(neuron), dense(noise), dense(hard), gate, neurons, channels, BLOCK=block
-            )
+            tensors = logits, dense(neuron), dense(noise), dense(hard), gate
+            launch.start(semhash_kernel, gates_launch(batch, neurons, channels, block), tensors)
     return gate
 
 
@@ -139,7 +162,6 @@ def semhash_gate_backward(
         neurons, channels = logits.shape
         with features.on_device(logits):
             block = tuning.semhash_channels(channels, backward=True)
-            semhash_backward_kernel[(cdiv(channels, block) * neurons,)](
-                grad, logits, dense(neuron), dense(noise), dlogits, grad.shape[0], neurons, channels, BLOCK=block
-            )
+            tensors = grad, logits, dense(neuron), dense(noise), dlogits
+            launch.start(semhash_backward_kernel, gradients_launch(grad.shape[0], neurons, channels, block), tensors)
     return dlogits

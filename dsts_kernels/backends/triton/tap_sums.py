@@ -14,7 +14,7 @@ from torch import Tensor
 from ..gpu import features, grids
 from ..gpu.grids import cdiv
 from . import launch, tuning
-from .common import kernel_strides, position_offsets, size_of
+from .common import Size, kernel_strides, position_offsets
 from .epilogue import tap_sums_of
 
 
@@ -61,6 +61,18 @@ def tap_sums_kernel(
     tl.store(out + c[None, :] * TAPS + tap, total, mask=(c < channels)[None, :] & (tap < TAPS))
 
 
+@launch.remembered
+def sums_launch(
+    shape: torch.Size, strides: tuple[int, ...], parts: int, taps: int, tile: tuning.SumTile, index_64: bool
+) -> launch.Launch:
+    stride, is_flat = kernel_strides(shape, strides)
+    return launch.Launch(
+        (shape[0], parts, cdiv(shape[1], tile.channels)), (shape[1], Size(*shape[2:]), stride),
+        TAPS=taps, FLAT_POSITIONS=is_flat, INDEX_64=index_64,
+        BP=grids.SUM_POSITIONS, BC=tile.channels, num_warps=tile.warps,
+    )  # fmt: skip
+
+
 def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     """``(B, parts, C, taps)`` float32 of ``x (B, C, T, H, W)``: enough parts that a small batch fills the chip."""
     b, c, *size = x.shape
@@ -69,9 +81,6 @@ def partial_tap_sums(x: Tensor, taps: int) -> Tensor:
     sums = x.new_empty((b, parts, c, taps), dtype=torch.float32)
     if sums.numel():
         with features.on_device(x):
-            stride, is_flat = kernel_strides(x)
-            tap_sums_kernel[b, parts, cdiv(c, tile.channels)](
-                x, sums, c, size_of(x), stride, TAPS=taps, FLAT_POSITIONS=is_flat, INDEX_64=features.needs_int64(x),
-                BP=grids.SUM_POSITIONS, BC=tile.channels, num_warps=tile.warps,
-            )  # fmt: skip
+            one = sums_launch(x.shape, x.stride(), parts, taps, tile, features.needs_int64(x))
+            launch.start(tap_sums_kernel, one, (x, sums))
     return sums

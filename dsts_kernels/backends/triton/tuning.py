@@ -283,6 +283,11 @@ def score_channels(neurons: int) -> int:
     return max(16, min(256, 4096 // neurons))
 
 
+def route_channels(neurons: int) -> int:
+    """Channels (times taps) of a program that works out the gradients of a routing; ``neurons`` is a power of two."""
+    return max(16, min(64, 2048 // neurons))
+
+
 def samples_at_once(batch: int, neurons: int) -> int:
     """Samples that a program which groups them looks at, at a time; ``neurons`` is a power of two."""
     return max(1, min(next_power(batch), 4096 // neurons))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import grids
+from ..gpu import features, grids
 from ..gpu.grids import cdiv
 from ..gpu.lists import Groups, Lists
 from ..packing import tile_channels
@@ -102,6 +102,43 @@ def weight_gradient_kernel(
         tl.store(target + cells, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@launch.remembered
+def gradient_launch(
+    size: tuple[int, int, int],
+    numbers: tuple[int, int, int],  # columns of the operands, channels of the result
+    slots: int,
+    kernel: tuple[int, int, int],
+    temporal_taps: int,
+    sign: int,
+    by_neuron: bool,
+    tile: tuning.Tile,
+    box: grids.Box,
+    tma: tuple[bool, bool],
+    index_64: bool,
+    precision: str,
+    block_k: int,
+) -> launch.Launch:
+    _, width, k_channels = numbers
+    return launch.Launch(
+        (cdiv(k_channels, tile.m) * cdiv(width, tile.n), math.prod(kernel) + temporal_taps, slots),
+        (Size(*size), *numbers),
+        KERNEL=kernel,
+        TEMPORAL_TAPS=temporal_taps,
+        SIGN=sign,
+        BY_NEURON=by_neuron,
+        TMA_LEFT=tma[0],
+        TMA_RIGHT=tma[1],
+        INDEX_64=index_64,
+        PRECISION=precision,
+        BOX=box,
+        BM=tile.m,
+        BN=tile.n,
+        BK=block_k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 def weight_gradient(
     left: Tensor,  # (B, T, H, W, left_width)
     right: Tensor,  # (B, T, H, W, right_width)
@@ -125,33 +162,12 @@ def weight_gradient(
     temporal_taps = 3 if with_temporal else 0
     lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma, left=True)
     rights, tma_right = launch.boxed(right, box, tile.n, tile.tma, left=False)
-    tiles = cdiv(k_channels, tile.m) * cdiv(width, tile.n)
-    weight_gradient_kernel[tiles, math.prod(kernel) + temporal_taps, groups.neuron_of.shape[0]](
-        lefts,
-        rights,
-        None if lists is None else lists.order,
-        None if lists is None else lists.plans,
-        groups.neuron_of,
-        groups.groups,
-        groups.members,
-        out,
-        Size(*size),
-        left.shape[-1],
-        width,
-        k_channels,
-        KERNEL=kernel,
-        TEMPORAL_TAPS=temporal_taps,
-        SIGN=sign,
-        BY_NEURON=by_neuron,
-        TMA_LEFT=tma_left,
-        TMA_RIGHT=tma_right,
-        INDEX_64=left[0].numel() > grids.INT32 or right[0].numel() > grids.INT32,
-        PRECISION=launch.precision(left.dtype),
-        BOX=box,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile_channels(left.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    order, plans = (None, None) if lists is None else (lists.order, lists.plans)
+    one = gradient_launch(
+        size, (left.shape[-1], width, k_channels), groups.neuron_of.shape[0], kernel, temporal_taps, sign, by_neuron,
+        tile, box, (tma_left, tma_right), features.needs_int64(left, right), launch.precision(left.dtype),
+        tile_channels(left.dtype),
+    )  # fmt: skip
+    tensors = lefts, rights, order, plans, groups.neuron_of, groups.groups, groups.members, out
+    launch.start(weight_gradient_kernel, one, tensors)
     return out

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ...gpu import features, grids
 from ...gpu.kernels import ConvEpilogue
-from ..common import Strides, box_start, boxes_of, plan_field, size_of
+from ..common import Size, Strides, box_start, boxes_of, plan_field
 from ..conv import k_block
 from . import plan as plans
 from .epilogue import add_boxes, end_part, part_of
@@ -227,7 +227,7 @@ def conv_packed(
         box_sums,
         sums,
         counters,
-        size_of(out),
+        Size(*out.shape[2:]),
         Strides(*out.stride()),
         b * grid.tiles.per_sample,
         outputs,

@@ -1,0 +1,388 @@
+"""``graphed`` on a CPU, with graphs stood in for: the module's results, and errors instead of another's memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsts_kernels import Draws, FusedDSTS, Routing
+from dsts_kernels.learning import RoutingMonitor
+from dsts_kernels.routing import sample_draws
+
+from .learning.support import Net, batch, everything, learner, same
+from .support.graphs import stand_in
+from .support.modules import enliven
+
+SIZE = (4, 6, 2, 3, 3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    stand_in(monkeypatch)
+
+
+def module(**options: object) -> FusedDSTS:
+    dsts = FusedDSTS(6, dtype=torch.float64, **dict(num_layers=2, num_neurons=3) | options)
+    enliven(dsts)
+    return dsts
+
+
+def features(**options: object) -> Tensor:
+    return torch.randn(SIZE, dtype=torch.float64, **options)
+
+
+def draws() -> Draws:
+    return sample_draws(4, 6, 3, 2, dtype=torch.float64)
+
+
+def gradients(dsts: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in dsts.parameters() if p.grad is not None]
+
+
+def passes(dsts: nn.Module, call: nn.Module, inputs: list[tuple]) -> list[Tensor]:
+    """Output, routing, gradients and statistics of training steps, each with weights that the one before changed."""
+    optimizer, found = torch.optim.SGD(dsts.parameters(), 0.1), []
+    for x, drawn, grad in inputs:
+        leaf = x.clone().requires_grad_()
+        y, routing = call(leaf, drawn, return_routing=True)
+        optimizer.zero_grad()
+        ((y * grad).sum() + routing.scores.square().sum()).backward()
+        found += [y.detach(), *(field.detach() for field in routing), leaf.grad, *gradients(dsts)]
+        optimizer.step()
+    return [*found, *dsts.buffers()]
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": None, "skip": False}, {"routing_gradient": "all"}], ids=str)
+@pytest.mark.parametrize("static_output", [False, True])
+def test_training_with_draws_given(graphs, options, static_output):
+    """Step by step the bits of the module itself, kept results included."""
+    plain = module(**options)
+    mine = copy.deepcopy(plain)
+    inputs = [(features(), draws(), features()) for _ in range(3)]
+    graphed = mine.graphed(
+        features(requires_grad=True), draws=draws(), return_routing=True, static_output=static_output
+    )
+    found, wanted = passes(mine, graphed, inputs), passes(plain, plain, inputs)
+    if static_output:  # the last y alone is still there
+        of_a_step = (len(wanted) - len(list(plain.buffers()))) // 3
+        found[0], found[of_a_step] = wanted[0], wanted[of_a_step]
+    assert same(found, wanted)
+    assert len(graphed.phases) == 1
+
+
+def test_training_draws_anew(graphs):
+    """Each replay draws from torch's generator what the module would; capturing draws nothing."""
+    plain = module()
+    mine = copy.deepcopy(plain)
+    x, before = features(), torch.get_rng_state()
+    graphed = mine.graphed(x, return_routing=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    for _ in range(2):
+        torch.manual_seed(3)
+        found = [graphed(x, return_routing=True) for _ in range(3)]
+        torch.manual_seed(3)
+        wanted = [plain(x, return_routing=True) for _ in range(3)]
+        for (y, routing), (z, theirs) in zip(found, wanted, strict=True):
+            assert torch.equal(y, z) and all(map(torch.equal, routing, theirs))
+        assert not torch.equal(found[0][1].gate, found[1][1].gate)
+
+
+def test_draws_before_the_graph(graphs):
+    """Captured with draws and called without: drawn with the noise of that step, which a graph would not see."""
+    plain = module()
+    mine = copy.deepcopy(plain)
+    x, graphed = features(), None
+    graphed = mine.graphed(x, draws=draws())
+    for std in (1.0, 0.25):
+        for dsts in (plain, mine):
+            for layer in dsts.layers:
+                layer.noise_std = std
+        torch.manual_seed(3)
+        y = graphed(x)
+        torch.manual_seed(3)
+        assert torch.equal(y, plain(x))
+
+
+def test_capturing_leaves_no_trace(graphs):
+    """Statistics, generators, gradients and the sample are as they were."""
+    dsts, x = module(), features(requires_grad=True)
+    dsts(x).sum().backward()
+    before = [*everything(dsts), *gradients(dsts), x.detach().clone(), x.grad.clone()]
+    dsts.graphed(x)
+    assert same(before, [*everything(dsts), *gradients(dsts), x.detach(), x.grad])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradient_accumulation(graphs, set_to_none):
+    """Autograd keeps a first gradient in the graph's own memory: the next replay must not be added to itself."""
+    plain = module()
+    mine = copy.deepcopy(plain)
+    graphed = mine.graphed(features(), draws=draws())
+    for _ in range(3):
+        inputs = [(features(), draws()) for _ in range(3)]
+        for dsts, call in ((plain, plain), (mine, graphed)):
+            dsts.zero_grad(set_to_none=set_to_none)
+            for x, drawn in inputs:
+                call(x, drawn).square().sum().backward()
+        assert same(gradients(mine), gradients(plain))
+
+
+def test_order_of_passes(graphs):
+    """Two passes forward: the first one's activations are gone, and its backward says so; the second's goes on."""
+    dsts, x = module(), features(requires_grad=True)
+    graphed = dsts.graphed(x)
+    first, second = graphed(x), graphed(x)
+    with pytest.raises(RuntimeError, match=r"backward: got the graph's pass 1 after its pass 2 went forward, wanted"):
+        first.sum().backward()
+    assert all(p.grad is None for p in dsts.parameters())
+    second.sum().backward()
+    assert len(gradients(dsts)) == len(list(dsts.parameters()))
+
+
+def test_upstream_downstream(graphs):
+    """In a model, by steps of Algorithm 1: the model's own steps, a capture for each side that is frozen."""
+    net = Net(norm=None)
+    mine = copy.deepcopy(net)
+    steps = [(batch(4), batch(4)) for _ in range(3)]
+    sample = torch.randn(4, 6, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    graphed = mine.dsts.graphed(sample, draws=sample_draws(4, 6, 3, 2, dtype=torch.float64))
+    mine.dsts.forward = graphed
+    ours, theirs = learner(mine, clip_norm=1.0), learner(net, clip_norm=1.0)
+    for pair in steps:
+        assert ours.step(*pair) == theirs.step(*pair)
+    assert same(list(mine.parameters()), list(net.parameters()))
+    trained = {phase.trained for phase in graphed.phases}
+    assert len(graphed.phases) == 3 and len(trained) == 3, "all trained, of the sample; downstream; upstream"
+    del mine.dsts.forward
+    assert same(list(copy.deepcopy(mine).parameters()), list(net.parameters()))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
+def test_evaluation(graphs, mode, frozen):
+    """The module's results in every mode of autograd, which later calls leave alone; captured in another mode."""
+    dsts = module().eval()
+    dsts = dsts.freeze() if frozen else dsts
+    inputs, graphed = [features() for _ in range(3)], dsts.graphed(features(), return_routing=True)
+    with mode():
+        found = [graphed(x, return_routing=True) for x in inputs]
+        wanted = [dsts(x, return_routing=True) for x in inputs]
+        again = graphed(inputs[0])
+    for (y, routing), (z, theirs) in zip(found, wanted, strict=True):
+        assert isinstance(routing, Routing)
+        assert torch.equal(y, z) and all(map(torch.equal, routing, theirs))
+        assert y.requires_grad == z.requires_grad
+    assert torch.equal(again, found[0][0])
+
+
+def test_training_and_evaluation_in_turns(graphs):
+    """One object for both: each mode has its capture, and so has a norm that is kept in evaluation."""
+    dsts = module(noise_std=0.0, hard_fraction=1.0)
+    x, graphed = features(), dsts.graphed(features())
+    for count, (change, wanted) in enumerate(((dsts.train, 1), (dsts.eval, 2), (dsts.train, 2)), 1):
+        change()
+        torch.manual_seed(count)
+        y = graphed(x)
+        torch.manual_seed(count)
+        before = [b.clone() for b in dsts.buffers()]
+        assert torch.equal(y, dsts(x)) and len(graphed.phases) == wanted
+        for b, old in zip(dsts.buffers(), before, strict=True):
+            b.copy_(old)
+    dsts.layers[0].norm.eval()
+    graphed(x)
+    assert len(graphed.phases) == 3
+
+
+def test_static_output(graphs):
+    """The graph's own memory, by request; a copy else, which in-place changes leave the graph out of."""
+    dsts = module(skip=False, norm=None)
+    x, sample = (features().contiguous(memory_format=torch.channels_last_3d) for _ in range(2))  # or y is a copy anyway
+    static = dsts.graphed(sample, static_output=True, draws=draws())
+    drawn = draws()
+    first, second = static(x, drawn), static(-x, drawn)
+    assert first.data_ptr() == second.data_ptr()
+    for graphed in (static, dsts.graphed(sample, draws=draws())):
+        dsts.zero_grad()
+        graphed(x, drawn).neg_().sum().backward()  # a ReLU keeps where its result is positive
+        mine = gradients(dsts)
+        dsts.zero_grad()
+        dsts(x, drawn).neg().sum().backward()
+        assert same(mine, gradients(dsts))
+
+
+def test_autocast(graphs):
+    """Captured as the call is: in autocast's dtype, and in the module's without it."""
+    dsts = FusedDSTS(6, num_layers=2, num_neurons=3).eval()
+    x = torch.randn(SIZE)
+    graphed = dsts.graphed(x)
+    with torch.no_grad():
+        for enabled in (False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                assert torch.equal(graphed(x), dsts(x))
+    assert [phase.autocast for phase in graphed.phases] == [None, None, torch.bfloat16]
+
+
+def test_weights_in_place(graphs):
+    """Loaded, stepped or written in place they are seen; moved or put in place of others they are an error."""
+    dsts, x = module().eval(), features()
+    graphed = dsts.graphed(x)
+    dsts.load_state_dict(module().state_dict())
+    assert torch.equal(graphed(x), dsts(x))
+    wanted = r"module: its weights were moved or put in place of others since the capture; graphed\(sample\) again"
+    for change in (
+        lambda: dsts.load_state_dict(module().state_dict(), assign=True),
+        lambda: setattr(dsts.layers[1], "gate", nn.Parameter(dsts.layers[1].gate.clone())),
+        lambda: setattr(dsts.layers[0].norm, "running_var", dsts.layers[0].norm.running_var.clone()),
+        lambda: dsts.float().double(),
+    ):
+        graphed = dsts.graphed(x)
+        kept = list(dsts.state_dict().values())  # or memory comes back at the same place
+        change()
+        with pytest.raises(RuntimeError, match=wanted):
+            graphed(x)
+        assert kept
+
+
+def test_frozen_weights(graphs):
+    """A state of the same gates is taken in place; one of other gates is another module's."""
+    dsts = module().eval()
+    fast, x = dsts.freeze(), features()
+    graphed = fast.graphed(x)
+    with torch.no_grad():
+        dsts.layers[0].mixing.mul_(2)
+    fast.load_state_dict(dsts.freeze().state_dict())
+    assert torch.equal(graphed(x), fast(x))
+    with torch.no_grad():
+        dsts.layers[0].gate.neg_()
+    kept = [t for layer in fast.layers for t in layer.weights()]
+    fast.load_state_dict(dsts.freeze().state_dict())
+    with pytest.raises(RuntimeError, match="its weights were moved or put in place of others"):
+        graphed(x)
+    assert kept
+
+
+@pytest.mark.parametrize(
+    "name, value, of",
+    [
+        ("noise_std", 0.5, "layers.0"),
+        ("hard_fraction", 0.25, "layers.0"),
+        ("gumbel_tau", 2.0, "layers.1"),
+        ("activation", None, "layers.1"),
+        ("score_reduction", "mean", "layers.0"),
+        ("routing_gradient", "all", "layers.0"),
+        ("momentum", 0.5, "layers.1.norm"),
+        ("skip", False, ""),
+    ],
+)
+def test_changed_options(graphs, name, value, of):
+    """A number that the graph was captured with, changed afterwards."""
+    dsts, x = module(), features()
+    graphed = dsts.graphed(x)
+    part = dsts.get_submodule(of)
+    old = getattr(part, name)
+    setattr(part, name, value)
+    with pytest.raises(RuntimeError, match=rf"^{name}: got {value!r}, wanted {old!r}, which the graphs hold"):
+        graphed(x)
+    setattr(part, name, old)
+    graphed(x)
+
+
+CALLS = {
+    "shape": (lambda x: ((x[:3],), {}), r"x: got a tensor of shape \(3, 6, .*, wanted the sample's shape \(4, 6, 2, 3"),
+    "size": (lambda x: ((x[..., :2],), {}), r"x: got a tensor of shape \(4, 6, 2, 3, 2\), .* graphed\(sample\) again"),
+    "dtype": (lambda x: ((x.float(),), {}), r"x: got .*torch.float32, wanted the sample's shape .*, torch.float64"),
+    "device": (lambda x: ((x.to("meta"),), {}), "x: got a tensor on meta, wanted cpu, where the graphs are"),
+    "no-tensor": (lambda x: ((None,), {}), "x: got NoneType None, wanted the sample's shape"),
+    "routing": (
+        lambda x: ((x,), {"return_routing": True}),
+        "return_routing: got True, wanted False for graphs without",
+    ),
+    "draws": (lambda x: ((x, draws()), {}), "draws: got some for graphs that draw by themselves, wanted None"),
+}
+
+
+@pytest.mark.parametrize("call, match", CALLS.values(), ids=CALLS)
+def test_bad_calls(graphs, call, match):
+    dsts, x = module(), features()
+    graphed = dsts.graphed(x)
+    args, kwargs = call(x)
+    with pytest.raises(ValueError, match=match):
+        graphed(*args, **kwargs)
+
+
+def test_bad_draws(graphs):
+    """Draws of another shape, as the module says it."""
+    dsts, x = module(), features()
+    graphed = dsts.graphed(x, draws=draws())
+    with pytest.raises(ValueError, match=r"draws.noise: got .*, wanted shape \(2, 4, 6\)"):
+        graphed(x, draws()._replace(noise=torch.zeros(2, 3, 6, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"draws.gumbel: got .*, wanted shape \(2, 4, 3\)"):
+        dsts.graphed(x, draws=draws()._replace(gumbel=torch.zeros(2, 4, 5, dtype=torch.float64)))
+
+
+SAMPLES = {
+    "four-dimensions": (lambda x: x[0], ValueError, "sample: got .*, wanted 5 dimensions"),
+    "channels": (lambda x: x[:, :5], ValueError, "sample: got .*, wanted 6 channels in dimension 1"),
+    "empty": (lambda x: x[:0], ValueError, r"sample: got .*\(0, 6, .*, wanted a batch of at least 1"),
+    "dtype": (lambda x: x.float(), TypeError, "sample: got .*float32, wanted torch.float64, the module's dtype"),
+    "device": (lambda x: x.to("meta"), ValueError, "sample: got a tensor on meta, wanted cpu, where the module is"),
+    "no-tensor": (lambda x: None, TypeError, "sample: got NoneType None, wanted a floating tensor"),
+}
+
+
+@pytest.mark.parametrize("change, error, match", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
+def test_bad_samples(graphs, change, error, match, frozen):
+    dsts = module().eval()
+    with pytest.raises(error, match=match):
+        (dsts.freeze() if frozen else dsts).graphed(change(features()))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
+def test_on_a_cpu(frozen):
+    """Nothing stood in for: there are no CUDA graphs here."""
+    dsts = module().eval()
+    with pytest.raises(RuntimeError, match=r"graphed\(sample\): got a module on cpu, wanted one on a CUDA device"):
+        (dsts.freeze() if frozen else dsts).graphed(features())
+
+
+def test_backend_that_waits(graphs, monkeypatch):
+    """Plain PyTorch asks the device how samples group: no graph holds that."""
+    monkeypatch.undo()
+    monkeypatch.setattr("dsts_kernels.graphed.no_graphs", lambda device: None)
+    with pytest.raises(RuntimeError, match=r"graphed\(sample\): got the backend 'eager', which waits for the device"):
+        module(backend="eager").graphed(features())
+
+
+def test_hooks(graphs):
+    """A hook on a layer would be called at the capture alone; one on the module is called by the module."""
+    dsts, x = module(), features()
+    with RoutingMonitor(dsts):
+        with pytest.raises(RuntimeError, match=r"graphed\(sample\): got hooks on 'layers.0', which graphs would not"):
+            dsts.graphed(x)
+    seen = []
+    dsts.register_forward_hook(lambda *args: seen.append(args))
+    dsts.forward = dsts.graphed(x)
+    dsts(x)
+    assert len(seen) == 1
+
+
+def test_momentum_of_none(graphs):
+    dsts = module()
+    dsts.layers[1].norm.momentum = None
+    with pytest.raises(RuntimeError, match=r"got layers.1.norm with momentum None, .*, wanted a number"):
+        dsts.graphed(features())
+    dsts.eval().graphed(features())
+
+
+def test_neither_copied_nor_compiled(graphs):
+    """Graphs are of this process: a copy says what to do, and so does torch.compile."""
+    dsts, x = module().eval(), features()
+    dsts.forward = dsts.graphed(x)
+    with pytest.raises(TypeError, match="graphed: got a copy or a pickle of CUDA graphs, wanted the module: del"):
+        copy.deepcopy(dsts)
+    with pytest.raises(Exception, match="mode='reduce-overhead' makes CUDA graphs of its own"):
+        torch.compile(dsts.forward, backend="eager", fullgraph=True)(x)
