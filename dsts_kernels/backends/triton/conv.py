@@ -33,7 +33,7 @@ from .common import (
     tap_shift,
 )
 from .epilogue import add_boxes, epilogue, fixup, part_of, write_sums
-from .schedule import block_counts, iteration_ranges, shared_iterations, tile_of
+from .schedule import block_counts, dealt_waves, iteration_ranges, shared_iterations, tile_of
 from .tuning import ConvGrid
 
 
@@ -152,6 +152,7 @@ def conv_kernel(
     BATCH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     MIN_K_BLOCKS: tl.constexpr,
+    IDLE_PERCENT: tl.constexpr,
     BOX: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -171,6 +172,10 @@ def conv_kernel(
 
     # Its tile of every whole wave, then the tiles its range reaches into. Which they are is worked out anew for each:
     # kept, the vectors would take registers from the loop.
+    waves = dealt_waves(
+        plan, batch, per_sample, waves, programs, width,
+        UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, IDLE_PERCENT, BK,
+    )  # fmt: skip
     starts, stops = iteration_ranges(
         plan, batch, per_sample, waves, programs, width,
         UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, PROGRAMS, MIN_K_BLOCKS, BK,
@@ -182,7 +187,8 @@ def conv_kernel(
     stop = tl.sum(tl.where(tl.arange(0, PROGRAMS) == pid, stops, 0), 0)
     tile_first, _ = tile_of(begin, lengths, first, iterations, until, batch, BATCH)
     tile_last, _ = tile_of(stop - 1, lengths, first, iterations, until, batch, BATCH)
-    work_tiles = waves + tl.where(stop > begin, tile_last - tile_first + 1, 0)
+    dealt = tl.minimum(waves, tl.cdiv(batch * per_sample - pid, programs))  # none of a last wave that ends before it
+    work_tiles = dealt + tl.where(stop > begin, tile_last - tile_first + 1, 0)
     for work_tile in range(0, work_tiles):
         whole = work_tile < waves
         lengths, first, iterations, until = shared_iterations(
@@ -343,6 +349,7 @@ def conv(
         BATCH=grids.next_power(b),
         PROGRAMS=grids.next_power(ctas),
         MIN_K_BLOCKS=grids.MIN_K_BLOCKS,
+        IDLE_PERCENT=grids.idle_percent(),
         BOX=box,
         BN=tile.n,
         BK=tile.k,
