@@ -204,10 +204,10 @@ def run_training_layer(launch, case: Case) -> None:
     spatial, temporal, mixing = half(n, c, c, 1, 3, 3), half(n, c, c, 3, 1, 1), half(n, c, c, 1, 1, 1)
     launch.tap_sums(x, 1)
     launch.semhash_gate(logits, neuron, noise, hard)
-    launch.gated_conv3d(x, gate, neuron, spatial, temporal)
+    _, kept = launch.gated_conv3d_keeping(x, gate, neuron, spatial, temporal, [True] * 5)
     launch.mixing_conv3d(x, neuron, mixing)
     launch.mixing_conv3d_backward(x, x, neuron, mixing, [True, True])
-    launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4)
+    launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4, kept)
     launch.semhash_gate_backward(gate, logits, neuron, noise)
 
 
