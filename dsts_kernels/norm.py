@@ -48,8 +48,11 @@ def is_plain(norm: nn.Module) -> bool:
 
 
 def lies_flat(z: Tensor) -> bool:
-    """Whether ``z (B, O, T, H, W)`` is dense and channels-last, so that its flat view is channels-last too."""
-    return z.is_contiguous(memory_format=torch.channels_last_3d)
+    """Whether ``z (B, O, T, H, W)`` is dense and channels-last, so that its flat view is channels-last too.
+
+    Not a batch of one, whose stride a view would make up: see ``ops.routing_weight.identity``.
+    """
+    return z.shape[0] > 1 and z.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def flat_batch_norm(norm: nn.BatchNorm3d, z: Tensor) -> Tensor:

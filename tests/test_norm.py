@@ -16,7 +16,6 @@ from dsts_kernels.testing import assert_close
 
 SHAPES = {
     "any": (3, 12, 2, 5, 3),
-    "one": (1, 12, 4, 7, 7),
     "frame": (2, 8, 1, 3, 4),
     "row": (2, 8, 3, 1, 4),
     "column": (2, 8, 3, 4, 1),
@@ -97,7 +96,7 @@ def test_flat_is_the_same(shape, settings, dtype):
 def test_the_view_is_what_torch_looks_for(shape):
     """Features as they come get general kernels, their flat view the channels-last ones; and nothing is copied."""
     z = channels_last(torch.randn(shape))
-    assert norms.lies_flat(z)
+    assert norms.lies_flat(z) and not norms.lies_flat(z[:1])
     flat = z.flatten(2, 3)
     assert flat.data_ptr() == z.data_ptr() and flat.unflatten(2, z.shape[2:4]).stride() == z.stride()
     assert kernel_of(flat) == "channels-last" or flat.is_contiguous()
@@ -218,8 +217,9 @@ def test_only_on_torch_kernels():
 
 
 def test_features_that_do_not_lie_so(on_torch_kernels):
-    """Channels-first features are normalised as they are."""
+    """Channels-first features, some that lie apart, and a batch of one are normalised as they are."""
     norm = nn.BatchNorm3d(12)
     norms.normalize(norm, torch.randn(2, 12, 3, 4, 5))
     norms.normalize(norm, channels_last(torch.randn(2, 12, 3, 4, 10))[..., ::2])
-    assert [z.dim() for z, _ in on_torch_kernels] == [5, 5]
+    norms.normalize(norm, channels_last(torch.randn(1, 12, 3, 4, 5)))
+    assert [z.dim() for z, _ in on_torch_kernels] == [5, 5, 5]

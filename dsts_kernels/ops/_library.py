@@ -260,8 +260,9 @@ def _keeping(forward: Callable, derivative: Derivative, keeps: bool = False) -> 
     """
 
     def forward_and_keep(ctx, *args):
-        output = forward(*args, needs=ctx.needs_input_grad) if keeps else forward(*args)
-        output, *kept = output if type(output) is tuple else (output,)
+        output, kept = forward(*args, needs=ctx.needs_input_grad) if keeps else forward(*args), ()
+        if keeps and type(output) is tuple:
+            output, *kept = output
         if type(output) is Tensor and output._is_view():  # or nobody could change it in place
             output = output.data
         derivative.setup_context(ctx, args, output, *kept)
