@@ -1,4 +1,4 @@
-"""A layer's norm on features that lie channels-last: the same BatchNorm, by torch's faster kernels where they are found.
+"""A layer's norm on features that lie channels-last: the same BatchNorm, by kernels of torch's that are faster.
 
 torch chooses a BatchNorm kernel for CUDA by memory format, and looks for four-dimensional channels-last only
 (``batch_norm_choose_impl`` in ``aten/src/ATen/native/cuda/Normalization.cu``): features of five dimensions get

@@ -1,4 +1,4 @@
-"""A layer's norm on a flat view of its features: the same numbers, for BatchNorm that nobody watches, and its layout."""
+"""A layer's norm on a flat view of its features: the same numbers, for BatchNorm that nobody watches; its layout."""
 
 from __future__ import annotations
 
@@ -205,7 +205,9 @@ def test_converted_to_synchronised(on_torch_kernels):
     dsts = FusedDSTS(24, num_layers=2, num_neurons=3)
     dsts(torch.randn(4, 24, 2, 5, 3))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(dsts)
-    assert all(type(layer.norm) is nn.SyncBatchNorm and int(layer.norm.num_batches_tracked) == 1 for layer in converted.layers)
+    assert all(
+        type(layer.norm) is nn.SyncBatchNorm and int(layer.norm.num_batches_tracked) == 1 for layer in converted.layers
+    )
     before = len(on_torch_kernels)
     converted.eval()(torch.randn(4, 24, 2, 5, 3))
     assert [z.dim() for z, _ in on_torch_kernels[before:]] == [5, 5]

@@ -236,7 +236,9 @@ def _register_autograd(
         return seen.apply(*args) if tracked(tensors(args)) else below(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
-    plain = type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative, derivative.keeps)})
+    plain = type(
+        f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative, derivative.keeps)}
+    )
     return plain, transformed
 
 

@@ -163,7 +163,7 @@ def idle_percent() -> int:
 
 
 def dealt_waves(steps: Sequence[int], per_sample: int, num_ctas: int, idle: int | None = None) -> int:
-    """Waves of tiles that CTAs compute alone: all of them where CTAs then end nearly together, so that nothing is shared.
+    """Waves of tiles that CTAs compute alone: all, so that nothing is shared, where CTAs then end nearly together.
 
     Only the device knows how long a sample's list is, so kernels decide, all CTAs alike: triton/schedule.py and
     csrc/cuda/schedule.h. Where all tiles are alike, "nearly" says how full the last wave is.

@@ -1,10 +1,12 @@
 """Who computes what: tiles dealt in whole waves, and the iterations of the rest cut into even ranges (stream-K).
 
-Where all tiles in waves keep programs busy nearly as long, nothing is shared (:func:`dealt_waves`). Else samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each persistent program takes
-one tile of every whole wave; what the waves leave over is cut into one contiguous range of iterations a program, the
-shorter the longer its waves were. :func:`dsts_kernels.backends.gpu.grids.iteration_ranges` says which; here the same is
-worked out from the plan on the device, alike in every program, so nothing depends on timing. (Stream-K: Osama et al.,
-PPoPP 2023; the weights are ours.)
+Where whole waves alone keep programs busy nearly as long, nothing is shared (:func:`dealt_waves`). Samples differ
+in how many K blocks their tiles have, since their neurons' lists differ. Each persistent program takes one tile of
+every whole wave; what the waves leave over is cut into one contiguous range of iterations a program, the shorter the
+longer its waves were. :func:`dsts_kernels.backends.gpu.grids.dealt_waves` and
+:func:`~dsts_kernels.backends.gpu.grids.iteration_ranges` say which; here the same is worked out from the plan on the
+device, alike in every program, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are
+ours.)
 """
 
 from __future__ import annotations

@@ -111,9 +111,7 @@ def kept_bytes(inputs: list[Tensor]) -> int:
 
 def test_memory(inputs):
     """Filters are kept where a data gradient needs them, and only while they are asked for."""
-    filters = KERNELS.pack_filters(
-        list(inputs[3:]), KERNELS.group_samples(inputs[2], 3).neuron_of, torch.float32, True
-    )
+    filters = KERNELS.pack_filters(list(inputs[3:]), KERNELS.group_samples(inputs[2], 3).neuron_of, torch.float32, True)
     size, lists = filters.numel() * 4, 3 * (24 + 6) * 4 + (3 + 3 + 3 + 6 + 3) * 4
     assert kept_bytes(inputs) == size + lists
     with switches.switched(keep_filters=False):
