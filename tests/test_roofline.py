@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.compiled import ahead
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu import grids, switches
 from dsts_kernels.backends.gpu.grids import deal
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import load
@@ -119,6 +120,20 @@ def test_deal_by_hand():
     assert deal([8, 8, 8], 1, 2) == (12, 2, 2, 2, 0)
     assert deal([8] * 4, 1, 2) == (16, 2, 0, 0, 0)
     assert deal([5], 1, 4) == (5, 1, 0, 0, 3), "a range of fewer than eight K blocks costs more than it saves"
+
+
+def test_when_tiles_are_shared():
+    """TPN at batch 8 on an H100, 512 tiles: 3.88 waves of equal tiles are dealt whole. Lists that differ decide anew."""
+    assert deal([102] * 8, 64, 132) == (4 * 102, 4, 0, 0, 0)
+    assert deal([102] * 8, 64, 132, grids.ALWAYS_SHARE).parts > 0
+    assert deal([192, 96] * 4, 64, 132).parts > 0, "a full last wave leaves a program 38% above the mean"
+    assert deal([192] * 4 + [96] * 4, 64, 132).parts == 0
+    tiles = range(1, 200)
+    shared = {deal([100], count, 100).parts > 0 for count in tiles if count % 100 and count % 100 < 85}
+    whole = {deal([100], count, 100).parts > 0 for count in tiles if not 0 < count % 100 < 85}
+    assert shared == {True} and whole == {False}
+    with switches.switched(whole_waves=False):
+        assert deal([102] * 8, 64, 132).parts > 0
 
 
 def test_gather_bytes():
