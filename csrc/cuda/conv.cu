@@ -38,7 +38,7 @@ struct ConvSmem {
   int64 shifts[kMaxTaps];
   WorkTile tile;
   int answer;  // that one thread gives all others
-  int waves;   // that are dealt
+  int waves;   // of the CTA's own tiles
 };
 static_assert(sizeof(ConvSmem) == kConvSmemBytes);
 
@@ -257,8 +257,6 @@ __device__ __forceinline__ bool next_work_tile(const ConvParams& p, const Schedu
     if (tile->range_start >= tile->range_end) return false;
     const int i = schedule.tile_of(tile->range_start);
     number = waves * p.num_ctas + i, start = schedule.tile_start(i);
-  } else if (number >= p.batch * schedule.per_sample) {
-    return false;  // a last wave that is not full
   }
   const int b = number / schedule.per_sample, in_sample = number - b * schedule.per_sample;
   tile->b = b, tile->index = in_sample / across, tile->tiles = schedule.per_sample / across,
@@ -308,7 +306,8 @@ __device__ void conv_body(const ConvParams& p) {
       p.batch * per_sample, p.idle_percent, reinterpret_cast<int*>(&storage + 1));
 
   if (threadIdx.x == 0) {
-    tile.count = 0, storage.waves = waves;
+    tile.count = 0;  // a last wave that is not full ends before some CTAs; then nothing is shared
+    storage.waves = min(waves, ceil_div(p.batch * per_sample - static_cast<int>(blockIdx.x), p.num_ctas));
     tile.range_start = schedule.starts[blockIdx.x], tile.range_end = schedule.starts[blockIdx.x + 1];
   }
 
