@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .module_base import NotScripted, check_input
+from .norm import normalize
 from .ops import _checks
 from .ops._library import listened
 from .options import LayerOptions, OptionKeywords, count, device_of, takes_options
@@ -129,10 +130,7 @@ class DSTSLayer(NotScripted):
         if self.training and scores.requires_grad:
             z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:
-            weight = getattr(self.norm, "weight", None)
-            if isinstance(weight, Tensor) and not weight.is_contiguous():
-                z = z.contiguous()  # BatchNorm on a CPU reads such a weight wrongly beside channels-last features
-            z = self.norm(z)
+            z = normalize(self.norm, z)
         if self.activation == "relu":
             z = F.relu(z, inplace=self._owns(z))  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.compiled import ahead
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
+from dsts_kernels.backends.gpu import grids, switches
 from dsts_kernels.backends.gpu.grids import deal
 from dsts_kernels.backends.packing import tile_channels
 from dsts_kernels.backends.triton import load
@@ -121,6 +122,20 @@ def test_deal_by_hand():
     assert deal([5], 1, 4) == (5, 1, 0, 0, 3), "a range of fewer than eight K blocks costs more than it saves"
 
 
+def test_when_tiles_are_shared():
+    """TPN, batch 8, on an H100, 512 tiles: 3.88 waves of equal tiles are dealt whole. Lists that differ decide anew."""
+    assert deal([102] * 8, 64, 132) == (4 * 102, 4, 0, 0, 0)
+    assert deal([102] * 8, 64, 132, grids.ALWAYS_SHARE).parts > 0
+    assert deal([192, 96] * 4, 64, 132).parts > 0, "a full last wave leaves a program 38% above the mean"
+    assert deal([192] * 4 + [96] * 4, 64, 132).parts == 0
+    tiles = range(1, 200)
+    shared = {deal([100], count, 100).parts > 0 for count in tiles if count % 100 and count % 100 < 85}
+    whole = {deal([100], count, 100).parts > 0 for count in tiles if not 0 < count % 100 < 85}
+    assert shared == {True} and whole == {False}
+    with switches.switched(whole_waves=False):
+        assert deal([102] * 8, 64, 132).parts > 0
+
+
 def test_gather_bytes():
     """The gather's bytes are those of its tensors, where L2 holds the features, all neurons chosen, no column idle."""
     case = Case(256, (4, 8, 8), batch=4, neurons=4, share=0.4)  # lists of 102 and 154: 2 and 3 blocks of 64
@@ -204,10 +219,10 @@ def run_training_layer(launch, case: Case) -> None:
     spatial, temporal, mixing = half(n, c, c, 1, 3, 3), half(n, c, c, 3, 1, 1), half(n, c, c, 1, 1, 1)
     gumbel, scoring, wide = meta(b, n), meta(n, c, 1), (meta(b, n), meta(b, c))
     launch.kernels.route(x, scoring, logits, noise, hard, gumbel, 1, 1.0, True)
-    launch.gated_conv3d(x, gate, neuron, spatial, temporal)
+    _, kept = launch.gated_conv3d_keeping(x, gate, neuron, spatial, temporal, [True] * 5)
     launch.mixing_conv3d(x, neuron, mixing)
     launch.mixing_conv3d_backward(x, x, neuron, mixing, [True, True])
-    launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4)
+    launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4, kept)
     gradients = meta(b, n), gate, meta(b)
     launch.kernels.route_backward(
         gradients, wide[0], gumbel, neuron, wide[1], scoring, logits, noise, 1, 1.0, (True, True, True)

@@ -145,6 +145,8 @@ void unpack_filters_call(Call& a) {
 void check_grid(const Call& a, const ConvParams& p) {
   if (p.num_ctas > kMaxCtas) a.fail("num_ctas is ", p.num_ctas, "; wanted at most ", kMaxCtas);
   if (p.waves < 0) a.fail("waves is ", p.waves, "; wanted 0 or more");
+  if (p.idle_percent < kAlwaysShare || p.idle_percent > 100)
+    a.fail("idle_percent is ", p.idle_percent, "; wanted ", kAlwaysShare, " to 100");
   const int64 tiles = static_cast<int64>(p.batch) * tiles_of(p.extent.positions) * tiles_of(p.outputs);
   const int64 rest = tiles - static_cast<int64>(p.waves) * p.num_ctas;
   if (rest < 1 || rest > 2 * p.num_ctas)
@@ -184,7 +186,8 @@ void conv_call(Call& a) {
     a.fail("sum_taps is ", p.sum_taps, "; wanted 0, 1 or ", kMaxSumTaps);
   if (p.sum_taps != 0 && !p.tile_sums) a.fail("tile_sums is null; wanted an address with sum_taps");
   if (p.sum_taps != 0 && !p.sums) a.fail("sums is null; wanted an address with sum_taps");
-  p.num_ctas = a.size("num_ctas"), p.waves = a.number("waves"), p.vector_out = a.flag("vector_out");
+  p.num_ctas = a.size("num_ctas"), p.waves = a.number("waves"), p.idle_percent = a.number("idle_percent");
+  p.vector_out = a.flag("vector_out");
   check_grid(a, p);
   const int dtype = a.dtype("dtype");
   const bool tf32 = a.flag("tf32");

@@ -38,6 +38,7 @@ struct ConvSmem {
   int64 shifts[kMaxTaps];
   WorkTile tile;
   int answer;  // that one thread gives all others
+  int waves;   // of the CTA's own tiles
 };
 static_assert(sizeof(ConvSmem) == kConvSmemBytes);
 
@@ -245,24 +246,24 @@ __device__ __forceinline__ int read_plan(const ConvParams& p, int b, WorkTile* t
   return reduction.spatial_blocks * p.spatial_taps + temporal_blocks * p.temporal_taps;
 }
 
-// This CTA's next tile: one of every wave, then those that its range of iterations reaches into. False after
-// the last.
+// This CTA's next tile: one of each of `waves`, then those that its range of iterations reaches into. False
+// after the last.
 template <int BLOCK>
-__device__ __forceinline__ bool next_work_tile(const ConvParams& p, const Schedule& schedule,
+__device__ __forceinline__ bool next_work_tile(const ConvParams& p, const Schedule& schedule, int waves,
                                                WorkTile* tile) {
   const int count = tile->count++, across = ceil_div(p.outputs, kTile);
   int number = blockIdx.x + count * p.num_ctas, start = 0;
-  if (count >= p.waves) {
+  if (count >= waves) {
     if (tile->range_start >= tile->range_end) return false;
     const int i = schedule.tile_of(tile->range_start);
-    number = p.waves * p.num_ctas + i, start = schedule.tile_start(i);
+    number = waves * p.num_ctas + i, start = schedule.tile_start(i);
   }
   const int b = number / schedule.per_sample, in_sample = number - b * schedule.per_sample;
   tile->b = b, tile->index = in_sample / across, tile->tiles = schedule.per_sample / across,
   tile->start = start;
   tile->p0 = tile->index * kTile, tile->o0 = (in_sample - tile->index * across) * kTile;
   tile->length = read_plan<BLOCK>(p, b, tile);
-  if (count < p.waves) {
+  if (count < waves) {
     tile->from = 0, tile->to = tile->length;
   } else {
     tile->from = tile->range_start - start, tile->to = min(tile->range_end - start, tile->length);
@@ -296,23 +297,24 @@ __device__ void conv_body(const ConvParams& p) {
   in.fill(storage.shifts);
   const int per_sample = ceil_div(p.extent.positions, kTile) * ceil_div(p.outputs, kTile);
   Schedule schedule = {p.num_ctas, p.waves, per_sample, 0, nullptr, nullptr};
-  schedule.build<Mma::kThreads>(
+  const int waves = schedule.build<Mma::kThreads>(
       [&](int b) {
         return p.plan ? plan_at(p.plan, b).spatial_blocks * p.spatial_taps +
                             plan_at(p.plan, b).temporal_blocks * p.temporal_taps
                       : ceil_div(p.width, kBlock) * p.spatial_taps;
       },
-      p.batch * per_sample, reinterpret_cast<int*>(&storage + 1));
+      p.batch * per_sample, p.idle_percent, reinterpret_cast<int*>(&storage + 1));
 
   if (threadIdx.x == 0) {
-    tile.count = 0;
+    tile.count = 0;  // a last wave that is not full ends before some CTAs; then nothing is shared
+    storage.waves = min(waves, ceil_div(p.batch * per_sample - static_cast<int>(blockIdx.x), p.num_ctas));
     tile.range_start = schedule.starts[blockIdx.x], tile.range_end = schedule.starts[blockIdx.x + 1];
   }
 
   Mma mma;
   while (true) {
     __syncthreads();  // all are done with the tile before
-    if (threadIdx.x == 0) storage.answer = next_work_tile<kBlock>(p, schedule, &tile);
+    if (threadIdx.x == 0) storage.answer = next_work_tile<kBlock>(p, schedule, storage.waves, &tile);
     __syncthreads();
     if (!storage.answer) return;
     Operands operands(in, tile.reduction, tile.b, tile.p0, tile.o0, nullptr);

@@ -167,7 +167,8 @@ struct ConvParams {
   // Of the spatial operator, or of a mixing kernel in its place; the temporal one is 3x1x1 or absent.
   int kt, kh, kw, spatial_taps, temporal_taps, sign;
   int index_64, packed, relu, sum_taps;
-  int num_ctas, waves, vector_out;  // vector: 16 bytes at a time
+  int num_ctas, waves, idle_percent;  // see schedule.h
+  int vector_out;                     // 16 bytes at a time
 };
 
 struct DataGradientParams {

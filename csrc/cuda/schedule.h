@@ -1,7 +1,8 @@
 // Which CTA computes what: tiles dealt in whole waves, the iterations of the rest split evenly (stream-K).
 //
 // Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each of `num_ctas`
-// persistent CTAs takes one tile of every wave; what the waves leave, fewer than two tiles a CTA, is cut into
+// persistent CTAs takes one tile of every wave. Where they then end nearly together nothing is shared
+// (dealt_waves). Else the last whole wave is not dealt: what is left, fewer than two tiles a CTA, is cut into
 // one contiguous range of iterations a CTA, the shorter the longer its waves were. Every CTA works it out
 // alike, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are ours.)
 // iteration_ranges of dsts_kernels/backends/gpu/grids.py is the same; tests hold one to the other.
@@ -36,13 +37,42 @@ struct Schedule {
   int* starts;  // [num_ctas + 1], shared: where each CTA's range of the split tiles' iterations starts
   int* ends;    // [2 * num_ctas], shared: where each split tile's iterations end
 
-  // `length` gives the iterations of a sample's tiles. All threads; `memory`: schedule_bytes, shared.
+  // All waves where CTAs then end nearly together, the busiest at most `idle_percent` of a mean tile above
+  // the mean; else `waves`, and always where `idle_percent` is negative.
   template <int THREADS, class Length>
-  __device__ void build(const Length& length, int tiles, int* memory) {
+  __device__ int dealt_waves(const Length& length, int tiles, int idle_percent, int* scratch) const {
+    if (idle_percent < 0) return waves;
+    for (int q = threadIdx.x; q < num_ctas; q += THREADS) {
+      int dealt = 0;
+      for (int tile = q; tile < tiles; tile += num_ctas) dealt += length(tile / per_sample);
+      ends[q] = dealt;
+    }
+    scan<THREADS>(ends, num_ctas, scratch);
+    const int64 total = ends[num_ctas - 1], idle = total * idle_percent * num_ctas / (int64{100} * tiles);
+    const int64 allowed = (total + idle) / num_ctas;
+    int* above = starts;
+    for (int q = threadIdx.x; q < num_ctas; q += THREADS)
+      above[q] = ends[q] - (q ? ends[q - 1] : 0) > allowed;
+    scan<THREADS>(above, num_ctas, scratch);
+    const int dealt = above[num_ctas - 1] ? waves : ceil_div(tiles, num_ctas);
+    __syncthreads();
+    return dealt;
+  }
+
+  // `length` gives the iterations of a sample's tiles. All threads; `memory`: schedule_bytes, shared. Returns
+  // the waves that are dealt: kept here, they would take a register from the loop.
+  template <int THREADS, class Length>
+  __device__ int build(const Length& length, int tiles, int idle_percent, int* memory) {
     static_assert(kMaxCtas <= kCtasPerThread * THREADS, "threads look after all CTAs");
     ends = memory, starts = ends + 2 * num_ctas;
     int* scratch = starts + num_ctas + 1;
+    const int waves = dealt_waves<THREADS>(length, tiles, idle_percent, scratch);
     split_tiles = tiles - waves * num_ctas;
+    if (split_tiles <= 0) {
+      for (int q = threadIdx.x; q <= num_ctas; q += THREADS) starts[q] = 0;
+      __syncthreads();
+      return waves;
+    }
     for (int i = threadIdx.x; i < split_tiles; i += THREADS)
       ends[i] = length((waves * num_ctas + i) / per_sample);
     scan<THREADS>(ends, split_tiles, scratch);
@@ -78,6 +108,7 @@ struct Schedule {
       weights[q] = static_cast<int>(static_cast<int64>(iterations) * weights[q] / total);
     if (threadIdx.x == 0) starts[0] = 0;
     __syncthreads();
+    return waves;
   }
 
   static constexpr int kCtasPerThread = 8;  // that a thread looks after at most

@@ -20,6 +20,8 @@ constexpr int kSpatialTaps = 9, kTemporalTaps = 3;  // of the two operators, 1x3
 constexpr int kMaxTaps = kSpatialTaps + kTemporalTaps;
 constexpr int kMinKBlocks = 8;  // that a CTA of a split tile takes at least
 constexpr int kMaxCtas = 1024;  // of a convolution
+// Percent of a mean tile that the busiest CTA may have above the mean before tiles are shared; or always.
+constexpr int kIdlePercent = 15, kAlwaysShare = -1;
 
 constexpr int kGatherPositions = 64;  // that a gathering CTA takes at a time, at most
 constexpr int kGatherBytes = 16384;   // of positions with all their channels that it holds

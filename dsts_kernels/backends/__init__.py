@@ -188,7 +188,7 @@ def choose(
     known = _chosen.get((op, device, dtype, name))
     if known is None:
         known = _chosen[op, device, dtype, name] = _choose(op, device, dtype, name, source)
-    return known
+    return known if name is not None else _faster(known, op, device, dtype, size)
 
 
 # What was chosen on GPUs, which stay as they are: every op asks, and no kernel starts meanwhile.
@@ -205,7 +205,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, name: str | None,
         return backend
     for backend in BACKENDS.values():
         if backend.why_not(op, device, dtype) is None:
-            return _faster(backend, op, device, dtype, size)
+            return backend
     raise RuntimeError(explain(op, device, dtype))
 
 

@@ -7,6 +7,7 @@ channels-last (``torch.channels_last_3d``) unless said otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,8 +109,13 @@ class Backend(ABC):
         spatial: Tensor,
         temporal: Tensor,
         needs: list[bool],
+        kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of ``x, gate, spatial, temporal``, each ``None`` where ``needs`` says so."""
+        """Gradients of ``x, gate, spatial, temporal``, each ``None`` where ``needs`` says so.
+
+        ``kept`` is what the forward pass handed on, of this or of another backend, or nothing: a backend that has a
+        method ``gated_conv3d_keeping`` returns it beside the output.
+        """
 
     @abstractmethod
     def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Samples are grouped by their neuron (:mod:`.groups`); each group is one call of 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class GroupedBackend(Backend, Passes):
         spatial: Tensor,
         temporal: Tensor,
         needs: list[bool],
+        kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_gate, need_spatial, need_temporal = needs
         dx = torch.empty_like(x) if need_x else None

@@ -30,8 +30,9 @@ NO_DERIVATIVE = "NoDerivative"  # how autograd's nodes of ops without one are ca
 class Derivative(NamedTuple):
     """The derivative of an op: what its forward pass keeps, and what its backward pass does with it."""
 
-    setup_context: Callable[[Any, tuple, Any], None]  # (ctx, inputs, output)
+    setup_context: Callable[..., None]  # (ctx, inputs, output), and `kept` where it keeps
     backward: Callable[..., tuple]  # (ctx, *gradients), one gradient or None for every input
+    keeps: bool = False  # backends with a method `<op>_keeping` hand on what they worked out
 
 
 def _quiet() -> frozenset[int]:
@@ -142,21 +143,24 @@ def define(
     names = _tensor_arguments(schema)
     assert set(strided) <= set(names), (strided, names)
     dense = tuple(i for name, i in names.items() if name not in strided)
-    count = len(_arguments(schema))
+    count, method = len(_arguments(schema)), f"{name}_keeping"
 
-    def run(*args):
+    def run(*args, **keeping):
         for i in dense:  # native code reads plain memory
             if args[i] is not None and not args[i].is_contiguous():
                 args = (*args[:i], args[i].contiguous(), *args[i + 1 :])
         call = implementation
         if call is None:
             *args, backend = args if len(args) == count else (*args, None)
-            call = getattr(choose(name, args[0].device, args[0].dtype, backend, args[0].shape), name)
+            chosen = choose(name, args[0].device, args[0].dtype, backend, args[0].shape)
+            call = getattr(chosen, method, None) if keeping else None
+            if call is None:
+                call, keeping = getattr(chosen, name), {}
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):
-                return call(*args)
-        return call(*args)
+                return call(*args, **keeping)
+        return call(*args, **keeping)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")
@@ -233,7 +237,9 @@ def _register_autograd(
         return seen.apply(*args) if tracked(tensors(args)) else below(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
-    plain = type(f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative)})
+    plain = type(
+        f"{kind}_{name}", (torch.autograd.Function,), {**steps, "forward": _keeping(run, derivative, derivative.keeps)}
+    )
     return plain, transformed
 
 
@@ -249,14 +255,20 @@ def _refused(name: str) -> Derivative:
     return Derivative(lambda ctx, inputs, output: None, backward)
 
 
-def _keeping(forward: Callable, derivative: Derivative) -> staticmethod:
-    """A ``forward(ctx, ...)``, which costs half as much a call as a ``setup_context`` of its own."""
+def _keeping(forward: Callable, derivative: Derivative, keeps: bool = False) -> staticmethod:
+    """A ``forward(ctx, ...)``, which costs half as much a call as a ``setup_context`` of its own.
+
+    With ``keeps`` the forward pass hands on what it worked out besides. Through the dispatcher an op returns what its
+    schema says and no more, so there the backward pass works it out anew.
+    """
 
     def forward_and_keep(ctx, *args):
-        output = forward(*args)
+        output, kept = forward(*args, needs=ctx.needs_input_grad) if keeps else forward(*args), ()
+        if keeps and type(output) is tuple:
+            output, *kept = output
         if type(output) is Tensor and output._is_view():  # or nobody could change it in place
             output = output.data
-        derivative.setup_context(ctx, args, output)
+        derivative.setup_context(ctx, args, output, *kept)
         return output
 
     return staticmethod(forward_and_keep)

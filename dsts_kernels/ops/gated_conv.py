@@ -28,13 +28,14 @@ def _backward(
     temporal: Tensor,
     needs: list[bool],
     backend: str | None = None,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = choose("gated_conv3d", x.device, x.dtype, backend, x.shape).gated_conv3d_backward
-    found = run(grad, x, gate, neuron, spatial, temporal, needs)
+    found = run(grad, x, gate, neuron, spatial, temporal, needs, kept or [])
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
-def _backward_fake(grad, x, gate, neuron, spatial, temporal, needs, backend=None):
+def _backward_fake(grad, x, gate, neuron, spatial, temporal, needs, backend=None, kept=None):
     return (
         torch.empty_like(x) if needs[0] else x.new_empty(0),
         torch.empty_like(gate, memory_format=torch.contiguous_format) if needs[1] else x.new_empty(0),
@@ -56,7 +57,7 @@ def _flops(x, gate, neuron, spatial, temporal, backend=None, *, out_val) -> int:
     return 2 * (9 * to_spatial + 3 * to_temporal) * spatial.shape[1] * x.shape[2:].numel()
 
 
-def _backward_flops(grad, x, gate, neuron, spatial, temporal, needs, backend=None, *, out_val) -> int:
+def _backward_flops(grad, x, gate, neuron, spatial, temporal, needs, backend=None, kept=None, *, out_val) -> int:
     """Likewise; gates that train want the data gradient of every channel."""
     to_spatial, to_temporal = _listed(gate)
     taps = 9 * to_spatial * needs[2] + 3 * to_temporal * needs[3]
@@ -69,7 +70,7 @@ def _backward_flops(grad, x, gate, neuron, spatial, temporal, needs, backend=Non
 
 backward_op = define(
     "gated_conv3d_backward(Tensor grad, Tensor x, Tensor gate, Tensor neuron, Tensor spatial, Tensor temporal, "
-    "bool[] needs, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[] needs, str? backend=None, Tensor[]? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     strided=("grad", "x"),
@@ -77,14 +78,15 @@ backward_op = define(
 )
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx, inputs, output, kept=()):
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _gradients(ctx, grad):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
-    found = backward_op(grad, *ctx.saved_tensors, needs, ctx.backend)
+    x, gate, neuron, spatial, temporal, *kept = ctx.saved_tensors
+    found = backward_op(grad, x, gate, neuron, spatial, temporal, needs, ctx.backend, kept)
     dx, dgate, dspatial, dtemporal = (g if need else None for g, need in zip(found, needs, strict=True))
     return dx, dgate, None, dspatial, dtemporal, None
 
@@ -94,7 +96,7 @@ forward_op = define(
     None,
     _forward_fake,
     strided=("x",),
-    derivative=Derivative(_keep, _gradients),
+    derivative=Derivative(_keep, _gradients, keeps=True),
     flops=_flops,
 )
 

@@ -10,13 +10,14 @@ void bind(pybind11::module_& m) {
   using namespace pybind11::literals;
   m.def(
       "starts",
-      [](uintptr_t lengths, uintptr_t starts, int samples, int per_sample, int num_ctas, int waves,
-         int threads) {
+      [](uintptr_t lengths, uintptr_t starts, uintptr_t dealt, int samples, int per_sample, int num_ctas,
+         int waves, int idle_percent, int threads) {
         return schedule::starts(reinterpret_cast<const int*>(lengths), reinterpret_cast<int*>(starts),
-                                samples, per_sample, num_ctas, waves, threads);
+                                reinterpret_cast<int*>(dealt), samples, per_sample, num_ctas, waves,
+                                idle_percent, threads);
       },
-      pybind11::kw_only(), "lengths"_a, "starts"_a, "samples"_a, "per_sample"_a, "num_ctas"_a, "waves"_a,
-      "threads"_a);
+      pybind11::kw_only(), "lengths"_a, "starts"_a, "dealt"_a, "samples"_a, "per_sample"_a, "num_ctas"_a,
+      "waves"_a, "idle_percent"_a, "threads"_a);
 }
 
 }  // namespace dsts::cuda

@@ -106,6 +106,7 @@ ConvParams parameters(const bare::Layer& layer, const Launch& launch, const bare
   p.filter_pitch = bare::kBlock, p.kt = 1, p.kh = p.kw = 3, p.sign = 1;
   p.spatial_taps = dsts::cuda::kSpatialTaps, p.temporal_taps = dsts::cuda::kTemporalTaps;
   p.packed = p.relu = 1, p.num_ctas = grid.num_ctas, p.waves = grid.waves;
+  p.idle_percent = dsts::cuda::kIdlePercent;
   p.vector_out = layer.channels % (dsts::cuda::kVectorBytes / sizeof(bare::Half)) == 0;
   return p;
 }

@@ -93,6 +93,7 @@ def conv(
         sum_taps=sum_taps,
         num_ctas=grid.num_ctas,
         waves=grid.waves,
+        idle_percent=grids.idle_percent(),
         vector_out=vector_rows(out, epilogue.skip),
         dtype=DTYPE_CODES[out.dtype],
         tf32=uses_tf32(out),

@@ -9,29 +9,23 @@ from torch import Tensor
 
 from ..base import DTYPE_CODES
 from ..gpu import grids
-from ..gpu.lists import Groups
-from ..packing import tile_channels
+from ..gpu.lists import Lists
 from . import launch
-from .filters import pack_filters
 from .launch import address, padded, uses_tf32
-from .lists import list_channels
 
 
 def data_gradient(
     grad_ndhwc: Tensor,
     x: Tensor,
     gate: Tensor,
-    groups: Groups,
-    spatial: Tensor,
-    temporal: Tensor,
+    lists: Lists,
+    filters: Tensor,
     need_x: bool,
     need_gate: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     b, c, *size = x.shape
-    outputs, factors = spatial.shape[1], gate.float()
-    lists = list_channels(factors, groups, False, tile_channels(x.dtype))
-    filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
-    grad_ndhwc = padded(grad_ndhwc)
+    outputs, factors = grad_ndhwc.shape[-1], gate.float()
+    filters, grad_ndhwc = padded(filters), padded(grad_ndhwc)
     dx = torch.empty_like(x) if need_x else None
     if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both
         x = torch.empty_like(dx).copy_(x)

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..packing import tile_channels
-from . import features
+from . import features, switches
 from .kernels import Kernels
-from .lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, panel_width
+from .lists import READ_BY_SPATIAL, READ_BY_TEMPORAL, Groups, Lists, panel_width
 
 SPATIAL_TAPS, TAPS = 9, 12  # of the spatial operator, whose taps come first, and of both
+
+
+class Kept(NamedTuple):
+    """What a backward pass takes from its forward pass; autograd saves it as plain tensors.
+
+    Filters are a copy: ``12*C*O`` numbers for each slot, 201 MB a layer at the paper's size in half precision.
+    """
+
+    groups: Groups | None = None
+    lists: Lists | None = None  # of samples
+    filters: Tensor | None = None  # (S * 12, C, O), rows perhaps padded
+
+    def tensors(self, needs: Sequence[bool]) -> list[Tensor]:
+        """What a backward pass uses that computes gradients of ``needs`` (x, gate, neuron, spatial, temporal)."""
+        switch = switches.current()
+        if not (any(needs) and switch.keep_lists):
+            return []
+        filters = [self.filters] if switch.keep_filters and (needs[0] or needs[1]) else []
+        return [*self.groups, self.lists.order, self.lists.plans, *filters]
+
+    @classmethod
+    def read(cls, tensors: Sequence[Tensor]) -> Kept:
+        """Of what :meth:`tensors` gave."""
+        if not tensors:
+            return cls()
+        count = len(Groups._fields)
+        order, plans, *filters = tensors[count:]
+        return cls(Groups(*tensors[:count]), Lists(order, plans, None), *filters)
 
 
 class GatedConv:
@@ -19,10 +50,16 @@ class GatedConv:
     kernels: Kernels
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
+        return self.gated_conv3d_keeping(x, gate, neuron, spatial, temporal, ())[0]
+
+    def gated_conv3d_keeping(
+        self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The op, and what its backward pass is given as ``kept``; ``needs`` says which inputs want a gradient."""
         kernels, (neurons, outputs, channels) = self.kernels, spatial.shape[:3]
         out = features.empty_features(x, outputs)
         if not out.numel():
-            return out
+            return out, ()
         gate, neuron, block_k = gate.contiguous(), neuron.contiguous(), tile_channels(x.dtype)
         width = panel_width(channels, x.dtype, True)
         with features.on_device(x):
@@ -32,7 +69,7 @@ class GatedConv:
             filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
             grid = kernels.conv_grid(x, outputs, channels + block_k, TAPS, 0)
             kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)
-        return out
+        return out, Kept(groups, lists, filters).tensors(needs)
 
     def gated_conv3d_backward(
         self,
@@ -43,6 +80,7 @@ class GatedConv:
         spatial: Tensor,
         temporal: Tensor,
         needs: list[bool],
+        kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         kernels, (need_x, need_gate, need_spatial, need_temporal) = self.kernels, needs
         if not grad.numel():
@@ -50,10 +88,14 @@ class GatedConv:
             return tuple(torch.zeros_like(t) if need else None for t, need in inputs)
         gate, neuron, neurons = gate.contiguous(), neuron.contiguous(), spatial.shape[0]
         with features.on_device(x):
-            groups, grad_ndhwc = kernels.group_samples(neuron, neurons), features.as_ndhwc(grad)
+            groups, lists, filters = Kept.read(kept)
+            groups, grad_ndhwc = groups or kernels.group_samples(neuron, neurons), features.as_ndhwc(grad)
             dx = dgate = dspatial = dtemporal = None
             if need_x or need_gate:
-                dx, dgate = kernels.data_gradient(grad_ndhwc, x, gate, groups, spatial, temporal, need_x, need_gate)
+                lists = lists or kernels.list_channels(gate, groups, False, tile_channels(x.dtype))
+                if filters is None:
+                    filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+                dx, dgate = kernels.data_gradient(grad_ndhwc, x, gate, lists, filters, need_x, need_gate)
             if need_spatial or need_temporal:
                 wanted = spatial if need_spatial else None, temporal if need_temporal else None
                 dspatial, dtemporal = operator_gradients(

@@ -14,10 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from . import switches
+
 INT32 = 2**31 - 1
 
 TILE = 128  # positions, and outputs, of a tile of the CUDA C++ products
 MIN_K_BLOCKS = 8  # of a CTA that shares a tile: a shorter range costs more to add up than it saves
+# Percent of a mean tile that the busiest CTA may have above the mean before tiles are shared: 15 is a last wave that is
+# 85% full. Sharing costs about as much (docs/performance.md).
+IDLE_PERCENT, ALWAYS_SHARE = 15, -1
 MAX_CTAS = 1024  # of a persistent CUDA C++ kernel, whose schedule lies in shared memory
 GATHER_POSITIONS = 64  # of a CTA that gathers
 GATHER_BYTES = 16384  # of whole positions, all channels each, that a CTA of the CUDA C++ gather keeps in shared memory
@@ -113,7 +118,7 @@ class PersistentGrid(NamedTuple):
     """The grid of a persistent convolution, known before the plan is."""
 
     num_ctas: int
-    waves: int  # whole waves: tiles that each CTA computes alone; what they leave is shared out
+    waves: int  # of tiles that each CTA computes alone where what they leave is shared out
     arrival_counters: int  # integers, zero at the start: one a CTA, then one for every sample and column of tiles
 
 
@@ -122,8 +127,9 @@ def persistent_grid(
 ) -> PersistentGrid:
     """The grid of a convolution of ``batch`` samples of ``tiles``.
 
-    As many CTAs as run at once, but none gets fewer than :data:`MIN_K_BLOCKS` on average. The last whole wave is shared
-    out too: each CTA's range can then be as much shorter as its tiles of the waves were longer.
+    As many CTAs as run at once, but none gets fewer than :data:`MIN_K_BLOCKS` on average. Where tiles are shared
+    (:func:`dealt_waves`), the last whole wave is too: each CTA's range can then be as much shorter as its tiles of the
+    waves were longer.
 
     Args:
         k_blocks: of one tile, the most that a plan may give it.
@@ -147,11 +153,40 @@ def persistent_grid(
 
 
 def whole_waves(tiles: int, num_ctas: int) -> int:
-    """Waves of tiles that CTAs compute alone: all whole ones but the last."""
+    """Waves of tiles that CTAs compute alone where tiles are shared: all whole ones but the last."""
     return max(0, tiles // num_ctas - 1)
 
 
-def iteration_ranges(steps: Sequence[int], per_sample: int, num_ctas: int) -> list[tuple[int, int]]:
+def idle_percent() -> int:
+    """:data:`IDLE_PERCENT`, or :data:`ALWAYS_SHARE` where the switch ``whole_waves`` is off."""
+    return IDLE_PERCENT if switches.current().whole_waves else ALWAYS_SHARE
+
+
+def dealt_waves(steps: Sequence[int], per_sample: int, num_ctas: int, idle: int | None = None) -> int:
+    """Waves of tiles that CTAs compute alone: all, so that nothing is shared, where CTAs then end nearly together.
+
+    Only the device knows how long a sample's list is, so kernels decide, all CTAs alike: triton/schedule.py and
+    csrc/cuda/schedule.h. Where all tiles are alike, "nearly" says how full the last wave is.
+
+    Args:
+        steps: iterations (K blocks) in a tile of each sample.
+        per_sample: tiles of a sample.
+        idle: percent of a mean tile that the busiest CTA may have above the mean; ``None`` asks
+            :func:`idle_percent`.
+    """
+    idle, tiles = idle_percent() if idle is None else idle, len(steps) * per_sample
+    every = cdiv(tiles, num_ctas)
+    if idle != ALWAYS_SHARE:
+        total = sum(steps) * per_sample
+        allowed = (total + total * idle * num_ctas // (100 * tiles)) // num_ctas
+        if max(wave_iterations(steps, per_sample, num_ctas, every)) <= allowed:
+            return every
+    return whole_waves(tiles, num_ctas)
+
+
+def iteration_ranges(
+    steps: Sequence[int], per_sample: int, num_ctas: int, idle: int | None = None
+) -> list[tuple[int, int]]:
     """Stream-K: every CTA's range of the iterations that whole waves leave, ``start`` and ``stop``.
 
     The schedule of both persistent convolutions: triton/schedule.py and csrc/cuda/schedule.h work out the same on the
@@ -160,14 +195,13 @@ def iteration_ranges(steps: Sequence[int], per_sample: int, num_ctas: int) -> li
     range is shorter than :data:`MIN_K_BLOCKS`.
 
     Args:
-        steps: iterations (K blocks) in a tile of each sample.
-        per_sample: tiles of a sample.
+        steps, per_sample, idle: as for :func:`dealt_waves`.
     """
     tiles = len(steps) * per_sample
-    waves = whole_waves(tiles, num_ctas)
+    waves = dealt_waves(steps, per_sample, num_ctas, idle)
     shared = sum(steps[tile // per_sample] for tile in range(waves * num_ctas, tiles))
     if waves:
-        whole = wave_iterations(steps, per_sample, num_ctas)
+        whole = wave_iterations(steps, per_sample, num_ctas, waves)
         mean = (sum(whole) + shared) // num_ctas + 1
         weights = [max(mean - iterations, 0) for iterations in whole]
     else:
@@ -177,10 +211,10 @@ def iteration_ranges(steps: Sequence[int], per_sample: int, num_ctas: int) -> li
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-def wave_iterations(steps: Sequence[int], per_sample: int, num_ctas: int) -> list[int]:
-    """Iterations of every CTA's tiles of whole waves."""
-    waves = whole_waves(len(steps) * per_sample, num_ctas)
-    return [sum(steps[(q + i * num_ctas) // per_sample] for i in range(waves)) for q in range(num_ctas)]
+def wave_iterations(steps: Sequence[int], per_sample: int, num_ctas: int, waves: int) -> list[int]:
+    """Iterations of every CTA's tiles of so many waves, the last of which may not be full."""
+    end = min(waves * num_ctas, len(steps) * per_sample)
+    return [sum(steps[tile // per_sample] for tile in range(q, end, num_ctas)) for q in range(num_ctas)]
 
 
 class Deal(NamedTuple):
@@ -193,24 +227,25 @@ class Deal(NamedTuple):
     idle: int  # CTAs without work
 
 
-def deal(steps: Sequence[int], per_sample: int, num_ctas: int) -> Deal:
-    """How a convolution is dealt out, with ``steps`` K blocks in a tile of each sample, ``per_sample`` tiles."""
+def deal(steps: Sequence[int], per_sample: int, num_ctas: int, idle: int | None = None) -> Deal:
+    """How a convolution is dealt out: arguments as for :func:`dealt_waves`."""
     tiles = len(steps) * per_sample
-    waves = whole_waves(tiles, num_ctas)
+    waves = dealt_waves(steps, per_sample, num_ctas, idle)
     shared = (steps[tile // per_sample] for tile in range(waves * num_ctas, tiles))
     bounds = list(itertools.accumulate(shared, initial=0))  # of shared tiles, in iterations
-    longest, work_tiles, idle = 0, waves, 0
+    longest, work_tiles, unused = 0, waves, 0
     parts: Counter[int] = Counter()  # by shared tile
-    whole, ranges = wave_iterations(steps, per_sample, num_ctas), iteration_ranges(steps, per_sample, num_ctas)
+    whole = wave_iterations(steps, per_sample, num_ctas, waves)
+    ranges = iteration_ranges(steps, per_sample, num_ctas, idle)
     for iterations, (start, stop) in zip(whole, ranges, strict=True):
         longest = max(longest, iterations + stop - start)
         if start == stop:
-            idle += not waves
+            unused += not iterations
             continue
         first, last = bisect.bisect_right(bounds, start) - 1, bisect.bisect_left(bounds, stop) - 1
         work_tiles = max(work_tiles, waves + last - first + 1)
         parts.update({tile for tile in (first, last) if start > bounds[tile] or stop < bounds[tile + 1]})
-    return Deal(longest, work_tiles, sum(parts.values()), max(parts.values(), default=0), idle)
+    return Deal(longest, work_tiles, sum(parts.values()), max(parts.values(), default=0), unused)
 
 
 class GatherGrid(NamedTuple):

@@ -147,9 +147,8 @@ class Kernels(Protocol):
         grad_ndhwc: Tensor,  # (B, T, H, W, O)
         x: Tensor,  # (B, C, T, H, W)
         gate: Tensor,  # (B, C)
-        groups: Groups,
-        spatial: Tensor,  # (N, O, C, 1, 3, 3)
-        temporal: Tensor,  # (N, O, C, 3, 1, 1)
+        lists: Lists,  # of samples
+        filters: Tensor,  # (S * 12, C, O), rows perhaps padded
         need_x: bool,
         need_gate: bool,
     ) -> tuple[Tensor | None, Tensor | None]:

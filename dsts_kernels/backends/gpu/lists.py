@@ -45,7 +45,7 @@ class Lists(NamedTuple):
 
     order: Tensor  # (rows, C) int32
     plans: Tensor  # (rows, PLAN) int32
-    listed: Tensor  # (rows, C) int8, where rows are slots: READ_BY_SPATIAL, READ_BY_TEMPORAL or their sum
+    listed: Tensor | None  # (rows, C) int8, where rows are slots: READ_BY_SPATIAL, READ_BY_TEMPORAL or their sum
 
 
 def panel_width(channels: int, dtype: torch.dtype, scaled: bool) -> int:

@@ -34,7 +34,7 @@ from .common import (
 )
 from .epilogue import add_boxes, epilogue, fixup, part_of, write_sums
 from .gluon import plan as gluon
-from .schedule import block_counts, iteration_ranges, shared_iterations, tile_of
+from .schedule import block_counts, dealt_waves, iteration_ranges, shared_iterations, tile_of
 from .tuning import ConvGrid
 
 
@@ -153,6 +153,7 @@ def conv_kernel(
     BATCH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     MIN_K_BLOCKS: tl.constexpr,
+    IDLE_PERCENT: tl.constexpr,
     BOX: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -172,6 +173,10 @@ def conv_kernel(
 
     # Its tile of every whole wave, then the tiles its range reaches into. Which they are is worked out anew for each:
     # kept, the vectors would take registers from the loop.
+    waves = dealt_waves(
+        plan, batch, per_sample, waves, programs, width,
+        UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, IDLE_PERCENT, BK,
+    )  # fmt: skip
     starts, stops = iteration_ranges(
         plan, batch, per_sample, waves, programs, width,
         UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, PROGRAMS, MIN_K_BLOCKS, BK,
@@ -183,7 +188,8 @@ def conv_kernel(
     stop = tl.sum(tl.where(tl.arange(0, PROGRAMS) == pid, stops, 0), 0)
     tile_first, _ = tile_of(begin, lengths, first, iterations, until, batch, BATCH)
     tile_last, _ = tile_of(stop - 1, lengths, first, iterations, until, batch, BATCH)
-    work_tiles = waves + tl.where(stop > begin, tile_last - tile_first + 1, 0)
+    dealt = tl.minimum(waves, tl.cdiv(batch * per_sample - pid, programs))  # none of a last wave that ends before it
+    work_tiles = dealt + tl.where(stop > begin, tile_last - tile_first + 1, 0)
     for work_tile in range(0, work_tiles):
         whole = work_tile < waves
         lengths, first, iterations, until = shared_iterations(
@@ -313,6 +319,7 @@ def conv_launch(
     index_64: bool,
     precision: str,
     min_k_blocks: int,
+    idle_percent: int,
 ) -> launch.Launch:
     tile, ctas = grid.tile, grid.persistent.num_ctas
     return launch.Launch(
@@ -332,6 +339,7 @@ def conv_launch(
         BATCH=grids.next_power(shape[0]),
         PROGRAMS=grids.next_power(ctas),
         MIN_K_BLOCKS=min_k_blocks,
+        IDLE_PERCENT=idle_percent,
         BOX=grid.box,
         BN=tile.n,
         BK=tile.k,
@@ -374,7 +382,7 @@ def conv(
     one = conv_launch(
         out.shape, out.stride(), grid, (panel.shape[-1], k_channels, slots), form, (tma_panel, tma_filters), kernel,
         with_temporal, sign, epilogue.relu, 0 if sums is None else sums.shape[2],
-        features.needs_int64(out, panel), launch.precision(panel.dtype), grids.MIN_K_BLOCKS,
+        features.needs_int64(out, panel), launch.precision(panel.dtype), grids.MIN_K_BLOCKS, grids.idle_percent(),
     )  # fmt: skip
     tensors = x, f, order, plan, epilogue.bias, epilogue.skip, out, box_sums, sums, workspace, counters
     launch.start(conv_kernel, one, tensors)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..gpu import features, grids
 from ..gpu.grids import cdiv
-from ..gpu.lists import Groups
-from ..packing import tile_channels
+from ..gpu.lists import Lists
 from . import launch, tuning
 from .common import (
     Size,
@@ -29,8 +28,6 @@ from .common import (
     tap_shift,
 )
 from .epilogue import part_of
-from .filters import pack_filters
-from .lists import list_channels
 
 
 @triton.jit
@@ -205,17 +202,16 @@ def data_gradient(
     grad_ndhwc: Tensor,  # (B, T, H, W, O)
     x: Tensor,  # (B, C, T, H, W)
     gate: Tensor,  # (B, C)
-    groups: Groups,
-    spatial: Tensor,  # (N, O, C, 1, 3, 3)
-    temporal: Tensor,  # (N, O, C, 3, 1, 1)
+    lists: Lists,  # of samples
+    filters: Tensor,  # (S * 12, C, O), rows perhaps padded
     need_x: bool,
     need_gate: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``x`` and ``gate``, each ``None`` where it is not needed."""
     b, c, *size = x.shape
-    outputs = spatial.shape[1]
-    lists = list_channels(gate, groups, False, tile_channels(x.dtype))
-    filters = pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+    outputs = grad_ndhwc.shape[-1]
+    if filters.shape[-1] != outputs:  # from a forward pass of the cuda backend, which pads rows
+        filters = filters[..., :outputs].contiguous()
     tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c)
     box = grids.best_box(tile.m, *size)
     dx = torch.empty_like(x) if need_x else None

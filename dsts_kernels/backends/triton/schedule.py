@@ -1,10 +1,12 @@
 """Who computes what: tiles dealt in whole waves, and the iterations of the rest cut into even ranges (stream-K).
 
-Samples differ in how many K blocks their tiles have, since their neurons' lists differ. Each persistent program takes
-one tile of every whole wave; what the waves leave over is cut into one contiguous range of iterations a program, the
-shorter the longer its waves were. :func:`dsts_kernels.backends.gpu.grids.iteration_ranges` says which; here the same is
-worked out from the plan on the device, alike in every program, so nothing depends on timing. (Stream-K: Osama et al.,
-PPoPP 2023; the weights are ours.)
+Where whole waves alone keep programs busy nearly as long, nothing is shared (:func:`dealt_waves`). Samples differ
+in how many K blocks their tiles have, since their neurons' lists differ. Each persistent program takes one tile of
+every whole wave; what the waves leave over is cut into one contiguous range of iterations a program, the shorter the
+longer its waves were. :func:`dsts_kernels.backends.gpu.grids.dealt_waves` and
+:func:`~dsts_kernels.backends.gpu.grids.iteration_ranges` say which; here the same is worked out from the plan on the
+device, alike in every program, so nothing depends on timing. (Stream-K: Osama et al., PPoPP 2023; the weights are
+ours.)
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..gpu import grids
 from .common import plan_at
+
+ALWAYS_SHARE = tl.constexpr(grids.ALWAYS_SHARE)
 
 
 @triton.jit
@@ -60,6 +65,59 @@ def shared_iterations(
 
 
 @triton.jit
+def wave_iterations(
+    plan,  # [B, PLAN]
+    tiles,
+    per_sample,
+    waves,
+    programs,
+    width,
+    UNIFORM: tl.constexpr,
+    SPATIAL_TAPS: tl.constexpr,
+    TEMPORAL_TAPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Iterations of every program's tiles of so many waves: ``[PROGRAMS]`` int64."""
+    q = tl.arange(0, PROGRAMS)
+    whole = tl.zeros((PROGRAMS,), tl.int64)
+    for wave in range(0, waves):
+        tile = q + wave * programs
+        exists = (q < programs) & (tile < tiles)
+        spatial, temporal = block_counts(plan, tile // per_sample, exists, width, UNIFORM, BK)
+        whole += spatial * SPATIAL_TAPS + temporal * TEMPORAL_TAPS
+    return whole
+
+
+@triton.jit
+def dealt_waves(
+    plan,  # [B, PLAN]
+    batch,
+    per_sample,
+    waves,
+    programs,
+    width,
+    UNIFORM: tl.constexpr,
+    SPATIAL_TAPS: tl.constexpr,
+    TEMPORAL_TAPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    IDLE_PERCENT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """All waves, the last of which may not be full, where programs then end nearly together; else ``waves``."""
+    if IDLE_PERCENT != ALWAYS_SHARE:
+        tiles = batch * per_sample
+        every = tl.cdiv(tiles, programs)
+        whole = wave_iterations(
+            plan, tiles, per_sample, every, programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, BK
+        )
+        total = tl.sum(whole, 0)
+        allowed = (total + total * IDLE_PERCENT * programs // (100 * tiles.to(tl.int64))) // programs
+        waves = tl.where(tl.max(whole, 0) <= allowed, every, waves)
+    return waves
+
+
+@triton.jit
 def iteration_ranges(
     plan,  # [B, PLAN]
     batch,
@@ -89,12 +147,10 @@ def iteration_ranges(
         busy = tl.minimum(tl.maximum(shared // MIN_K_BLOCKS, 1), programs)
         weight = tl.where(q < busy, 1, 0).to(tl.int64)
     elif not UNIFORM:
-        whole = tl.zeros((PROGRAMS,), tl.int64)
-        for wave in range(0, waves):
-            spatial, temporal = block_counts(
-                plan, (q + wave * programs) // per_sample, q < programs, width, UNIFORM, BK
-            )
-            whole += spatial * SPATIAL_TAPS + temporal * TEMPORAL_TAPS
+        whole = wave_iterations(
+            plan, batch * per_sample, per_sample, waves, programs, width,
+            UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, BK,
+        )  # fmt: skip
         mean = (tl.sum(whole, 0) + shared) // programs + 1
         weight = tl.where(q < programs, tl.maximum(mean - whole, 0), 0)
     until = tl.cumsum(weight, 0)

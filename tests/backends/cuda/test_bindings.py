@@ -53,7 +53,8 @@ GOOD: dict[str, dict[str, Any]] = {
         panel=HERE, filters=HERE, order=0, plan=HERE, index=0, bias=0, skip=0, out=HERE, tile_sums=0, sums=0,
         workspace=HERE, arrival_counters=HERE, size=SIZE, out_strides=STRIDES, batch=1, width=1, pitch=4, k_channels=1,
         slots=1, outputs=1, filter_pitch=4, kernel=(1, 3, 3), with_temporal=True, sign=1, form="listed",
-        index_64=False, relu=False, sum_taps=0, num_ctas=1, waves=0, vector_out=False, dtype=0, tf32=False,
+        index_64=False, relu=False, sum_taps=0, num_ctas=1, waves=0, idle_percent=15, vector_out=False, dtype=0,
+        tf32=False,
     ),
     "data_gradient": dict(
         grad=HERE, filters=HERE, order=HERE, plans=HERE, gate=HERE, x=HERE, dx=HERE, dgate=0, size=SIZE,
@@ -132,6 +133,8 @@ BAD_CONVOLUTIONS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"batch": 3}, "0 waves of 1 CTAs leave 3 tiles over; wanted 1 to 2 a CTA"),
     ({"num_ctas": 1025}, "num_ctas is 1025; wanted at most 1024"),
     ({"waves": -1}, "waves is -1; wanted 0 or more"),
+    ({"idle_percent": -2}, "idle_percent is -2; wanted -1 to 100"),
+    ({"idle_percent": 101}, "idle_percent is 101; wanted -1 to 100"),
 )
 
 

@@ -31,24 +31,43 @@ def schedule() -> ModuleType:
 @pytest.mark.parametrize("threads", [128, 256])
 @pytest.mark.parametrize("num_ctas", [1, 3, 13, 160, 296, grids.MAX_CTAS])
 def test_iterations_are_dealt_as_grids_say(schedule, num_ctas, threads):
-    """Stream-K on the device: every CTA's range, with and without whole waves, with samples that have nothing."""
-    for samples, per_sample, longest in ((1, 1, 5), (2, 3, 400), (7, 4, 60), (23, 2, 1), (5, 700, 30)):
+    """On the device: waves, and every CTA's range, with and without whole waves, with samples that have nothing."""
+    ways = set()
+    cases = (1, 1, 5), (2, 3, 400), (7, 4, 60), (23, 2, 1), (5, 700, 30), (1, num_ctas, 9), (4, 3 * num_ctas, 99)
+    for samples, per_sample, longest in cases:
         lengths = torch.randint(longest + 1, (samples,), dtype=torch.int32)
         lengths[-1] = longest
-        waves = grids.whole_waves(samples * per_sample, num_ctas)
-        starts = torch.full((num_ctas + 1,), -1, dtype=torch.int32)
-        failed = schedule.starts(
-            lengths=lengths.data_ptr(),
-            starts=starts.data_ptr(),
-            samples=samples,
-            per_sample=per_sample,
-            num_ctas=num_ctas,
-            waves=waves,
-            threads=threads,
-        )
-        assert not failed
-        ranges = grids.iteration_ranges(lengths.tolist(), per_sample, num_ctas)
-        assert [*zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)] == ranges, (samples, per_sample)
+        if per_sample > 2 * num_ctas:
+            lengths.fill_(longest)
+        for idle in (grids.IDLE_PERCENT, grids.ALWAYS_SHARE):
+            check_deal(schedule, lengths, per_sample, num_ctas, idle, threads)
+            ways.add(grids.dealt_waves(lengths.tolist(), per_sample, num_ctas, idle) * num_ctas >= samples * per_sample)
+    assert ways == {True, False}
+
+
+def check_deal(
+    schedule: ModuleType, lengths: torch.Tensor, per_sample: int, num_ctas: int, idle: int, threads: int
+) -> None:
+    """Waves and ranges of the device are those of ``grids``."""
+    samples = len(lengths)
+    waves, dealt = grids.whole_waves(samples * per_sample, num_ctas), torch.full((1,), -1, dtype=torch.int32)
+    starts = torch.full((num_ctas + 1,), -1, dtype=torch.int32)
+    failed = schedule.starts(
+        lengths=lengths.data_ptr(),
+        starts=starts.data_ptr(),
+        dealt=dealt.data_ptr(),
+        samples=samples,
+        per_sample=per_sample,
+        num_ctas=num_ctas,
+        waves=waves,
+        idle_percent=idle,
+        threads=threads,
+    )
+    assert not failed
+    given = lengths.tolist(), per_sample, num_ctas, idle
+    assert dealt.item() == grids.dealt_waves(*given), (samples, per_sample)
+    found = [*zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
+    assert found == grids.iteration_ranges(*given), (samples, per_sample)
 
 
 def checked(folder: Path, *assertions: str) -> None:
@@ -86,6 +105,8 @@ def test_sizes(tmp_path):
         "kKBlockBytes": TILE_BYTES,
         "kMinKBlocks": grids.MIN_K_BLOCKS,
         "kMaxCtas": grids.MAX_CTAS,
+        "kIdlePercent": grids.IDLE_PERCENT,
+        "kAlwaysShare": grids.ALWAYS_SHARE,
         "kMaxNeurons": launch.MAX_NEURONS,
         "kGatherPositions": grids.GATHER_POSITIONS,
         "kGatherBytes": grids.GATHER_BYTES,

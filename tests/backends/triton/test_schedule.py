@@ -21,18 +21,25 @@ from .support import MODULES, interpreted, spy_on, tl, triton
 pytestmark = interpreted
 schedule = MODULES["schedule"]
 iteration_ranges, shared_iterations, tile_of = schedule.iteration_ranges, schedule.shared_iterations, schedule.tile_of
+dealt_waves = schedule.dealt_waves
 CHIPS = (1, 2, 3, 5, 7, 13)
 
 
 @triton.jit
 def schedule_kernel(
-    plan, begin, end, tiles, batch, per_sample, waves, width,
+    plan, begin, end, tiles, dealt, batch, per_sample, waves, width,
     UNIFORM: tl.constexpr, SPATIAL_TAPS: tl.constexpr, TEMPORAL_TAPS: tl.constexpr, BATCH: tl.constexpr,
-    PROGRAMS: tl.constexpr, MIN_K_BLOCKS: tl.constexpr, BK: tl.constexpr,
+    PROGRAMS: tl.constexpr, MIN_K_BLOCKS: tl.constexpr, IDLE_PERCENT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Every program writes all ranges, and the tiles at both ends of its own with the iterations they start at."""
+    """Every program writes its waves, all ranges, and the tiles at both ends of its own with the iterations they start
+    at."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    waves = dealt_waves(
+        plan, batch, per_sample, waves, programs, width,
+        UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, IDLE_PERCENT, BK,
+    )  # fmt: skip
+    tl.store(dealt + pid, waves)
     starts, stops = iteration_ranges(
         plan, batch, per_sample, waves, programs, width,
         UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, PROGRAMS, MIN_K_BLOCKS, BK,
@@ -54,21 +61,22 @@ def schedule_kernel(
 
 
 def dealt_out(
-    blocks: list[tuple[int, int]], per_sample: int, programs: int, waves: int, uniform: bool = False
-) -> tuple[list[tuple[int, int]], torch.Tensor, list[int]]:
-    """Ranges of every program, its tiles ``(programs, 4)``, and the length of every tile."""
+    blocks: list[tuple[int, int]], per_sample: int, programs: int, idle: int, uniform: bool = False
+) -> tuple[list[tuple[int, int]], torch.Tensor, list[int], int]:
+    """Ranges of every program, its tiles ``(programs, 4)``, the length of every tile, and whole waves."""
     batch = len(blocks)
     empty = Plan(0, 0, 0, 0, 0, 0)
     plan = torch.tensor([empty._replace(spatial_blocks=one, temporal_blocks=two) for one, two in blocks]).int()
     begin, end = torch.empty(programs, dtype=torch.int32), torch.empty(programs, dtype=torch.int32)
-    tiles = torch.empty(programs, 4, dtype=torch.int32)
+    tiles, dealt = torch.empty(programs, 4, dtype=torch.int32), torch.empty(programs, dtype=torch.int32)
     schedule_kernel[(programs,)](
-        plan, begin, end, tiles, batch, per_sample, waves, 5 * 32, UNIFORM=uniform, SPATIAL_TAPS=9,
-        TEMPORAL_TAPS=0 if uniform else 3, BATCH=next_power(batch), PROGRAMS=next_power(programs),
-        MIN_K_BLOCKS=grids.MIN_K_BLOCKS, BK=32,
+        plan, begin, end, tiles, dealt, batch, per_sample, grids.whole_waves(batch * per_sample, programs), 5 * 32,
+        UNIFORM=uniform, SPATIAL_TAPS=9, TEMPORAL_TAPS=0 if uniform else 3, BATCH=next_power(batch),
+        PROGRAMS=next_power(programs), MIN_K_BLOCKS=grids.MIN_K_BLOCKS, IDLE_PERCENT=idle, BK=32,
     )  # fmt: skip
+    (waves,) = set(dealt.tolist())  # all programs decide alike
     lengths = [5 * 9 if uniform else 9 * one + 3 * two for one, two in blocks for _ in range(per_sample)]
-    return list(zip(begin.tolist(), end.tolist(), strict=True)), tiles, lengths
+    return list(zip(begin.tolist(), end.tolist(), strict=True)), tiles, lengths, waves
 
 
 BATCHES = {
@@ -82,12 +90,19 @@ BATCHES = {
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["lists", "uniform"])
 @pytest.mark.parametrize("blocks", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("per_sample, programs", [(1, 1), (1, 7), (3, 2), (4, 5), (9, 13), (6, 3)])
-def test_iteration_ranges(blocks, per_sample, programs, uniform):
+@pytest.mark.parametrize("per_sample, programs", [(1, 1), (1, 7), (3, 2), (4, 5), (9, 13), (6, 3), (5, 11)])
+@pytest.mark.parametrize("idle", [grids.IDLE_PERCENT, grids.ALWAYS_SHARE], ids=["whole", "shared"])
+def test_iteration_ranges(blocks, per_sample, programs, uniform, idle):
     """What waves leave over is covered once and in order, as grids say; programs end together; no range is short."""
-    waves = grids.whole_waves(per_sample * len(blocks), programs)
-    ranges, tiles, lengths = dealt_out(blocks, per_sample, programs, waves, uniform)
-    assert ranges == grids.iteration_ranges(lengths[::per_sample], per_sample, programs)
+    ranges, tiles, lengths, waves = dealt_out(blocks, per_sample, programs, idle, uniform)
+    assert waves == grids.dealt_waves(lengths[::per_sample], per_sample, programs, idle)
+    assert ranges == grids.iteration_ranges(lengths[::per_sample], per_sample, programs, idle)
+    if waves * programs >= len(lengths):
+        busiest, mean_tile = max(sum(lengths[q::programs]) for q in range(programs)), sum(lengths) / len(lengths)
+        assert idle != grids.ALWAYS_SHARE
+        assert busiest <= sum(lengths) / programs + idle / 100 * mean_tile
+        assert ranges == [(0, 0)] * programs
+        return
     shared = sum(lengths[waves * programs :])
     assert ranges[0][0] == 0 and max(stop for _, stop in ranges) == shared
     assert all(start <= stop for start, stop in ranges)
@@ -115,7 +130,8 @@ def test_iteration_ranges(blocks, per_sample, programs, uniform):
 def test_the_least_a_program_takes(least, min_k_blocks):
     """No range is shorter than that, and where all the work is shorter one program takes it."""
     min_k_blocks(least)
-    ranges, _, lengths = dealt_out([(3, 4)], 1, 13, 0)
+    ranges, _, lengths, waves = dealt_out([(3, 4)], 1, 13, grids.ALWAYS_SHARE)
+    assert waves == 0
     taken = [stop - start for start, stop in ranges if start < stop]
     assert sum(taken) == sum(lengths) == 39
     assert len(taken) == max(1, min(13, 39 // least)) and min(taken) >= min(least, 39)
