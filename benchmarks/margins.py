@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MARGIN", "margins", "separate_draws", "separate_features"]
+__all__ = ["ATTEMPTS", "MARGIN", "margins", "rolled", "separate_draws", "separate_features"]
 
 MARGIN = 0.02
 ATTEMPTS = 12
-ROLL = 7  # channels
 
 
 def margins(noisy: Tensor) -> Tensor:
@@ -27,6 +26,11 @@ def margins(noisy: Tensor) -> Tensor:
         return torch.full(noisy.shape[:-1], float("inf"), device=noisy.device)
     best, second = noisy.topk(2, dim=-1).values.unbind(-1)
     return (best - second) / noisy.square().mean(-1).sqrt().clamp_min(1e-30)
+
+
+def rolled(x: Tensor, dim: int) -> Tensor:
+    """``x`` with its places along ``dim`` moved on by 7, or by 1 where that would come round too soon."""
+    return x.roll(7 if x.shape[dim] % 7 else 1, dims=dim)
 
 
 def separate_draws(run: Callable[[NamedTuple], NamedTuple], draws: NamedTuple, margin: float = MARGIN) -> NamedTuple:
@@ -66,5 +70,5 @@ def separate_features(run: Callable[[Tensor], NamedTuple], x: Tensor, margin: fl
         samples = samples[(margins(run(x[samples]).scores) < margin).any(0)]
         if not samples.numel():
             return x
-        x[samples] = x[samples].roll(ROLL, dims=1)
+        x[samples] = rolled(x[samples], 1)
     raise RuntimeError(f"x: scores within {margin} of each other after {ATTEMPTS} corrections")

@@ -24,7 +24,7 @@ from benchmarks.backbones.models import (
 )
 from benchmarks.backbones.turns import Turns
 from benchmarks.features import make_clips
-from benchmarks.margins import ATTEMPTS, MARGIN, ROLL, margins, separate_draws
+from benchmarks.margins import ATTEMPTS, MARGIN, margins, rolled, separate_draws
 from benchmarks.parity import (
     TOLERANCES,
     assert_parity,
@@ -73,7 +73,7 @@ class Workload:
             narrow = (margins(routing.scores) < MARGIN).any(0)
             if not narrow.any():
                 return clips
-            clips[narrow] = clips[narrow].roll(ROLL, dims=-1)
+            clips[narrow] = rolled(clips[narrow], -1)
         raise RuntimeError(f"clips: scores within {MARGIN} of each other after {ATTEMPTS} corrections")
 
     def models(self, mode: str) -> dict[str, nn.Module]:

@@ -43,15 +43,16 @@ def test_draws_are_separated() -> None:
     assert torch.equal(after.noise, draws.noise) and torch.equal(after.hard, draws.hard)
 
 
-def test_features_are_separated() -> None:
+@pytest.mark.parametrize("channels", [12, 7])
+def test_features_are_separated(channels: int) -> None:
     """A sample on which two neurons tie is changed, the others are not."""
-    layer_scores = torch.nn.Linear(12, 4, bias=False, dtype=torch.float64)
+    layer_scores = torch.nn.Linear(channels, 4, bias=False, dtype=torch.float64)
 
     class Route:
         def __init__(self, x: torch.Tensor) -> None:
             self.scores = layer_scores(x.mean((2, 3, 4)))[None].detach()
 
-    x = torch.rand(6, 12, 2, 3, 3, dtype=torch.float64)
+    x = torch.rand(6, channels, 2, 3, 3, dtype=torch.float64)
     x[2] = 0
     x[2, 0] = 1.0
     with torch.no_grad():
