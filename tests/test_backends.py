@@ -148,6 +148,13 @@ def test_triton_without_triton(monkeypatch):
 IN_TORCH = ("sm_75", "sm_80", "sm_90", "sm_120")
 
 
+class Forgets(dict):
+    """Keeps nothing: GPUs change within a test, as they never do elsewhere."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
 @pytest.fixture
 def a_gpu(monkeypatch):
     """``a_gpu(9, 0, targets=...)``: as on a machine with such a GPU, and a native module built for ``targets``."""
@@ -155,6 +162,7 @@ def a_gpu(monkeypatch):
 
     def be(major, minor, targets=(75, 80, 90, 100, 110, 120), version="13.0", built_in_torch=IN_TORCH):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(backends, "_chosen", Forgets())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_in_torch))
         monkeypatch.setattr("dsts_kernels.backends.triton.unusable", lambda: None)

@@ -183,11 +183,12 @@ def choose(
         RuntimeError: the backend asked for cannot run this; the message says why.
     """
     name, source = _requested(requested)
-    if device.type != "cuda" or not isinstance(name, (str, type(None))):
-        return _choose(op, device, dtype, name, source)
-    known = _chosen.get((op, device, dtype, name))
+    kept = device.type == "cuda" and isinstance(name, (str, type(None)))
+    known = _chosen.get((op, device, dtype, name)) if kept else None
     if known is None:
-        known = _chosen[op, device, dtype, name] = _choose(op, device, dtype, name, source)
+        known = _choose(op, device, dtype, name, source)
+        if kept:
+            _chosen[op, device, dtype, name] = known
     return known if name is not None else _faster(known, op, device, dtype, size)
 
 
