@@ -218,11 +218,19 @@ def run_training_layer(launch, case: Case) -> None:
     logits, noise, gate = half(n, c), half(b, c), half(b, c)
     spatial, temporal, mixing = half(n, c, c, 1, 3, 3), half(n, c, c, 3, 1, 1), half(n, c, c, 1, 1, 1)
     gumbel, scoring, wide = meta(b, n), meta(n, c, 1), (meta(b, n), meta(b, c))
-    launch.kernels.route(x, scoring, logits, noise, hard, gumbel, 1, 1.0, True)
+    fused = hasattr(launch.kernels, "route")
+    if fused:
+        launch.kernels.route(x, scoring, logits, noise, hard, gumbel, 1, 1.0, True)
+    else:
+        launch.tap_sums(x, 1)
+        launch.semhash_gate(logits, neuron, noise, hard)
     _, kept = launch.gated_conv3d_keeping(x, gate, neuron, spatial, temporal, [True] * 5)
     launch.mixing_conv3d(x, neuron, mixing)
     launch.mixing_conv3d_backward(x, x, neuron, mixing, [True, True])
     launch.gated_conv3d_backward(x, x, gate, neuron, spatial, temporal, [True] * 4, kept)
+    if not fused:
+        launch.semhash_gate_backward(gate, logits, neuron, noise)
+        return
     gradients = meta(b, n), gate, meta(b)
     launch.kernels.route_backward(
         gradients, wide[0], gumbel, neuron, wide[1], scoring, logits, noise, 1, 1.0, (True, True, True)
