@@ -36,7 +36,8 @@ def test_every_switch_has_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four modes and both shapes unless it is said where a change may matter; the second shape comes last."""
     names = [field.name for field in dataclasses.fields(Switches)]
     assert set(WHERE) <= set(names), "a place for a switch that does not exist"
-    assert {case.change for case in cases()} == set(names)
+    assert {case.change for case in cases()} == set(names) - set(changes.AFTER)
+    assert {case.change for case in cases(list(changes.AFTER))} == set(changes.AFTER)
     for where in WHERE.values():
         assert set(where.modes) <= set(MODES) and where.shapes
     monkeypatch.delitem(WHERE, CHANGE)
@@ -116,7 +117,7 @@ def test_the_command_writes_after_every_case(
     measured = {"old_ms": 2.0, "new_ms": 1.0, "ratio": 0.5, "interval": (0.4, 0.6), "rounds": 6, "error": 0.0}
     measured |= {"kernels_us": [1900.0, 900.0], "host_us": [500.0, 400.0]}
     monkeypatch.setattr(changes, "measure", lambda *_: measured)
-    assert changes.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
+    assert changes.main(["--out", str(tmp_path), "--commit", "abc", "--change", CHANGE]) == 0
     said = capsys.readouterr().out
     assert "old 2.000 ms, new 1.000, new / old 0.500 (95%: 0.400 to 0.600, 6 rounds)" in said
     assert "kernels 1900 -> 900 us, host 500 -> 400 us" in said
@@ -127,7 +128,7 @@ def test_the_command_writes_after_every_case(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(changes, "measure", fail)
-    assert changes.main(["--out", str(tmp_path), "--commit", "abc"]) == 1
+    assert changes.main(["--out", str(tmp_path), "--commit", "abc", "--change", CHANGE]) == 1
     assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
