@@ -86,7 +86,8 @@ class Case(NamedTuple):
 
 
 def cases(changes: Sequence[str] | None = None) -> list[Case]:
-    """Every case of these changes (all but those of :data:`AFTER`), shape by shape, so that what is late is the second shape."""
+    """Every case of these changes, of all but :data:`AFTER` if ``None``; shape by shape, so that what is late is the
+    second shape."""
     names = changes or [field.name for field in dataclasses.fields(Switches) if field.name not in AFTER]
     found = [
         Case(name, mode, shape)
@@ -266,7 +267,7 @@ def workloads(device: torch.device, toy: bool) -> Callable[[str], Workload]:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.changes", description=__doc__.splitlines()[0])
     names = [field.name for field in dataclasses.fields(Switches)]
-    parser.add_argument("--change", action="append", choices=names, help="one of the switches (default: all that are safe)")
+    parser.add_argument("--change", action="append", choices=names, help="one of the switches (all that are safe)")
     parser.add_argument("--mode", action="append", choices=MODES, help="default: wherever the change may matter")
     parser.add_argument("--backend", choices=GPU_BACKENDS, default="triton")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all cases together ({SECONDS:g})")
