@@ -188,4 +188,4 @@ def test_build_info():
     assert set(_C.supported_isas()) <= set(info["isas"])
     built = build_record()[0] == "cuda"
     assert (info["cuda"] is not None) == built == hasattr(_C, "cuda")
-    assert info["cuda"] is None or (info["cuda"]["version"] and 75 in info["cuda"]["targets"])
+    assert info["cuda"] is None or (info["cuda"]["version"] and min(info["cuda"]["targets"]) >= 70)
