@@ -287,9 +287,8 @@ def to_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         program.save(Path(beside, path.name))
-        names = {f"{path.name}.data"}
-        for written in sorted(Path(beside).iterdir(), key=lambda file: file.name == path.name):  # weights first
-            os.replace(written, path.parent / written.name)
-            names.discard(written.name)
-    for stale in names:
-        (path.parent / stale).unlink(missing_ok=True)
+        names = sorted(os.listdir(beside), key=path.name.__eq__)  # weights first
+        for name in names:
+            os.replace(Path(beside, name), path.parent / name)
+    if (data := f"{path.name}.data") not in names:
+        (path.parent / data).unlink(missing_ok=True)

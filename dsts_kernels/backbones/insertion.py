@@ -342,12 +342,10 @@ def channels_of(dsts: object, channels: int | None, options: Mapping[str, object
 
 def dsts_around(model: nn.Module, where: str) -> str | None:
     """The name of the DSTS module that ``where`` names or lies in; ``None`` where there is none."""
-    module, name = model, ""
-    for part in where.split("."):
-        if isinstance(module, (FusedDSTS, FrozenDSTS, reference.DSTS)):
-            return name
-        module, name = module._modules[part] if part else module, f"{name}.{part}".lstrip(".")
-    return name if isinstance(module, (FusedDSTS, FrozenDSTS, reference.DSTS)) else None
+    parts = where.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts) + 1))
+    kinds = (FusedDSTS, FrozenDSTS, reference.DSTS)
+    return next((name for name in names if isinstance(model.get_submodule(name), kinds)), None)
 
 
 def refuse_hooks(dsts: FusedDSTS, name: str) -> None:
