@@ -60,6 +60,27 @@ def first_largest(score, neurons, NEURONS: tl.constexpr):
 
 
 @triton.jit
+def chosen_logits(
+    logits,  # [N, C]
+    noise,  # [B, C], or None
+    b,
+    chosen,
+    c,
+    channels,
+):
+    """Noisy logits of neuron ``chosen`` at channels ``c``, in float32.
+
+    Noise is rounded to the dtype of logits, as :func:`dsts_kernels.ops.semhash_gate` rounds it: else a hard gate whose
+    logit is nearly 0 could be 1 here and 0 on another backend.
+    """
+    q = tl.load(logits + chosen.to(tl.int64) * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+    if noise is not None:
+        drawn = tl.load(noise + b.to(tl.int64) * channels + c, mask=c < channels, other=0.0)
+        q += drawn.to(logits.dtype.element_ty).to(tl.float32)
+    return q
+
+
+@triton.jit
 def shares_of(noisy, neurons, tau, NEURONS: tl.constexpr):
     """``softmax(noisy / tau)`` of ``noisy [NEURONS]``, 0 beyond the neurons."""
     n = tl.arange(0, NEURONS)
@@ -107,9 +128,7 @@ def route_kernel(
         tl.store(share + b, tl.sum(tl.where(n == chosen, shares, 0.0), 0))
     for c0 in range(0, channels, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
-        q = tl.load(logits + chosen.to(tl.int64) * channels + c, mask=c < channels, other=0.0).to(tl.float32)
-        if noise is not None:
-            q += tl.load(noise + b.to(tl.int64) * channels + c, mask=c < channels, other=0.0).to(tl.float32)
+        q = chosen_logits(logits, noise, b, chosen, c, channels)
         tl.store(gate + b.to(tl.int64) * channels + c, gate_of(q, b, hard), mask=c < channels)
 
 
@@ -166,9 +185,7 @@ def route_backward_kernel(
             of_scoring += d[:, None] * tl.load(sums + b64 * size + f, mask=f < size, other=0.0)[None, :]
         if dlogits is not None:
             known = f < channels
-            q = tl.load(logits + chosen * channels + f, mask=known, other=0.0).to(tl.float32)
-            if noise is not None:
-                q += tl.load(noise + b64 * channels + f, mask=known, other=0.0).to(tl.float32)
+            q = chosen_logits(logits, noise, b64, chosen, f, channels)
             g = tl.load(dgate + b64 * channels + f, mask=known, other=0.0).to(tl.float32)
             slope = gate_slope(q)
             g = tl.where(slope > 0.0, g * slope, 0.0)
@@ -240,17 +257,19 @@ def route_backward(
     tau: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where it is not needed."""
+    """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where it is not needed.
+
+    ``logits`` need a gradient of gates.
+    """
     (batch, neurons), (channels, taps) = scores.shape, scoring.shape[1:]
     dscores, dgate, dshare = (None if g is None else g.contiguous() for g in gradients)
     dsums = torch.empty((batch, channels, taps), dtype=torch.float32, device=scores.device) if needs[0] else None
     dscoring = torch.empty_like(scoring) if needs[1] else None
     dlogits = torch.empty_like(logits) if needs[2] else None
     with features.on_device(scores):
-        written = dsums, dscoring, None if dgate is None else dlogits
         launch.start(
             route_backward_kernel,
             route_backward_launch(batch, channels * taps, neurons, channels, float(divisor), float(tau)),
-            (dscores, dgate, dshare, scores, gumbel, neuron, sums, scoring, logits, noise, *written),
+            (dscores, dgate, dshare, scores, gumbel, neuron, sums, scoring, logits, noise, dsums, dscoring, dlogits),
         )
-    return dsums, dscoring, dlogits.zero_() if dlogits is not None and dgate is None else dlogits
+    return dsums, dscoring, dlogits
