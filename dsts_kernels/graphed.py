@@ -344,8 +344,10 @@ def undisturbed(module: nn.Module, sample: Tensor) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), on_device(sample):
         written = [b for part in module.modules() if part.training for b in part._buffers.values() if b is not None]
         before = [buffer.clone() for buffer in written]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        for buffer, old in zip(written, before, strict=True):
-            buffer.copy_(old)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                with torch.autocast(device.type, enabled=False):
+                    yield
+        finally:  # a capture may run out of memory
+            for buffer, old in zip(written, before, strict=True):
+                buffer.copy_(old)

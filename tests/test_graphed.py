@@ -101,6 +101,21 @@ def test_capturing_leaves_no_trace(graphs):
     assert same(before, [*everything(dsts), *gradients(dsts), x.detach(), x.grad])
 
 
+def test_a_capture_that_fails_leaves_no_trace(graphs, monkeypatch):
+    """As one that runs out of memory after a warm-up pass: statistics as before, and no capture."""
+    dsts, x = module(), features()
+    graphed, before = dsts.graphed(x), [b.clone() for b in dsts.buffers()]
+
+    def fail(run, sample_args, **options):
+        run(*sample_args)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(x.requires_grad_())
+    assert same(list(dsts.buffers()), before) and len(graphed.phases) == 1
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradient_accumulation(graphs, set_to_none):
     """Autograd keeps a first gradient in the graph's own memory: the next replay must not be added to itself."""
