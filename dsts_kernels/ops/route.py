@@ -51,7 +51,10 @@ class Fused(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
             return (*_once_more(ctx, gradients), *(None,) * 6)
         x, scoring, logits, noise, _, gumbel, neuron, scores, collapsed, sums = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        dscores, dgate, dshare = gradients
+        chosen = dscores is not None or dshare is not None  # else somebody used the gates alone
+        need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
+        needs = need_x and chosen, need_scoring and chosen, need_logits and dgate is not None
         dsums, dcollapsed, dlogits = ctx.backend.kernels.route_backward(
             gradients, scores, gumbel, neuron, sums, collapsed, logits, noise, ctx.divisor, ctx.tau, needs
         )
@@ -84,7 +87,7 @@ def fusing_backend(tensors: tuple[Tensor | None, ...], neurons: int, backend: st
     if torch.compiler.is_compiling() or not isinstance(tensors[0], Tensor) or listened(tensors, profiled=False):
         return None
     x = tensors[0]
-    chosen = choose("tap_sums", x.device, x.dtype, backend)
+    chosen = choose("tap_sums", x.device, x.dtype, backend, x.shape)
     return chosen if isinstance(chosen, GpuBackend) and chosen.fuses_routing(x.shape[0], neurons) else None
 
 

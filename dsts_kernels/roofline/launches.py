@@ -145,7 +145,7 @@ def choice_backward(case: Case, chip: Chip) -> list[Launch]:
 
 
 def counters() -> list[Launch]:
-    """What a convolution's counters cost before it: nothing, as each leaves them zero."""
+    """What a convolution's counters cost before it: nothing on the default stream, as each leaves them zero."""
     return []
 
 

@@ -202,7 +202,10 @@ class FusedRouting(Protocol):
         tau: float,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where not needed."""
+        """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where not needed.
+
+        ``logits`` need a gradient of gates.
+        """
 
 
 def _names(protocol: type) -> set[str]:

@@ -43,7 +43,8 @@ class Switches:
     """Scores, Gumbel noise, choice, share and gates are one launch of Triton, and their gradients another."""
 
     keep_counters: bool = True
-    """In Triton a convolution's counters stay zero from launch to launch, and no launch fills them."""
+    """In Triton a convolution's counters stay zero from launch to launch, and on the default stream no launch fills
+    them."""
 
     remember_launches: bool = True
     """In Triton the compiled kernel of an earlier launch of the same kind is taken again."""
@@ -56,7 +57,8 @@ class Switches:
     (:mod:`dsts_kernels.norm`)."""
 
     keep_lists: bool = True
-    """A backward pass takes groups and lists of its forward pass instead of making them again."""
+    """A backward pass takes groups and lists of its forward pass instead of making them again. Without it
+    filters are not kept either, since groups say where they lie."""
 
     keep_filters: bool = True
     """A backward pass takes filters as its forward pass laid them out: ``12*C*O`` numbers for each neuron chosen."""

@@ -130,23 +130,24 @@ class Launch:
 remembered = functools.lru_cache(maxsize=1024, typed=True)
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # by stream: launches of one come after one another
+_counters: dict[torch.device, Tensor] = {}  # of the default stream, whose launches come after one another
 
 
 def zeroed(count: int, device: torch.device) -> Tensor:
     """At least ``count`` int32 that are zero, for a kernel that leaves them so, on the current stream of ``device``.
 
-    Kept from launch to launch, which saves a fill before each. Graphs get memory of their own, as they are replayed
-    beside what else their stream does.
+    Kept from launch to launch, which saves a fill before each, for the default stream alone. On others somebody may be
+    making a graph, which is replayed beside what else its stream does, or may be warming up for one in the graph's
+    memory: Inductor's CUDA graphs refuse an allocation that outlives the call.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not switches.current().keep_counters or (
+        device.type == "cuda" and torch._C._cuda_getCurrentRawStream(device.index) != 0
+    ):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    found = _counters.get((device, stream))
-    if found is None or found.shape[0] < count or not switches.current().keep_counters:
+    found = _counters.get(device)
+    if found is None or found.shape[0] < count:
         with torch.inference_mode(False):
-            found = torch.zeros(next_power(count), dtype=torch.int32, device=device)
-        _counters[device, stream] = found
+            found = _counters[device] = torch.zeros(next_power(count), dtype=torch.int32, device=device)
     return found
 
 

@@ -6,7 +6,7 @@ while they are on their way; and takes the listed channels from shared memory. T
 are written. Every access to features and panels is whole lines.
 
 Off by default (:attr:`..gpu.switches.Switches.gluon_gather`), as no GPU has run it: tests run its compiled code on the
-CPU. :mod:`.route` has the same launch without Gluon.
+CPU. :mod:`.route_and_gather` has the same launch without Gluon.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def choose_neuron(
     BC: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """As :func:`.route.choose_neuron`: ``argmax`` of sample ``b``'s scores as torch has it, never out of range."""
+    """As :func:`.route_and_gather.choose_neuron`: sample ``b``'s ``argmax`` as torch has it, never out of range."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     n = gl.arange(0, NEURONS, gl.SliceLayout(1, LAYOUT))
     products = gl.zeros([NEURONS, BC], gl.float32, LAYOUT)
@@ -132,7 +132,7 @@ def route_and_gather_rows_kernel(
     BK: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """As :func:`.route.route_and_gather_kernel`; axis 0 of the grid is samples, axis 1 shares a sample's positions."""
+    """As :func:`.route_and_gather.route_and_gather_kernel`; axis 0 of the grid is samples, axis 1 shares positions."""
     MANY: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, WARPS], [1, 0])  # columns
     FEW: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
     # Multiples of a vector, so that the compiler knows them to be.
