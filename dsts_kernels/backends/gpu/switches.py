@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one of its own: what is kept by switches finds them without comparing
 class Switches:
     """One field a change; ``False`` is how it was before."""
 
@@ -47,6 +47,10 @@ class Switches:
 
     remember_launches: bool = True
     """In Triton the compiled kernel of an earlier launch of the same kind is taken again."""
+
+    record_calls: bool = True
+    """In Triton all launches of an op are done again as an earlier call of the same kind did them
+    (:mod:`..triton.recorded`); it takes ``remember_launches``."""
 
     whole_waves: bool = True
     """A convolution whose CTAs end nearly together without it shares no tiles (:func:`.grids.dealt_waves`)."""

@@ -192,6 +192,11 @@ def is_forced(kernel: str) -> bool:
     return kernel in _forced
 
 
+def any_forced() -> bool:
+    """Whether :func:`forced` names any."""
+    return bool(_forced)
+
+
 def architecture_of(capability: tuple[int, int]) -> str:
     """The family whose tiles a device of this compute capability runs."""
     return "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
