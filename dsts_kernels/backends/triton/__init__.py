@@ -21,7 +21,8 @@ from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
 from .gluon import plan
 
-HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "schedule", "tuning")  # all others: kernels and their launchers
+# All others are kernels and their launchers.
+HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "schedule", "tuning")
 LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 

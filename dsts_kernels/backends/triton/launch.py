@@ -166,9 +166,9 @@ def zeroed(count: int, device: torch.device) -> Tensor:
     return found
 
 
-def is_capturing(x: Tensor) -> bool:
-    """Whether launches on ``x`` go into a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_apart(x: Tensor) -> bool:
+    """Whether launches on ``x`` go into a CUDA graph, or nowhere: a meta tensor."""
+    return torch.cuda.is_current_stream_capturing() if x.is_cuda else x.is_meta
 
 
 def key_of(device: int, kinds: list) -> tuple:

@@ -345,7 +345,7 @@ def call(name: str, method: Callable, backend: object, *args: object) -> object:
     kinds: list = [name, now, torch.get_float32_matmul_precision()]
     if not now.record_calls or not now.remember_launches or tuning.any_forced() or launch.watched():
         return method(backend, *args)
-    if not kind_of(args, kinds, tensors) or not tensors or launch.is_capturing(tensors[0]):
+    if not kind_of(args, kinds, tensors) or not tensors or launch.is_apart(tensors[0]):
         return method(backend, *args)
     key = tuple(kinds)
     known = _recordings.get(key)
