@@ -186,7 +186,8 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
         tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
     """
     recorder = current.recorder
-    if not isinstance(kernel, JITFunction) or watched() or not switches.current().remember_launches:
+    listened = recorder is None and watched()  # which listens itself
+    if not isinstance(kernel, JITFunction) or listened or not switches.current().remember_launches:
         if recorder is not None:
             recorder.refuse(f"{kernel} is not launched in a way that is remembered")
         kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
@@ -208,13 +209,15 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
     key = key_of(device, kinds)
     found = launch.compiled.get(key)
     if found is None or found.kernel is not kernel:
-        found = launch.compiled[key] = compiled_for(kernel, launch, tensors)
+        found, known = compiled_for(kernel, launch, tensors), False
+        launch.compiled[key] = found
     else:
         _, run, function, metadata, rest = found
         x, y, z = (*launch.grid, 1, 1)[:3]
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *rest)
+        known = True
     if recorder is not None:
-        recorder.launched(found, launch.grid, tensors)
+        recorder.launched(found, known, launch.grid, tensors)
 
 
 def compiled_for(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> Compiled:

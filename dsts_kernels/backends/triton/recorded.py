@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -83,7 +84,11 @@ class Launched(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Watches a call. ``reason`` says why it cannot be recorded; such a call is done all the same."""
+    """Watches a call. ``reason`` says why it cannot be recorded; such a call is done all the same.
+
+    Launches come by :func:`.launch.start`. Triton's hook counts those that Triton does itself, so that a launch past it
+    is noticed.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -93,6 +98,20 @@ class Recorder(TorchDispatchMode):
         self.counters: Memory | None = None
         self.counted = 0
         self.reason: str | None = None
+        self.thread, self.by_triton, self.expected = threading.get_ident(), 0, 0
+
+    def __enter__(self) -> Recorder:
+        launch.knobs.runtime.launch_enter_hook.add(self.counts)
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        super().__exit__(*exc_info)
+        launch.knobs.runtime.launch_enter_hook.remove(self.counts)
+        if self.by_triton != self.expected:
+            self.refuse("it launches past launch.start")
+
+    def counts(self, metadata: object) -> None:
+        self.by_triton += threading.get_ident() == self.thread
 
     def refuse(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -111,7 +130,11 @@ class Recorder(TorchDispatchMode):
             self.counters = Memory(tensor)
         self.counted = max(self.counted, count)
 
-    def launched(self, compiled: launch.Compiled, grid: tuple[int, ...], tensors: Sequence[object]) -> None:
+    def launched(
+        self, compiled: launch.Compiled, was_known: bool, grid: tuple[int, ...], tensors: Sequence[object]
+    ) -> None:
+        """Of :func:`.launch.start`, which leaves a kernel that it does not know yet to Triton."""
+        self.expected += not was_known
         arguments: list[Place | Box | None] = []
         for tensor in tensors:
             if tensor is None:
