@@ -9,7 +9,6 @@ on. A call that does anything else to a tensor, as to copy features that lie oth
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -350,6 +349,11 @@ def kind_of(args: Sequence[object], kinds: list, tensors: list[Tensor]) -> bool:
     return True
 
 
+def key_of(name: str, now: switches.Switches, precision: str, kinds: list) -> tuple:
+    """What a recording is found by: the method, its arguments, and what else it asks."""
+    return name, now, precision, *kinds
+
+
 _recordings: dict[tuple, Recording | str] = {}  # or why there is none
 
 
@@ -364,13 +368,12 @@ def call(name: str, method: Callable, backend: object, *args: object) -> object:
     Args:
         name: of the method.
     """
-    now, tensors = switches.current(), []
-    kinds: list = [name, now, torch.get_float32_matmul_precision()]
+    now, kinds, tensors = switches.current(), [], []
     if not now.record_calls or not now.remember_launches or tuning.any_forced() or launch.watched():
         return method(backend, *args)
     if not kind_of(args, kinds, tensors) or not tensors or launch.is_apart(tensors[0]):
         return method(backend, *args)
-    key = tuple(kinds)
+    key = key_of(name, now, torch.get_float32_matmul_precision(), kinds)
     known = _recordings.get(key)
     if type(known) is Recording:
         with features.on_device(tensors[0]):
@@ -391,12 +394,12 @@ def record(key: tuple, tensors: Sequence[Tensor], run: Callable[[], object]) -> 
             found = run()
     finally:
         launch.current.recorder = None
-    recording = None
-    if recorder.reason is None and recorder.launches:
-        recording = Recording(recorder, found)
+    if not recorder.launches:
+        recorder.refuse("it launches nothing")
+    recording = Recording(recorder, found) if recorder.reason is None else None
     if len(_recordings) >= MOST:
         _recordings.clear()
-    _recordings[key] = recording if recorder.reason is None and recording else recorder.reason or "it launches nothing"
+    _recordings[key] = recorder.reason or recording  # a reason may come of what is returned, too
     return found
 
 
@@ -404,7 +407,6 @@ def why_not_recorded() -> dict[str, set[str]]:
     """Of the calls seen that are not recorded, the reasons by method."""
     reasons: dict[str, set[str]] = {}
     for key, known in list(_recordings.items()):
-        with contextlib.suppress(TypeError):
-            if isinstance(known, str):
-                reasons.setdefault(key[0], set()).add(known)
+        if isinstance(known, str):
+            reasons.setdefault(key[0], set()).add(known)
     return reasons

@@ -1,4 +1,4 @@
-"""What tests of launches without a GPU share: Triton's own word on what it would compile, a driver, every op in turn."""
+"""What tests of launches without a GPU share: what Triton would compile, a driver, every op in turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ require_triton()
 tl, triton = map(importlib.import_module, ("triton.language", "triton"))
 launch = load("launch")
 MODULES = [load(name) for name in LAUNCHERS]
+REMEMBERED = [
+    (module, name, function)
+    for module in MODULES
+    for name, function in vars(module).items()
+    if name.endswith("_launch") and function.__module__ == module.__name__
+]
 DEVICE, STREAM = 3, 77
+
+
+def forget_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test nothing is remembered from others, whose compiler was another one."""
+    for module, name, function in REMEMBERED:
+        monkeypatch.setattr(module, name, launch.remembered(function.__wrapped__))
 
 
 class Driver:

@@ -17,14 +17,18 @@ from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.switches import switched
 
-from .compiling import MODULES, STREAM, Driver, all_cases, launch, specialization, tl, triton
-
-REMEMBERED = [
-    (module, name, function)
-    for module in MODULES
-    for name, function in vars(module).items()
-    if name.endswith("_launch") and function.__module__ == module.__name__
-]
+from .compiling import (
+    MODULES,
+    REMEMBERED,
+    STREAM,
+    Driver,
+    all_cases,
+    forget_launches,
+    launch,
+    specialization,
+    tl,
+    triton,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +61,7 @@ class Compiler:
         monkeypatch.setattr(launch, "chip", functools.cache(lambda device: ("sm_90", 132)))
         self.problems: list[tuple] = []
         original = launch.start
-        for module, name, function in REMEMBERED:
-            monkeypatch.setattr(module, name, launch.remembered(function.__wrapped__))
+        forget_launches(monkeypatch)
 
         def start(kernel: object, one: object, tensors: tuple) -> None:
             self.asked = (kernel, one.grid, (*tensors, *one.numbers), one.constants)
