@@ -70,7 +70,8 @@ class GatedConv:
             groups = kernels.group_samples(neuron, neurons)
             lists = kernels.list_channels(gate, groups, False, block_k)
             panel = kernels.gather_panel(x, gate, neuron, neurons, None, lists, width)
-            read = None if keeps_filters(needs) else (gate, groups)  # a data gradient reads every channel
+            whole = keeps_filters(needs) or not switches.current().read_filters  # a data gradient reads every channel
+            read = None if whole else (gate, groups)
             filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True, read)
             grid = kernels.conv_grid(x, outputs, channels + block_k, TAPS, 0)
             kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)

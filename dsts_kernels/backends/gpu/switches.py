@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 
-@dataclass(frozen=True, eq=False)  # each is one of its own: what is kept by switches finds them without comparing
+@dataclass(frozen=True, eq=False)  # found without comparing: the same values are the same object (switched)
 class Switches:
     """One field a change; ``False`` is how it was before."""
 
@@ -62,11 +62,15 @@ class Switches:
     keep_lists: bool = True
     """A backward pass takes groups and lists of its forward pass instead of making them again."""
 
+    read_filters: bool = True
+    """Where no gradient reads more, Triton lays out filters of channels that a sample of the neuron reads, no others."""
+
     keep_filters: bool = True
     """A backward pass takes filters as its forward pass laid them out: ``12*C*O`` numbers for each neuron chosen."""
 
 
 _current = Switches()
+_known = {astuple(_current): _current}  # by values, so that what is kept by switches is found again
 
 
 def current() -> Switches:
@@ -91,7 +95,8 @@ def switched(**changes: bool) -> Iterator[Switches]:
             raise TypeError(f"switched: got {name!r}, wanted one of {', '.join(names)}")
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, wanted True or False")
-    before, _current = _current, replace(_current, **changes)
+    before, wanted = _current, replace(_current, **changes)
+    _current = _known.setdefault(astuple(wanted), wanted)
     try:
         yield _current
     finally:
