@@ -63,7 +63,7 @@ class Switches:
     """A backward pass takes groups and lists of its forward pass instead of making them again."""
 
     read_filters: bool = True
-    """Where no gradient reads more, Triton lays out filters of channels that a sample of the neuron reads, no others."""
+    """Where no gradient reads more, Triton lays out filters of those channels that a sample of the neuron reads."""
 
     keep_filters: bool = True
     """A backward pass takes filters as its forward pass laid them out: ``12*C*O`` numbers for each neuron chosen."""

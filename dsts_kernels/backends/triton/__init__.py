@@ -22,7 +22,7 @@ from ..gpu.measured import capability
 from .gluon import plan
 
 # All others are kernels and their launchers.
-HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "schedule", "tuning")
+HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "recorder", "schedule", "tuning")
 LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 

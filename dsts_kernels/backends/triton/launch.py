@@ -26,7 +26,7 @@ from . import tuning
 from .gluon import plan
 
 if TYPE_CHECKING:
-    from .recorded import Recorder
+    from .recorder import Recorder
 
 _runtime = knobs.runtime
 
