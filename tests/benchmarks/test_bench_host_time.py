@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.compiled import host_time
 
-from ..support.targets import INTERPRETED, require_triton
+from tests.support.targets import INTERPRETED, require_triton
 
 
 @pytest.mark.parametrize(
