@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from benchmarks.compiled import host_time
-
 from tests.support.targets import INTERPRETED, require_triton
 
 
