@@ -16,6 +16,7 @@ import torch
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.switches import switched
+from dsts_kernels.backends.triton import load
 
 from .compiling import (
     MODULES,
@@ -125,6 +126,24 @@ def test_a_frozen_module(compiler, monkeypatch):
     assert {text.partition(":")[0] for text in compiler.run} == {
         "tap_sums_kernel", "route_and_gather_kernel", "conv_kernel",
     }  # fmt: skip
+
+
+def test_the_gather_in_gluon(compiler, monkeypatch):
+    """Gluon's kernel likewise, of two dtypes in turns."""
+    rows = load("route_rows")
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda self, op, device, dtype: None)
+    kinds = torch.float32, torch.bfloat16
+    modules = [FusedDSTS(16, num_neurons=3, dtype=dtype).eval().freeze(backend="triton") for dtype in kinds]
+    with switched(gluon_gather=True, record_calls=False):
+        for size in ((2, 16, 2, 4, 4), (2, 16, 2, 4, 5), (2, 16, 2, 4, 4)):
+            for fast in modules:
+                x = torch.zeros(size, dtype=fast.dtype).contiguous(memory_format=torch.channels_last_3d)
+                if (reason := rows.why_not(x)) is not None:
+                    pytest.skip(reason)
+                fast(x)
+    assert not compiler.wrong, compiler.wrong[0]
+    assert any("route_and_gather_rows_kernel" in text for text in compiler.run)
+    assert sum("route_and_gather_rows_kernel" in text for text in compiler.compiled) <= 4
 
 
 def test_what_is_remembered_of_a_problem(compiler, monkeypatch):
