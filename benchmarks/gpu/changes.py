@@ -66,9 +66,11 @@ WHERE: dict[str, Where] = {
     "fuse_routing": Where(("training", "evaluation", "training graph", "evaluation graph")),
     "keep_counters": Where(("training", "evaluation", "training graph")),
     "remember_launches": Where(("training", "evaluation", "frozen")),
+    "record_calls": Where(("training", "evaluation", "frozen")),
     "whole_waves": Where(("training graph", "frozen graph")),
     "flat_norm": Where(("training graph",)),
     "keep_lists": Where(("training", "training graph")),
+    "read_filters": Where(("evaluation graph",)),
     "keep_filters": Where(("training graph",)),
 }
 """By switch; one that is not here is timed in four modes at both of the paper's shapes."""

@@ -37,7 +37,7 @@ class Fused(torch.autograd.Function):
         ctx.tau, ctx.reduction, ctx.backend = tau, reduction, backend
         ctx.divisor = score_divisor(x, scoring, reduction)
         collapsed = summed_over_outputs(scoring).contiguous()
-        found = backend.kernels.route(x, collapsed, logits, noise, hard, gumbel, ctx.divisor, tau, True)
+        found = backend.route(x, collapsed, logits, noise, hard, gumbel, ctx.divisor, tau, True)
         neuron, scores, gate, share, sums = found
         ctx.save_for_backward(x, scoring, logits, noise, hard, gumbel, neuron, scores, collapsed, sums)
         need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
@@ -55,7 +55,7 @@ class Fused(torch.autograd.Function):
         chosen = dscores is not None or dshare is not None  # else somebody used the gates alone
         need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
         needs = need_x and chosen, need_scoring and chosen, need_logits and dgate is not None
-        dsums, dcollapsed, dlogits = ctx.backend.kernels.route_backward(
+        dsums, dcollapsed, dlogits = ctx.backend.route_backward(
             gradients, scores, gumbel, neuron, sums, collapsed, logits, noise, ctx.divisor, ctx.tau, needs
         )
         dx = None if dsums is None else spread_over_positions(dsums, x.shape, x.dtype)
@@ -119,7 +119,7 @@ def in_one_launch(
     with without_autocast(x):
         collapsed = summed_over_outputs(scoring).contiguous()
     divisor = score_divisor(x, scoring, reduction)
-    neuron, scores, gate, *_ = chosen.kernels.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
+    neuron, scores, gate, *_ = chosen.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
     return Routed(neuron, scores, gate, None)
 
 

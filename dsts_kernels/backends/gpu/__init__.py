@@ -44,6 +44,14 @@ class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
         small = batch * neurons <= FUSED_CHOICES and neurons <= FUSED_NEURONS
         return small and switches.current().fuse_routing and hasattr(self.kernels, "route")
 
+    def route(self, *args: object) -> tuple[Tensor | None, ...]:
+        """The choice in one launch: see :class:`.kernels.FusedRouting`, where :meth:`fuses_routing`."""
+        return self.kernels.route(*args)
+
+    def route_backward(self, *args: object) -> tuple[Tensor | None, ...]:
+        """All gradients of the choice, likewise."""
+        return self.kernels.route_backward(*args)
+
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
         return self.kernels.partial_tap_sums(x, taps).sum(1)
 

@@ -201,17 +201,8 @@ def route_and_gather(
     plan = torch.empty((b, PLAN_INTS), dtype=torch.int32, device=x.device)
     now, block_k = switches.current(), tile_channels(x.dtype)
     if now.gluon_gather and route_rows.why_not(x) is None:
-        route_rows.route_and_gather_rows(
-            x,
-            (sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters),
-            sums.shape[1],
-            w.scoring.shape[2],
-            scores.shape[1],
-            float(divisor),
-            panel.shape[-1],
-            arrival_counters.numel(),
-            block_k,
-        )
+        arguments = sums, w.scoring, w.channels, w.starts, panel, plan, neuron, scores, arrival_counters
+        route_rows.route_and_gather_rows(x, arguments, w.scoring.shape[2], float(divisor), block_k)
         return panel, plan
     one = route_and_gather_launch(
         x.shape, x.stride(), (sums.shape[1], w.scoring.shape[2], scores.shape[1], float(divisor)), width,
