@@ -155,7 +155,7 @@ class Descriptor:
             raise Fault(f"no descriptor has boxes {self.block} of {sides}")
         if block[-1] * memory.dtype.itemsize > TMA_ROW_BYTES:
             raise Fault(f"rows of {block[-1]} elements are longer than {TMA_ROW_BYTES} bytes")
-        self.data = memory.data
+        self.data, self.block_type = memory.data, SimpleNamespace(shape=self.block)
 
     def box(self, corner: Sequence[int]) -> np.ndarray:
         """Zero wherever it leaves the tensor, on either side."""

@@ -164,7 +164,7 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
     Args:
         tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
     """
-    if type(kernel) is not JITFunction or watched() or not switches.current().remember_launches:
+    if not isinstance(kernel, JITFunction) or watched() or not switches.current().remember_launches:
         kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
         return
     arguments, kinds = [], []
@@ -172,7 +172,7 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
         if tensor is None:
             arguments.append(None)
             kinds.append(None)
-        elif type(tensor) is TensorDescriptor:
+        elif hasattr(tensor, "block_shape"):  # a tensor descriptor, Triton's or Gluon's, whose layout its rank says
             arguments.append(tensor)
             kinds.append((tensor.base.dtype, *tensor.block_shape))
         else:

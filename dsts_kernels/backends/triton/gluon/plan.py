@@ -20,6 +20,7 @@ from ...packing import TILE_BYTES
 CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 ARCHITECTURE = "sm_90"
 PART = 64  # outputs of a tile that are ended at a time, for registers' sake
+GRADIENT_PART = 32  # channels of a data gradient's tile, likewise: it has three operands
 CONSUMER_WARPS = 8
 PRODUCER_WARPS, PRODUCER_REGISTERS = 1, 40
 # How full waves must be. A step of this kernel is predicted at 0.80 us where the older one's takes 0.90, and a launch

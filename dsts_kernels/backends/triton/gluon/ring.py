@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -21,7 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import dense_strides
+from .. import launch
+
+
+@gluon.jit
+def open_ring(left, right, STAGES: gl.constexpr):
+    """Shared memory for ``STAGES`` boxes of both descriptors, and the barriers ``ready`` and ``free``."""
+    gl.static_assert(STAGES >= 2, "a stage is free one step after its own")
+    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES] + left.block_type.shape, left.layout)
+    right_ring = gl.allocate_shared_memory(right.dtype, [STAGES] + right.block_type.shape, right.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()  # copies arrive at barriers by another way than threads that set them up
+    return left_ring, right_ring, ready, free
 
 
 @gluon.jit
@@ -85,6 +102,17 @@ def swizzled(rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
-def box_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """``tensor`` for TMA boxes of ``block``."""
-    return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), block, swizzled(len(block)))
+def box_of(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Dense ``tensor`` for TMA boxes of ``block``."""
+    if not tensor.is_cuda:
+        return _box_of(tensor, tensor.shape, block)
+    return _kept_box(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
+
+
+def _box_of(base: Tensor | launch.Address, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(base, list(shape), launch.dense_strides(shape), list(block), swizzled(len(block)))
+
+
+@functools.lru_cache(maxsize=1024)  # as of :func:`..launch.descriptor`
+def _kept_box(address: int, dtype: torch.dtype, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+    return _box_of(launch.Address(address, dtype), shape, block)
