@@ -42,6 +42,8 @@ class WaveTile(NamedTuple):
 HALF_K = TILE_BYTES // 2
 TILES = (WaveTile(128, 256, HALF_K, 4), WaveTile(128, 128, HALF_K, 6))
 
+WEIGHT_TILES = (WaveTile(128, 256, 64, 4), WaveTile(128, 128, 64, 6))  # channels, outputs, positions of a step
+
 
 class WaveGrid(NamedTuple):
     """The grid of a convolution in whole waves; it stands in for a :class:`..tuning.ConvGrid`."""
@@ -105,3 +107,15 @@ def wave_grid(processors: int, batch: int, size: tuple[int, int, int], outputs: 
         if grid.batch * tiles.per_sample >= LEAST_FILL * grid.waves * processors:
             found.append(grid)
     return min(found, key=lambda g: g.waves * (k_blocks * STEP_COST[g.tile.n] + END_COST[g.tile.n]), default=None)
+
+
+def weight_tile(channels: int, outputs: int, positions: int) -> WaveTile | None:
+    """The tile of a filter gradient, the first that fits; ``None`` where none does.
+
+    How many tiles there are, only the device knows. The older kernel's tiles are as large, and as many fill a wave.
+    """
+    for tile in WEIGHT_TILES:
+        sides = zip((tile.m, tile.n, tile.k), (channels, outputs, positions), strict=True)
+        if all(side <= next_power(max(count, 16)) for side, count in sides):
+            return tile
+    return None

@@ -76,15 +76,23 @@ def multiply(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
+    ACROSS: gl.constexpr = False,
 ):
-    """The consumers' part of ``steps`` steps from ``step`` on: their products' sum ``[BM, BN]``, and the next step."""
+    """The consumers' part of ``steps`` steps from ``step`` on: their products' sum ``[BM, BN]``, and the next step.
+
+    Stages are ``[BM, BK]`` and ``[BN, BK]``, or ``ACROSS`` ``[BK, BM]`` and ``[BK, BN]``.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     running = warpgroup_mma_init(gl.zeros([BM, BN], gl.float32, layout))
     for k in range(0, steps):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        left = left_ring.index(stage).reshape([BM, BK])
-        right = right_ring.index(stage).reshape([BN, BK]).permute((1, 0))
+        if ACROSS:
+            left = left_ring.index(stage).reshape([BK, BM]).permute((1, 0))
+            right = right_ring.index(stage).reshape([BK, BN])
+        else:
+            left = left_ring.index(stage).reshape([BM, BK])
+            right = right_ring.index(stage).reshape([BN, BK]).permute((1, 0))
         running = warpgroup_mma(left, right, running, is_async=True)
         running = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[running]))
         if k > 0:  # all but this step's product are done: the stage of the one before is free
