@@ -19,10 +19,12 @@ from .packed import OnCpu, kernels, memory_format
 GATES = ("hard", "soft", "spatial", "temporal")  # a random half, anything, all ones, all zeros
 FILE, KERNEL = "data_gradient.py", "data_gradient_gluon_kernel"
 
+SMALL = WaveTile(16, 16, HALF_K, 3)
+
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and how it is run. ``neurons`` are the samples', -1 for one that has none; ``gates`` theirs, by turns."""
+    """A problem, and how it is run. ``neurons`` are the samples', -1 for one that has none; ``gates`` theirs, in turn."""
 
     neurons: tuple[int, ...] = (1, 0, 2)
     gates: tuple[str, ...] = GATES
@@ -30,9 +32,10 @@ class Case:
     outputs: int = 72
     size: tuple[int, int, int] = (2, 5, 7)
     dtype: torch.dtype = torch.bfloat16
-    tile: WaveTile = WaveTile(16, 16, HALF_K, 3)
+    tile: WaveTile = SMALL
     programs: int = 3
     need_x: bool = True
+    infinite: bool = False  # every filter of the temporal operator, which gates of ones close off
     channels_last: bool = True
 
     def grid(self) -> WaveGrid:
@@ -65,6 +68,8 @@ def problem(case: Case) -> Problem:
     half, b, (c, o) = case.dtype, len(case.neurons), (case.channels, case.outputs)
     slots = max(case.neurons) + 1
     filters = (torch.randn(max(slots, 1), 12, c, o) / (c * 6) ** 0.5).to(half)
+    if case.infinite:
+        filters[:, 9:] = float("inf")
     x = torch.randn(b, c, *case.size).to(half).contiguous(memory_format=memory_format(case))
     grad = torch.randn(b, *case.size, o).to(half)
     gate = torch.stack([gate_of(case.gates[i % len(case.gates)], c, half) for i in range(b)])
@@ -80,7 +85,7 @@ def problem(case: Case) -> Problem:
         dxs = F.conv_transpose3d(g, spatial, padding=(0, 1, 1))[0]
         dxt = F.conv_transpose3d(g, temporal, padding=(1, 0, 0))[0]
         share = gate[i].double().view(-1, 1, 1, 1)
-        wanted_x[i] = share * dxs + (1 - share) * dxt
+        wanted_x[i] = torch.where(share == 0, 0, share * dxs) + torch.where(share == 1, 0, (1 - share) * dxt)
         wanted_gate[i] = (x[i].double() * (dxs - dxt)).sum((1, 2, 3))
     return Problem(grad, x, gate, plans, filters.view(-1, c, o), wanted_x, wanted_gate)
 

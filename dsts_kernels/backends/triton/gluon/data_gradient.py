@@ -1,7 +1,7 @@
 """Gradients of features and gates on Hopper, in Gluon: what :mod:`..data_gradient` does where gates train.
 
-Dealt out as :mod:`.conv`: a CTA on every multiprocessor, tiles of ``BM`` positions by ``BN`` channels in turn, a producer
-warp that brings boxes of the gradient, shifted back by each tap, and boxes of filters.
+Dealt out as :mod:`.conv`: a CTA on every multiprocessor, tiles of ``BM`` positions by ``BN`` channels in turn, a
+producer warp that brings boxes of the gradient, shifted back by each tap, and boxes of filters.
 
 A tile needs the data gradients of both operators apart. One accumulator of 128x256 serves both in turn, which asks a
 quarter less of L2 than two of 128x128: the spatial operator's goes to the CTA's piece of ``parked`` (128 KiB in L2, in

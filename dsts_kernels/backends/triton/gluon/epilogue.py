@@ -79,7 +79,6 @@ def end_part(
     WARPS: gl.constexpr,
 ):
     """Ends outputs ``o0`` and on of one box of positions, which starts at ``start``."""
-    BM: gl.constexpr = v.shape[0]
     PART: gl.constexpr = v.shape[1]
     # 8 outputs a lane; a warp has the part's outputs of some positions. Nine taps of features that lie channels-first,
     # which no module asks for, are summed so too: in the other layout they spill.

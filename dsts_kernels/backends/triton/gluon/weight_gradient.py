@@ -1,16 +1,15 @@
 """Filter gradients on Hopper, in Gluon: what :mod:`..weight_gradient` does, grouped by neuron, for half types.
 
-A tile is ``BM`` listed channels by ``BN`` outputs of one tap of one slot; its reduction runs over all the slot's samples,
-``BK`` positions a step. Both operands are boxes of positions by channels, the left one shifted by the tap: ``wgmma``
-reads them across, so that nothing is turned. How many tiles a slot has, its lists say, on the device: every CTA counts
-them and takes its own in turn, one after the other through all slots, so CTAs end within a tile of one another.
+A tile is ``BM`` listed channels by ``BN`` outputs of one tap of one slot; its reduction runs over all the slot's
+samples, ``BK`` positions a step. Both operands are boxes of positions by channels, the left one shifted by the tap:
+``wgmma`` reads them across, so that nothing is turned. How many tiles a slot has, its lists say, on the device: every
+CTA counts them and takes its own in turn, through all slots, so CTAs end within a tile of one another.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
