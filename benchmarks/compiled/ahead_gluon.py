@@ -1,7 +1,7 @@
 """Compile the Gluon kernels for Hopper without a GPU, and read what a GPU would be given.
 
-``python -m benchmarks.compiled.ahead_gluon`` compiles what is launched with their switches on, for every tile that ships
-and every end of a tile: the frozen convolution as :func:`.ahead.trace` sees it, and both gradients of a training step.
+``python -m benchmarks.compiled.ahead_gluon`` compiles what is launched with their switches on, for every tile that
+ships and every end of a tile: the frozen convolution as :func:`.ahead.trace` sees it, and both gradients of a step.
 The table goes to docs/performance.md; tests/backends/triton/test_ahead_gluon.py asserts what must hold.
 """
 

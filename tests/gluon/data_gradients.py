@@ -24,7 +24,7 @@ SMALL = WaveTile(16, 16, HALF_K, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and how it is run. ``neurons`` are the samples', -1 for one that has none; ``gates`` theirs, in turn."""
+    """A problem, and how it is run. Samples choose ``neurons``, -1 for none, and have ``gates`` by turns."""
 
     neurons: tuple[int, ...] = (1, 0, 2)
     gates: tuple[str, ...] = GATES

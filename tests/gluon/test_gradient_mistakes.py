@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 FIRST = "step, 9 * blocks, BM"
 THEN = "acc, step = multiply(grad_ring, filter_ring, ready, free, step, 3 * blocks"
 HOLE, RAGGED, WIDE = {"neurons": (-1, 0, 1)}, {"channels": 21}, {"channels": 24, "tile": WaveTile(16, 64, HALF_K, 3)}
+FIVE = {"tile": WaveTile(16, 16, HALF_K, 5)}  # stages, of which no tile's steps are a multiple
 DATA = {
     "rows the wrong way": Mistake("h0 + dh", "h0 - dh", WRONG),
     "columns the wrong way": Mistake("w0 + dw", "w0 - dw", WRONG),
@@ -31,12 +32,12 @@ DATA = {
     "the sample next door": Mistake("corner = [b, ", "corner = [b + 1, ", WRONG),
     "too few bytes": Mistake("BOX.w + BN) * BK * 2", "BOX.w) * BK * 2", Fault),
     "too many bytes": Mistake("BOX.w + BN) * BK * 2", "BOX.w + BN) * BK * 2 + 16", Deadlock),
-    "a producer that counts anew with each tile": Mistake("free, step, BYTES", "free, k, BYTES", Fault),
+    "a producer that counts anew with each tile": Mistake("free, step, BYTES", "free, k, BYTES", Fault, FIVE),
     "a step the producer does not count": Mistake("STAGES)\n            step += 1", "STAGES)", Fault),
     "operators of equal length": Mistake(FIRST, "step, 3 * blocks, BM", Fault),
     "a step too few": Mistake(FIRST, "step, 9 * blocks - 1, BM", Fault),
-    "the second operator's count anew": Mistake(THEN, THEN.replace("step, 3", "0, 3"), PhaseFault),
-    "the second operator not counted": Mistake(THEN, THEN.replace("acc, step", "acc, _"), PhaseFault),
+    "the second operator's count anew": Mistake(THEN, THEN.replace("step, 3", "0, 3"), PhaseFault, FIVE),
+    "the second operator not counted": Mistake(THEN, THEN.replace("acc, step", "acc, _"), PhaseFault, FIVE),
     "everybody parks in one place": Mistake("own = parked + gl.program_id(0) * (BM * BN)", "own = parked", Hazard),
     "nothing is parked": Mistake("    gl.store(place + (m * BN)[:, None] + n[None, :], acc)\n", "", WRONG),
     "parked after the second operator": Mistake(
@@ -49,19 +50,24 @@ DATA = {
     "parts in another order": Mistake("c0 + part * PART,", "c0 + (PARTS - 1 - part) * PART,", WRONG, WIDE),
     "the gate's share of both": Mistake("(1.0 - g) * temporal", "g * temporal", WRONG),
     "a closed operator's infinity": Mistake(
-        "gl.where(g == 1.0, 0.0, (1.0 - g) * temporal)", "(1.0 - g) * temporal", WRONG,
+        "gl.where(g == 1.0, 0.0, (1.0 - g) * temporal)",
+        "(1.0 - g) * temporal",
+        WRONG,
         {"gates": ("spatial",), "infinite": True},
     ),
     "another sample's gate": Mistake("gate + b.to(gl.int64) * channels + c", "gate + c", WRONG),
     "the gate's gradient turned round": Mistake("(spatial - temporal)", "(temporal - spatial)", WRONG),
     "the gate's gradient of the first box": Mistake("(b * boxes + box)", "(b * boxes)", Exception),
-    "what lies outside counted": Mistake("gl.load(x + offsets, mask=mask, other=0.0)", "gl.load(x + offsets, mask=mask)",
-                                         WRONG),
+    "what lies outside counted": Mistake(
+        "gl.load(x + offsets, mask=mask, other=0.0)", "gl.load(x + offsets, mask=mask)", WRONG
+    ),
     "channels beyond the last": Mistake("inside[:, None] & known[None, :]", "inside[:, None]", Exception, RAGGED),
     "rows below the plane": Mistake(" & (h < size.h)", "", Exception),
-    "no NaN of features without filters": Mistake("g = gl.where(has_filters, g, ", "g = gl.where(b >= 0, g, ", WRONG, HOLE),
+    "no NaN of features without filters": Mistake(
+        "g = gl.where(has_filters, g, ", "g = gl.where(b >= 0, g, ", WRONG, HOLE
+    ),
     "no NaN of gates without filters": Mistake("gl.where(has_filters, gl.sum", "gl.where(b >= 0, gl.sum", WRONG, HOLE),
-}  # fmt: skip
+}
 
 SHIFTED = "[b, t0 + dt, h0 + dh, w0 + dw, column]"
 MANY, MIX, ABSENT = {"channels": 200}, {"mixing": (1, 3, 3)}, {"neurons": (1, 1, -1)}
@@ -69,36 +75,49 @@ WEIGHT = {
     "rows the wrong way": Mistake(SHIFTED, SHIFTED.replace("h0 + dh", "h0 - dh"), WRONG),
     "columns the wrong way": Mistake(SHIFTED, SHIFTED.replace("w0 + dw", "w0 - dw"), WRONG),
     "frames the wrong way": Mistake(SHIFTED, SHIFTED.replace("t0 + dt", "t0 - dt"), WRONG),
-    "the other operand shifted as well": Mistake("place = [b, t0, h0, w0, o0]", "place = [b, t0, h0 + dh, w0, o0]", WRONG),
+    "the other operand shifted as well": Mistake(
+        "place = [b, t0, h0, w0, o0]", "place = [b, t0, h0 + dh, w0, o0]", WRONG
+    ),
     "mixing shifted as the operators": Mistake("tap_shift(tap, KERNEL, SIGN)", "tap_shift(tap, KERNEL, 1)", WRONG, MIX),
     "the temporal operator shifted in space": Mistake("dh = gl.where(is_spatial, dh, 0)", "dh = dh + 0", WRONG),
     "temporal taps off by one": Mistake("tap - SPATIAL_TAPS - 1", "tap - SPATIAL_TAPS", WRONG),
     "the first channels for all": Mistake("column = row * BM", "column = row * 0", WRONG, MANY),
     "the spatial list for both": Mistake('plan_field(plan, slot, "spatial_blocks") * PANEL_BK', "0", WRONG),
     "the order's start for both": Mistake("k_channels + list_start", "k_channels", WRONG),
-    "another slot's order": Mistake("listed += slot.to(gl.int64) * k_channels + list_start", "listed += list_start", WRONG),
+    "another slot's order": Mistake(
+        "listed += slot.to(gl.int64) * k_channels + list_start", "listed += list_start", WRONG
+    ),
     "other members": Mistake("members + start + i", "members + i", WRONG, {"neurons": (0, 1, 2)}),
-    "a sample too few": Mistake("steps = gl.load(groups + slot * 2 + 1) *", "steps = (gl.load(groups + slot * 2 + 1) - 1) *",
-                                Exception),
-    "the first slot's samples": Mistake("range(0, gl.load(groups + slot * 2 + 1))", "range(0, gl.load(groups + 1))", Exception),
-    "a tap of the first operator": Mistake("gl.where(is_spatial, 0, SPATIAL_TAPS)\n", "gl.where(is_spatial, 0, 0)\n", WRONG),
-    "tiles of a slot without a neuron": Mistake("gl.where(gl.load(neuron_of + s) < 0, 0, count)", "count", Exception, ABSENT),
+    "a sample too few": Mistake(
+        "steps = gl.load(groups + slot * 2 + 1) *", "steps = (gl.load(groups + slot * 2 + 1) - 1) *", Exception
+    ),
+    "the first slot's samples": Mistake(
+        "range(0, gl.load(groups + slot * 2 + 1))", "range(0, gl.load(groups + 1))", Exception
+    ),
+    "a tap of the first operator": Mistake(
+        "gl.where(is_spatial, 0, SPATIAL_TAPS)\n", "gl.where(is_spatial, 0, 0)\n", WRONG
+    ),
+    "tiles of a slot without a neuron": Mistake(
+        "gl.where(gl.load(neuron_of + s) < 0, 0, count)", "count", Exception, ABSENT
+    ),
     "tiles of one slot": Mistake("range(0, slots)", "range(0, 1)", WRONG),
     "a tile's number in all slots": Mistake("return slot, tile - first", "return slot, tile", Exception),
     "a tile too few": Mistake("tile - first, until", "tile - first, until - 1", WRONG),
     "rows of one block": Mistake("of_operator // across % rows", "of_operator // across % 1", WRONG, MANY),
     "too few bytes": Mistake("(BM + BN) * BOX.t", "BM * BOX.t", Fault),
     "too many bytes": Mistake("BOX.w * 2  # of", "BOX.w * 2 + 16  # of", Deadlock),
-    "a producer that counts anew with each tile": Mistake("SIGN)\n        column", "SIGN)\n        step = 0\n        column",
-                                                          Fault, MIX),
+    "a producer that counts anew with each tile": Mistake(
+        "SIGN)\n        column", "SIGN)\n        step = 0\n        column", Fault, MIX
+    ),
     "a frame too few": Mistake("range(0, size.t, BOX.t)", "range(BOX.t, size.t, BOX.t)", Deadlock),
     "positions for channels": Mistake("reshape([BK, BM]).permute((1, 0))", "reshape([BM, BK])", WRONG),
     "rows beyond the list": Mistake("(j < count)[:, None] & (o", "(j >= 0)[:, None] & (o", Exception),
     "outputs beyond the last": Mistake("(o < right_width)[None, :]", "(o >= 0)[None, :]", Exception),
     "the order beyond its end": Mistake("order + j, mask=j < count, other=0", "order + j", Exception),
-    "slots for neurons": Mistake("index = gl.load(neuron_of + slot)", "index = slot", WRONG,
-                                 {"mixing": (1, 1, 1), "neurons": (2, 1, 2)}),
-}  # fmt: skip
+    "slots for neurons": Mistake(
+        "index = gl.load(neuron_of + slot)", "index = slot", WRONG, {"mixing": (1, 1, 1), "neurons": (2, 1, 2)}
+    ),
+}
 PROBLEMS = {
     "data": (DATA, data_gradients, {"neurons": (0, 1, 2), "size": (2, 5, 3)}),
     "weight": (WEIGHT, weight_gradients, {"neurons": (0, 1, 0), "size": (2, 5, 3)}),

@@ -1,4 +1,4 @@
-"""The weight gradient in Gluon on the stand-in: every kind of list, group and end of a tile, in orders drawn at random."""
+"""The weight gradient in Gluon on the stand-in: every kind of list, group and shape, in orders drawn at random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the Gluon convolution runs, with which tile, and how its tiles are dealt out: plain integers, without triton.
+"""Where the Gluon kernels run, with which tiles, and how these are dealt out: plain integers, without triton.
 
 Every CTA takes whole tiles in turn; none is shared (no stream-K), so nothing goes through memory but the result. That
 is right where the waves are nearly full, and where they are not the older kernel runs, which shares tiles.
@@ -74,7 +74,7 @@ def has_gluon() -> bool:
 
 
 def unfit(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run a frozen layer's convolution on such a GPU; ``None`` where it can."""
+    """Why no kernel here can run on such a GPU; ``None`` where they can."""
     if capability != CAPABILITY:
         wanted, got = (".".join(map(str, one)) for one in (CAPABILITY, capability))
         return f"it needs compute capability {wanted}, this GPU has {got}"
@@ -85,12 +85,12 @@ def unfit(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why it does not run; ``None`` where it does, if its waves are full enough."""
+def why_not(capability: tuple[int, int], dtype: torch.dtype, switch: str = "gluon_conv") -> str | None:
+    """Why a kernel does not run; ``None`` where it does, if its waves are full enough."""
     if (reason := unfit(capability, dtype)) is not None:
         return reason
-    if not switches.current().gluon_conv:
-        return "its switch gluon_conv is off: it has not run on a GPU yet"
+    if not getattr(switches.current(), switch):
+        return f"its switch {switch} is off: it has not run on a GPU yet"
     return None
 
 
