@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 FIRST = "step, 9 * blocks, BM"
 THEN = "acc, step = multiply(grad_ring, filter_ring, ready, free, step, 3 * blocks"
-HOLE, RAGGED, WIDE = {"neurons": (-1, 0, 1)}, {"channels": 21}, {"channels": 24, "tile": WaveTile(16, 64, HALF_K, 3)}
+HOLE, RAGGED, WIDE = {"neurons": (-1, 0, 1)}, {"channels": 21}, {"channels": 40, "tile": WaveTile(16, 64, HALF_K, 3)}
 FIVE = {"tile": WaveTile(16, 16, HALF_K, 5)}  # stages, of which no tile's steps are a multiple
 DATA = {
     "rows the wrong way": Mistake("h0 + dh", "h0 - dh", WRONG),

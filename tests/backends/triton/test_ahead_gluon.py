@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import inspect
 import os
 
 import pytest
@@ -13,6 +15,10 @@ require_triton()
 from benchmarks.compiled import ahead_gluon  # noqa: E402
 from dsts_kernels.backends.gpu import grids  # noqa: E402
 from dsts_kernels.backends.triton.gluon import plan  # noqa: E402
+
+gluon, gl = map(importlib.import_module, ("triton.experimental.gluon", "triton.experimental.gluon.language"))
+hopper = importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+mbarrier, tma = hopper.mbarrier, hopper.tma
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(interpreted, reason="the interpreter compiles nothing")
@@ -105,3 +111,41 @@ def test_how_a_loop_is_read():
 """
     assert len(ahead_gluon.step_of(sass, "HGMMA")) == 2
     assert sorted(map(len, ahead_gluon.loops(sass))) == [2, 4]
+
+
+@gluon.jit
+def clustered_kernel(filters):
+    """Two CTAs, each of which gets every box: who sends one waits until its stage is free, and frees it when it came."""
+    ring = gl.allocate_shared_memory(filters.dtype, [2] + filters.block_type.shape, filters.layout)  # noqa: RUF005
+    ready = mbarrier.allocate_mbarrier(batch=2)
+    free = mbarrier.allocate_mbarrier(batch=2)
+    for stage in gl.static_range(2):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    mbarrier.sync_cluster_init()
+    for step in range(0, 8):
+        stage = step % 2
+        mbarrier.wait(free.index(stage), step // 2 & 1 ^ 1)
+        mbarrier.expect(ready.index(stage), filters.nbytes_per_cta)
+        tma.async_copy_global_to_shared(filters, [step * 64, 0], ready.index(stage), ring.index(stage), multicast=True)
+        mbarrier.wait(ready.index(stage), step // 2 & 1)
+        mbarrier.arrive(free.index(stage), count=1)
+
+
+@pytest.mark.slow
+def test_what_clusters_lack():
+    """Why no kernel here multicasts, docs/performance.md. Where this fails, Triton has learned it."""
+    if OLD:
+        assert "multicast" not in inspect.signature(tma.async_copy_global_to_shared).parameters
+        assert not hasattr(hopper, "cluster")
+        return
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2, cga_layout=[[0, 0]])
+    source = GluonASTSource(clustered_kernel, {"filters": f"tensordesc<bf16[64,64],{layout!r}>"}, {}, {})
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_ctas": 2})
+    ptx = built.asm["ptx"]
+    assert ".multicast::cluster" in ptx
+    assert "mbarrier.arrive.shared::cta" in ptx and "mapa" not in ptx and "mbarrier.arrive.shared::cluster" not in ptx

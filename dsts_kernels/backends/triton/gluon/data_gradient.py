@@ -227,16 +227,16 @@ def gradient_launch(
     shape: torch.Size, strides: tuple[int, ...], outputs: int, grid: plans.WaveGrid, index_64: bool
 ) -> launch.Launch:
     b, c, *size = shape
-    tile = grid.tile
+    tile, channels_last = grid.tile, strides[1] == 1
     return launch.Launch(
         (grid.ctas,),
         (Size(*size), Strides(*strides), b * grid.tiles.per_sample, c, outputs),
         INDEX_64=index_64,
-        CHANNELS_LAST=strides[1] == 1,
+        CHANNELS_LAST=channels_last,
         BOX=grid.box,
         BN=tile.n,
         BK=tile.k,
-        PART=min(plans.GRADIENT_PART, tile.n),
+        PART=min(plans.GRADIENT_PART if channels_last else plans.GRADIENT_PART // 2, tile.n),  # whole ones would spill
         STAGES=tile.stages,
         WARPS=plans.CONSUMER_WARPS,
         PRODUCER_WARPS=plans.PRODUCER_WARPS,
