@@ -46,8 +46,11 @@ DATA = {
         WRONG,
     ),
     "rows of what is parked": Mistake("parked + (m * BN)[:, None]", "parked + (m * PART)[:, None]", WRONG, WIDE),
-    "another part of what is parked": Mistake("own + part * PART, b", "own, b", WRONG, WIDE),
-    "parts in another order": Mistake("c0 + part * PART,", "c0 + (PARTS - 1 - part) * PART,", WRONG, WIDE),
+    "another part of what is parked": Mistake("own + (part + 1) * PART, b", "own, b", WRONG, WIDE),
+    "parts in another order": Mistake(
+        "start, c0 + part * PART,", "start, c0 + (PARTS - 1 - part) * PART,", WRONG, WIDE
+    ),
+    "features of another part": Mistake("start, c0 + (part + 1) * PART,", "start, c0 + part * PART,", WRONG, WIDE),
     "the gate's share of both": Mistake("(1.0 - g) * temporal", "g * temporal", WRONG),
     "a closed operator's infinity": Mistake(
         "gl.where(g == 1.0, 0.0, (1.0 - g) * temporal)",
@@ -59,8 +62,11 @@ DATA = {
     "the gate's gradient turned round": Mistake("(spatial - temporal)", "(temporal - spatial)", WRONG),
     "the gate's gradient of the first box": Mistake("(b * boxes + box)", "(b * boxes)", Exception),
     "what lies outside counted": Mistake(
-        "gl.load(x + offsets, mask=mask, other=0.0)", "gl.load(x + offsets, mask=mask)", WRONG
+        "inside[:, None] & (c0 + n < channels)[None, :], other=0.0",
+        "inside[:, None] & (c0 + n < channels)[None, :]",
+        WRONG,
     ),
+    "features beyond the last channel": Mistake(" & (c0 + n < channels)[None, :]", "", Exception, RAGGED),
     "channels beyond the last": Mistake("inside[:, None] & known[None, :]", "inside[:, None]", Exception, RAGGED),
     "rows below the plane": Mistake(" & (h < size.h)", "", Exception),
     "no NaN of features without filters": Mistake(

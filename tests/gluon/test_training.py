@@ -66,7 +66,7 @@ def test_training_step(hopper, monkeypatch):
     older = [spy_on(monkeypatch, f"{kind}_gradient_kernel") for kind in ("data", "weight")]
     for module, kind, switches in zip(modules, (torch.float32, torch.float64), (SWITCHES, {}), strict=True):
         of_kind = Draws(*(t.to(kind) if t.is_floating_point() else t for t in draws))
-        features = x.to(module.layers[0].gate.dtype).requires_grad_()
+        features = x.detach().to(module.layers[0].gate.dtype).requires_grad_()
         with switched(**switches):
             y = module(features, draws=of_kind)
             y.backward(grad.to(y.dtype))

@@ -115,13 +115,13 @@ def test_how_a_loop_is_read():
 
 @gluon.jit
 def clustered_kernel(filters):
-    """Two CTAs, each of which gets every box: who sends one waits until its stage is free, and frees it when it came."""
+    """Two CTAs that both get every box: who sends one waits until its stage is free, and frees it when it came."""
     ring = gl.allocate_shared_memory(filters.dtype, [2] + filters.block_type.shape, filters.layout)  # noqa: RUF005
     ready = mbarrier.allocate_mbarrier(batch=2)
     free = mbarrier.allocate_mbarrier(batch=2)
-    for stage in gl.static_range(2):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
     mbarrier.sync_cluster_init()
     for step in range(0, 8):
         stage = step % 2

@@ -79,9 +79,37 @@ def park(acc, place, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def ask(
+    parked,  # [BM, BN] float32 from the part's first column on
+    b,
+    start,
+    c0,
+    x,  # [B, C, T, H, W]
+    size,
+    stride,
+    channels,
+    INDEX_64: gl.constexpr,
+    BOX: gl.constexpr,
+    BN: gl.constexpr,
+    PART: gl.constexpr,
+    rows: gl.constexpr,
+):
+    """What the end of a part needs from memory, in layout ``rows``: sums that lie parked, and features, zero outside.
+
+    Asked for one part ahead, as a trip to memory takes about as long as a part.
+    """
+    m = gl.arange(0, BOX.t * BOX.h * BOX.w, gl.SliceLayout(1, rows))
+    n = gl.arange(0, PART, gl.SliceLayout(0, rows))
+    spatial = gl.load(parked + (m * BN)[:, None] + n[None, :])
+    _, _, inside, offsets = places_of(b, start, c0 + n, size, stride, INDEX_64, BOX, rows)
+    return spatial, gl.load(x + offsets, mask=inside[:, None] & (c0 + n < channels)[None, :], other=0.0)
+
+
+@gluon.jit
 def end_part(
-    temporal,  # [BM, PART] float32: the data gradient of the temporal operator
-    parked,  # [BM, BN] float32 from the part's first column on: that of the spatial one
+    spatial,  # [BM, PART] float32 in layout rows: the data gradient of the spatial operator
+    temporal,  # [BM, PART] float32: that of the temporal one
+    v,  # [BM, PART] features in layout rows, zero outside
     b,
     box,
     boxes,
@@ -89,41 +117,27 @@ def end_part(
     c0,
     has_filters,
     gate,  # [B, C]
-    x,  # [B, C, T, H, W] with the strides of dx
     dx,  # [B, C, T, H, W], or None
     dgate,  # [B, boxes, C] float32
     size,
     stride,
     channels,
     INDEX_64: gl.constexpr,
-    CHANNELS_LAST: gl.constexpr,
     BOX: gl.constexpr,
-    BN: gl.constexpr,
-    WARPS: gl.constexpr,
+    rows: gl.constexpr,
 ):
     """Both gradients of channels ``c0`` and on of one box of positions. Without filters both are NaN."""
-    BM: gl.constexpr = temporal.shape[0]
-    PART: gl.constexpr = temporal.shape[1]
-    if CHANNELS_LAST:  # 8 channels a lane
-        rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [WARPS, 1], [1, 0])
-    else:  # a lane a position
-        rows: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS // 2, 2], [0, 1])
     temporal = gl.convert_layout(temporal, rows)
-    m = gl.arange(0, BM, gl.SliceLayout(1, rows))
-    n = gl.arange(0, PART, gl.SliceLayout(0, rows))
-    spatial = gl.load(parked + (m * BN)[:, None] + n[None, :])
-    c = c0 + n
+    c = c0 + gl.arange(0, temporal.shape[1], gl.SliceLayout(0, rows))
     known = c < channels
-    _, _, inside, offsets = places_of(b, start, c, size, stride, INDEX_64, BOX, rows)
-    mask = inside[:, None] & known[None, :]
-    v = gl.load(x + offsets, mask=mask, other=0.0).to(gl.float32)
-    products = gl.where(has_filters, gl.sum(v * (spatial - temporal), 0), float("nan"))
+    products = gl.where(has_filters, gl.sum(v.to(gl.float32) * (spatial - temporal), 0), float("nan"))
     gl.store(dgate + (b * boxes + box).to(gl.int64) * channels + c, products, mask=known)
     if dx is not None:
         g = gl.load(gate + b.to(gl.int64) * channels + c, mask=known, other=0.0).to(gl.float32)
         g = gl.where(has_filters, g, float("nan"))[None, :]
         d = gl.where(g == 0.0, 0.0, g * spatial) + gl.where(g == 1.0, 0.0, (1.0 - g) * temporal)
-        gl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=mask)
+        _, _, inside, offsets = places_of(b, start, c, size, stride, INDEX_64, BOX, rows)
+        gl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside[:, None] & known[None, :])
 
 
 @gluon.jit
@@ -155,6 +169,10 @@ def consume(
     """The consumers: the spatial operator's products, parked, the temporal one's, and the end of each tile."""
     BM: gl.constexpr = BOX.t * BOX.h * BOX.w
     PARTS: gl.constexpr = BN // PART
+    if CHANNELS_LAST:  # 8 channels a lane
+        rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [WARPS, 1], [1, 0])
+    else:  # a lane a position
+        rows: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS // 2, 2], [0, 1])
     boxes = boxes_of(size, BOX)
     own = parked + gl.program_id(0) * (BM * BN)
     step = 0
@@ -164,11 +182,19 @@ def consume(
         acc, step = multiply(grad_ring, filter_ring, ready, free, step, 9 * blocks, BM, BN, BK, STAGES, WARPS)
         park(acc, own, BM, BN)
         acc, step = multiply(grad_ring, filter_ring, ready, free, step, 3 * blocks, BM, BN, BK, STAGES, WARPS)
+        start = box_start(box, size, BOX)
+        has_filters = plan_field(plan, b, "filters") >= 0
+        next_spatial, next_x = ask(own, b, start, c0, x, size, stride, channels, INDEX_64, BOX, BN, PART, rows)
         for part in gl.static_range(PARTS):
+            spatial, v = next_spatial, next_x
+            if part + 1 < PARTS:
+                next_spatial, next_x = ask(
+                    own + (part + 1) * PART, b, start, c0 + (part + 1) * PART, x, size, stride, channels,
+                    INDEX_64, BOX, BN, PART, rows,
+                )  # fmt: skip
             end_part(
-                part_of(acc, part, PARTS, BM, BN), own + part * PART, b, box, boxes, box_start(box, size, BOX),
-                c0 + part * PART, plan_field(plan, b, "filters") >= 0, gate, x, dx, dgate, size, stride, channels,
-                INDEX_64, CHANNELS_LAST, BOX, BN, WARPS,
+                spatial, part_of(acc, part, PARTS, BM, BN), v, b, box, boxes, start, c0 + part * PART, has_filters,
+                gate, dx, dgate, size, stride, channels, INDEX_64, BOX, rows,
             )  # fmt: skip
 
 
