@@ -46,11 +46,11 @@ DATA = {
         WRONG,
     ),
     "rows of what is parked": Mistake("parked + (m * BN)[:, None]", "parked + (m * PART)[:, None]", WRONG, WIDE),
-    "another part of what is parked": Mistake("own + (part + 1) * PART, b", "own, b", WRONG, WIDE),
+    "another part of what is parked": Mistake("behind = own + (part + 1) * PART", "behind = own", WRONG, WIDE),
     "parts in another order": Mistake(
         "start, c0 + part * PART,", "start, c0 + (PARTS - 1 - part) * PART,", WRONG, WIDE
     ),
-    "features of another part": Mistake("start, c0 + (part + 1) * PART,", "start, c0 + part * PART,", WRONG, WIDE),
+    "features of another part": Mistake("c = c0 + (part + 1) * PART", "c = c0 + part * PART", WRONG, WIDE),
     "the gate's share of both": Mistake("(1.0 - g) * temporal", "g * temporal", WRONG),
     "a closed operator's infinity": Mistake(
         "gl.where(g == 1.0, 0.0, (1.0 - g) * temporal)",

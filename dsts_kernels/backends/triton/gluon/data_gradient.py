@@ -96,7 +96,7 @@ def ask(
 ):
     """What the end of a part needs from memory, in layout ``rows``: sums that lie parked, and features, zero outside.
 
-    Asked for one part ahead, as a trip to memory takes about as long as a part.
+    Asked for one part ahead where channels lie side by side, as a trip to memory takes about as long as a part.
     """
     m = gl.arange(0, BOX.t * BOX.h * BOX.w, gl.SliceLayout(1, rows))
     n = gl.arange(0, PART, gl.SliceLayout(0, rows))
@@ -184,18 +184,21 @@ def consume(
         acc, step = multiply(grad_ring, filter_ring, ready, free, step, 3 * blocks, BM, BN, BK, STAGES, WARPS)
         start = box_start(box, size, BOX)
         has_filters = plan_field(plan, b, "filters") >= 0
-        next_spatial, next_x = ask(own, b, start, c0, x, size, stride, channels, INDEX_64, BOX, BN, PART, rows)
+        spatial, v = ask(own, b, start, c0, x, size, stride, channels, INDEX_64, BOX, BN, PART, rows)
         for part in gl.static_range(PARTS):
-            spatial, v = next_spatial, next_x
+            here_spatial, here_v = spatial, v
             if part + 1 < PARTS:
-                next_spatial, next_x = ask(
-                    own + (part + 1) * PART, b, start, c0 + (part + 1) * PART, x, size, stride, channels,
-                    INDEX_64, BOX, BN, PART, rows,
-                )  # fmt: skip
+                behind = own + (part + 1) * PART
+                c = c0 + (part + 1) * PART
+                if CHANNELS_LAST:  # one part ahead; elsewhere that would spill in Triton 3.6
+                    spatial, v = ask(behind, b, start, c, x, size, stride, channels, INDEX_64, BOX, BN, PART, rows)
             end_part(
-                spatial, part_of(acc, part, PARTS, BM, BN), v, b, box, boxes, start, c0 + part * PART, has_filters,
-                gate, dx, dgate, size, stride, channels, INDEX_64, BOX, rows,
+                here_spatial, part_of(acc, part, PARTS, BM, BN), here_v, b, box, boxes, start, c0 + part * PART,
+                has_filters, gate, dx, dgate, size, stride, channels, INDEX_64, BOX, rows,
             )  # fmt: skip
+            if part + 1 < PARTS:
+                if not CHANNELS_LAST:
+                    spatial, v = ask(behind, b, start, c, x, size, stride, channels, INDEX_64, BOX, BN, PART, rows)
 
 
 @gluon.jit(do_not_specialize=["tiles"])  # or every batch would be compiled anew
