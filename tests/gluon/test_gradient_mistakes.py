@@ -119,7 +119,9 @@ WEIGHT = {
     "positions for channels": Mistake("reshape([BK, BM]).permute((1, 0))", "reshape([BM, BK])", WRONG),
     "rows beyond the list": Mistake("(j < count)[:, None] & (o", "(j >= 0)[:, None] & (o", Exception),
     "outputs beyond the last": Mistake("(o < right_width)[None, :]", "(o >= 0)[None, :]", Exception),
-    "the order beyond its end": Mistake("order + j, mask=j < count, other=0", "order + j", Exception),
+    "the order beyond its end": Mistake(
+        "order + j, mask=j < count, other=0", "order + j", Fault, {"neurons": (0, 1, 2)}
+    ),
     "slots for neurons": Mistake(
         "index = gl.load(neuron_of + slot)", "index = slot", WRONG, {"mixing": (1, 1, 1), "neurons": (2, 1, 2)}
     ),
