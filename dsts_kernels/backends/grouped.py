@@ -18,8 +18,8 @@ from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .groups import group_samples, samples_by_neuron
 from .memory import lazy_zeros
-from .packing import places
-from .passes import Epilogue, Passes, as_features, compute_dtype, empty_ndhwc, feature_panel, positions_of, weight_panel
+from .packing import BLOCKED, places
+from .passes import Epilogue, Passes, as_features, empty_ndhwc, feature_panel, positions_of, weight_panel
 
 
 class GroupedBackend(Backend, Passes):
@@ -29,14 +29,18 @@ class GroupedBackend(Backend, Passes):
         self.direct = DirectConvolution(self)
 
     @abstractmethod
-    def convolution(self, dtype: torch.dtype) -> GatedConvolution:
-        """The way to convolve features of this dtype, the fastest that there is."""
+    def convolution(self, x: Tensor, outputs: int) -> GatedConvolution:
+        """The way to convolve such features to so many outputs: what was asked for, or the cheapest that there is."""
+
+    def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
+        """The way of a frozen layer."""
+        return self.convolution(x, outputs) if packing in BLOCKED else self.direct
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         num_neurons, outputs = spatial.shape[:2]
         out = as_features(empty_ndhwc(x, outputs))
         if out.numel():
-            way = self.convolution(x.dtype)
+            way = self.convolution(x, outputs)
             for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs, limited=True):
                 way.gated_conv(x, gate, group, spatial[group.neuron], temporal[group.neuron], out)
         return out
@@ -58,8 +62,8 @@ class GroupedBackend(Backend, Passes):
         dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
         dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
         if grad.numel():
-            way, written = self.convolution(x.dtype), set()
             num_neurons, outputs = spatial.shape[:2]
+            way, written = self.convolution(x, outputs), set()
             for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs):
                 n = group.neuron
                 if need_x or need_gate:
@@ -100,11 +104,16 @@ class GroupedBackend(Backend, Passes):
                 filters = weight_panel(self, mixing[index], None, grad_ndhwc)
                 dz = self._scatter(convolution.data_gradient(grad_ndhwc, filters, kernel), dz, samples)
             if need_mixing:
-                dtype = compute_dtype(z)
-                z_first = self.gather_panel(z, samples, channels_first=True, dtype=dtype)
-                grad_first = self.gather_panel(grad, samples, channels_first=True, dtype=dtype)
-                dmixing[index].copy_(convolution.weight_gradient(z_first, grad_first, kernel))
+                panels = [self._gradient_panel(features, samples) for features in (z, grad)]
+                dmixing[index].copy_(convolution.weight_gradient(*panels, kernel))
         return dz, dmixing
+
+    def _gradient_panel(self, features: Tensor, samples: Tensor | None) -> Tensor:
+        """Samples as weight gradients take them."""
+        dtype = self.product_dtype(features)
+        if convolution.channels_first(dtype):
+            return self.gather_panel(features, samples, channels_first=True, dtype=dtype)
+        return feature_panel(self, features, samples)
 
     def frozen_layer(
         self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
@@ -121,7 +130,7 @@ class GroupedBackend(Backend, Passes):
         y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
-            way = self.convolution(x.dtype) if options.packing == "blocked" else self.direct
+            way = self.frozen_convolution(x, outputs, options.packing)
             where = places(w.starts.tolist(), x.shape[1], outputs, options.packing, w.filters.dtype)
             taken = next_sums if options.next_taps else None
             for index, samples in samples_by_neuron(neuron, num_neurons, positions_of(x)):

@@ -58,12 +58,18 @@ class Passes(ABC):
         complement: bool = False,
         channels_first: bool = False,
         dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> Tensor:
         """``src[samples][:, channels]`` times ``scale[samples][:, channels]``, or times 1 minus it.
 
         ``src (B, C, T, H, W)`` in any strides, ``scale (B, C)``, ``samples`` int64, ``channels`` int32. Returns
-        a dense channels-last panel, or a channels-first one ``(b, c, T, H, W)``.
+        a dense channels-last panel, or a channels-first one ``(b, c, T, H, W)``; of ``width`` channels where that is
+        given, those behind the listed ones being zero.
         """
+
+    def product_dtype(self, tensor: Tensor) -> torch.dtype:
+        """What panels of such features are gathered to and multiplied in."""
+        return compute_dtype(tensor)
 
     @abstractmethod
     def epilogue(self, spatial: Tensor | None, temporal: Tensor | None, epilogue: Epilogue) -> None:
@@ -87,7 +93,7 @@ class Passes(ABC):
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """On a CPU what is narrower than float32 is a storage format: panels and products there are float32."""
+    """On a CPU without matrix units a half type is a storage format: panels and products are float32."""
     return accumulate_dtype(tensor.dtype) if tensor.device.type == "cpu" else tensor.dtype
 
 
@@ -110,7 +116,7 @@ def positions_of(x: Tensor) -> int:
 def feature_panel(passes: Passes, features: Tensor, samples: Tensor | None) -> Tensor:
     """Samples of ``(B, C, T, H, W)`` as a channels-last panel, without a copy where they are one."""
     whole = features.permute(0, 2, 3, 4, 1)
-    dtype = compute_dtype(features)
+    dtype = passes.product_dtype(features)
     if samples is None and whole.is_contiguous() and features.dtype == dtype:
         return whole
     return passes.gather_panel(features, samples, dtype=dtype)
@@ -120,7 +126,12 @@ def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: 
     """One neuron's filter ``(O, C, *kernel)`` as ``(O, taps, c)`` of its listed channels, in the dtype of ``like``."""
     if channels is None and weight.shape[2:].numel() == 1 and weight.dtype == like.dtype:
         return weight.reshape(weight.shape[0], 1, -1)
-    return as_filters(passes.gather_panel(weight, None, channels, dtype=compute_dtype(weight)), like)
+    return as_filters(passes.gather_panel(weight, None, channels, dtype=gathered_dtype(weight, like)), like)
+
+
+def gathered_dtype(weight: Tensor, like: Tensor) -> torch.dtype:
+    """What a pass makes of a filter on its way to the dtype of ``like``: that one, or as it is, or float32."""
+    return weight.dtype if weight.dtype == like.dtype else compute_dtype(weight)
 
 
 def as_filters(gathered: Tensor, like: Tensor) -> Tensor:

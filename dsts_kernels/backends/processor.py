@@ -1,0 +1,100 @@
+"""What this processor multiplies half types with, and whether panels and products should therefore be half.
+
+Three questions, each asked once per process: what the chip and Linux offer (``csrc/cpu/units.cpp``), whether oneDNN
+has kernels for it, and whether these are as fast as such a unit is. The last is measured with a margin of two, since a
+virtual machine may trap tiles and ``ONEDNN_MAX_CPU_ISA`` keeps oneDNN from them; a run does not fall on either side.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .build import _C
+
+
+class Unit(NamedTuple):
+    """Something that multiplies a half type, by its name in ``_C.units()``."""
+
+    name: str
+    title: str
+    least: float  # float32's time over its own, of one convolution by oneDNN, below which it is not what it should be
+    matrix: bool  # whether direct convolution on it may be cheaper than fast convolution in float32
+
+
+# Best first. An AMX tile multiplies 16 times as much as an AVX-512 register of float32; 7.2 times were measured on an
+# Intel machine (docs/performance.md). `vdpbf16ps` does twice as much: less than fast convolution saves. AVX512-FP16 is
+# left out, since oneDNN widens float16 to float32 there.
+UNITS = {
+    torch.bfloat16: (Unit("amx_bf16", "AMX", 3.0, True), Unit("avx512_bf16", "AVX512_BF16", 1.2, False)),
+    torch.float16: (Unit("amx_fp16", "AMX", 3.0, True),),
+}
+PROBE = (4, 256, 256, 14)  # images, channels, outputs, side: 0.9 GFLOP
+PROBE_ROUNDS = 3
+
+
+@functools.cache
+def offered() -> dict[str, bool | str]:
+    """``_C.units()``: what chip and operating system offer; nothing without the native module."""
+    return {} if _C is None else _C.units()
+
+
+def why_not_library(dtype: torch.dtype) -> str | None:
+    """Why oneDNN, as torch has it, does not convolve this half type; ``None`` where it does."""
+    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+        return "torch runs without oneDNN"
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return None if supported is not None and supported() else f"oneDNN has no {_text(dtype)} here"
+
+
+@functools.cache
+def speedup(dtype: torch.dtype) -> float:
+    """Float32's time of one convolution by oneDNN over this dtype's, the best of turns: a few milliseconds."""
+    images, channels, outputs, side = PROBE
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        x = torch.ones(images, channels, side, side).contiguous(memory_format=torch.channels_last)
+        w = torch.ones(outputs, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+        pairs = [(x, w), (x.to(dtype), w.to(dtype))]
+        best = [float("inf")] * 2
+        for turn in range(1 + PROBE_ROUNDS):
+            for i, pair in enumerate(pairs):
+                start = time.perf_counter()
+                F.conv2d(*pair, padding=1)
+                best[i] = min(best[i], time.perf_counter() - start) if turn else best[i]
+    return best[0] / best[1]
+
+
+@functools.cache
+def _unit(dtype: torch.dtype) -> tuple[Unit | None, str]:
+    reasons = []
+    for unit in UNITS.get(dtype, ()):
+        if not offered().get(unit.name):
+            refused = offered().get("refused")
+            reasons.append(f"Linux refused {unit.title} tiles ({refused})" if unit.matrix and refused else "")
+        elif (measured := speedup(dtype)) < unit.least:
+            reasons.append(f"{unit.title} is there, but oneDNN took 1/{measured:.1f} of float32's time with it")
+        else:
+            return unit, f"{unit.title}, measured at {measured:.1f} times float32's rate"
+    return None, "; ".join(filter(None, reasons)) or "this processor has nothing that multiplies it faster than float32"
+
+
+def unit_of(dtype: torch.dtype) -> Unit | None:
+    """What multiplies this dtype faster than float32; ``None`` where nothing does, and for the wide dtypes."""
+    if dtype not in UNITS or why_not_library(dtype) is not None:
+        return None
+    return _unit(dtype)[0]
+
+
+def describe(dtype: torch.dtype) -> str:
+    """What there is for a half type, or why nothing: for reports."""
+    missing = why_not_library(dtype)
+    return missing if missing is not None else _unit(dtype)[1]
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
