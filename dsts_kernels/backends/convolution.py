@@ -34,27 +34,24 @@ GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into;
 TILE_CHANNELS = 32  # of a half type: 64 bytes, a row of an AMX tile and a register of AVX-512
 
 
-def filter_blocks(channels: int, weights_a_channel: int, dtype: torch.dtype) -> list[slice]:
-    """Output (or input) channels cut so that no filter exceeds the bytes of :data:`FILTER_BLOCK`."""
-    most = FILTER_BLOCK * 4 // min(4, dtype.itemsize)
-    return _even_slices(channels, -(-channels * weights_a_channel // most))
+def on_units(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether panels of such a kind are there for the units of a CPU that multiply half types."""
+    return dtype.itemsize < 4 and device.type == "cpu"
 
 
-def gradient_blocks(channels: int, dtype: torch.dtype) -> list[slice]:
+def filter_blocks(channels: int, weights_a_channel: int, units: bool) -> list[slice]:
+    """Output (or input) channels cut so that no filter exceeds :data:`FILTER_BLOCK` weights, or its bytes."""
+    return _even_slices(channels, -(-channels * weights_a_channel // (2 * FILTER_BLOCK if units else FILTER_BLOCK)))
+
+
+def gradient_blocks(channels: int, units: bool) -> list[slice]:
     """Listed channels cut into the pieces a weight gradient runs in: one in half types, whose filters are half."""
-    return _even_slices(channels, 1 if dtype.itemsize < 4 else channels // GRADIENT_BLOCK)
+    return _even_slices(channels, 1 if units else channels // GRADIENT_BLOCK)
 
 
-def panel_width(channels: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Channels of a panel of so many listed ones: whole tiles of a half type on a CPU, the rest being zeros."""
-    if dtype.itemsize >= 4 or device.type != "cpu":
-        return channels
-    return -(-channels // TILE_CHANNELS) * TILE_CHANNELS
-
-
-def channels_first(dtype: torch.dtype) -> bool:
-    """Whether weight gradients take channels-first panels."""
-    return dtype.itemsize >= 4
+def panel_width(channels: int, units: bool) -> int:
+    """Channels of a panel of so many listed ones: whole tiles for such units, the rest being zeros."""
+    return -(-channels // TILE_CHANNELS) * TILE_CHANNELS if units else channels
 
 
 def _even_slices(count: int, pieces: int) -> list[slice]:
@@ -138,8 +135,8 @@ def data_gradient(grad: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
 
 
 def weight_gradient(panel: Tensor, grad: Tensor, kernel: Kernel) -> Tensor:
-    """``(O, c, *kernel)`` of a panel and a gradient, as :func:`channels_first` says that they lie."""
-    if not channels_first(panel.dtype):
+    """``(O, c, *kernel)`` of a panel and a gradient: channels-last for :func:`on_units`, else channels-first."""
+    if on_units(panel.dtype, panel.device):
         images, outward = _as_images(panel, kernel), _as_images(grad, kernel)
         kh, kw = (kernel[0], 1) if kernel[0] > 1 else kernel[1:]
         size = (grad.shape[4], panel.shape[4], kh, kw)

@@ -15,12 +15,23 @@ from torch import Tensor
 
 from . import convolution
 from .base import FrozenOptions, FrozenWeights
-from .convolution import SPATIAL, TEMPORAL, Kernel, Prepared, panel_width, taps_of
+from .convolution import SPATIAL, TEMPORAL, Kernel, Prepared, on_units, panel_width, taps_of
 from .gated import GatedConvolution
 from .groups import DIRECT_COSTS, Costs, Group
 from .kept import kept
 from .packing import Place, unpack_at, unpack_mixing
-from .passes import Epilogue, GradientPanel, Passes, as_filters, feature_panel, gathered_dtype, weight_panel
+from .passes import (
+    Epilogue,
+    GradientPanel,
+    Passes,
+    as_filters,
+    feature_panel,
+    gathered_dtype,
+    gradient_panel,
+    weight_panel,
+)
+
+KEPT_ITEMSIZE = 2  # the widest dtype whose reordered filters are kept beside the packed ones
 
 
 class FrozenFilter(NamedTuple):
@@ -41,8 +52,9 @@ class FrozenFilter(NamedTuple):
         def prepare() -> Prepared:
             return convolution.prepare(filters(), panel, self.kernel)
 
-        halves = panel.dtype == self.source.dtype and panel.dtype.itemsize < 4 and panel.device.type == "cpu"
-        return convolution.forward(panel, kept(self.source, self.key, prepare) if halves else filters(), self.kernel)
+        kind = panel.dtype
+        keep = kind == self.source.dtype and kind.itemsize <= KEPT_ITEMSIZE and panel.device.type == "cpu"
+        return convolution.forward(panel, kept(self.source, self.key, prepare) if keep else filters(), self.kernel)
 
 
 class DirectConvolution(GatedConvolution):
@@ -59,8 +71,8 @@ class DirectConvolution(GatedConvolution):
             listed = channels.numel() > 0
             options = self._gating(x, gate, group, channels, kernel) if listed else {}
             panels.append(gather(x, group.samples, channels, **options) if listed else None)
-        dtype = self.passes.product_dtype(x)
-        for block in operator_blocks(out.shape[1], group.spatial.numel(), group.temporal.numel(), dtype):
+        lists = group.spatial.numel(), group.temporal.numel()
+        for block in operator_blocks(out.shape[1], *lists, self._on_units(x)):
             results = []
             for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
                 result = None
@@ -84,7 +96,7 @@ class DirectConvolution(GatedConvolution):
     ) -> None:
         """A block of channels at a time."""
         grad_ndhwc = feature_panel(self.passes, grad, group.samples)
-        for block in operator_blocks(x.shape[1], spatial.shape[0], spatial.shape[0], grad_ndhwc.dtype):
+        for block in operator_blocks(x.shape[1], spatial.shape[0], spatial.shape[0], self._on_units(x)):
             panels = []
             for weight, channels, kernel in ((spatial, group.spatial, SPATIAL), (temporal, group.temporal, TEMPORAL)):
                 listed = None if dgate is not None else within(channels, block)
@@ -106,17 +118,12 @@ class DirectConvolution(GatedConvolution):
         dtemporal: Tensor | None,
         add: bool,
     ) -> None:
-        dtype = self.passes.product_dtype(x)
-        first = convolution.channels_first(dtype)
-        if first:
-            outward = self.passes.gather_panel(grad, group.samples, channels_first=True, dtype=dtype)
-        else:
-            outward = feature_panel(self.passes, grad, group.samples)
+        units, outward = self._on_units(x), gradient_panel(self.passes, grad, group.samples)
         for total, channels, kernel in ((dspatial, group.spatial, SPATIAL), (dtemporal, group.temporal, TEMPORAL)):
-            for block in convolution.gradient_blocks(channels.numel(), dtype) if total is not None else ():
+            for block in convolution.gradient_blocks(channels.numel(), units) if total is not None else ():
                 listed = channels[block]
                 options = self._gating(x, gate, group, listed, kernel)
-                panel = self.passes.gather_panel(x, group.samples, listed, channels_first=first, **options)
+                panel = self.passes.gather_panel(x, group.samples, listed, channels_first=not units, **options)
                 gradient = convolution.weight_gradient(panel, outward, kernel)[:, : listed.numel()]
                 put_listed(total, gradient, listed, add)
 
@@ -130,11 +137,11 @@ class DirectConvolution(GatedConvolution):
         epilogue: Epilogue,
     ) -> None:
         outputs, dtype = epilogue.out.shape[1], self.passes.product_dtype(x)
-        split = places[0].channels
+        split, units = places[0].channels, on_units(dtype, x.device)
         lists = (weights.channels[neuron, :split], weights.channels[neuron, split:])
         panels = []
         for listed in lists:
-            width, some = panel_width(listed.numel(), dtype, x.device), listed.numel() > 0
+            width, some = panel_width(listed.numel(), units), listed.numel() > 0
             gathered = self.passes.gather_panel(x, epilogue.samples, listed, dtype=dtype, width=width) if some else None
             panels.append(gathered)
 
@@ -151,7 +158,7 @@ class DirectConvolution(GatedConvolution):
             return results
 
         if weights.mixing is None:
-            for block in operator_blocks(outputs, split, x.shape[1] - split, dtype):
+            for block in operator_blocks(outputs, split, x.shape[1] - split, units):
                 self.passes.epilogue(*operate(block), epilogue.of_outputs(block))
             return
         spatial, temporal = operate(slice(0, outputs))
@@ -164,10 +171,13 @@ class DirectConvolution(GatedConvolution):
         mixed = FrozenFilter(weights.mixing, (neuron, kernel, options.packing), mixing, kernel).convolve(z)
         self.passes.epilogue(mixed, None, epilogue)
 
+    def _on_units(self, x: Tensor) -> bool:
+        return on_units(self.passes.product_dtype(x), x.device)
+
     def _gating(self, x: Tensor, gate: Tensor, group: Group, channels: Tensor, kernel: Kernel) -> dict[str, object]:
         """How a gather makes the gated input of one operator."""
         scale, dtype = gate.to(x.dtype) if group.scaled else None, self.passes.product_dtype(x)
-        width = panel_width(channels.numel(), dtype, x.device)
+        width = panel_width(channels.numel(), on_units(dtype, x.device))
         return {"scale": scale, "complement": kernel == TEMPORAL, "dtype": dtype, "width": width}
 
 
@@ -181,9 +191,9 @@ def put_listed(total: Tensor, gradient: Tensor, listed: Tensor, add: bool) -> No
     total.index_add_(1, listed, gradient) if add else total.index_copy_(1, listed, gradient)
 
 
-def operator_blocks(channels: int, spatial: int, temporal: int, dtype: torch.dtype) -> list[slice]:
+def operator_blocks(channels: int, spatial: int, temporal: int, units: bool) -> list[slice]:
     """Blocks of ``channels`` for both operators, whose other side has so many channels."""
-    return convolution.filter_blocks(channels, max(9 * spatial, 3 * temporal), dtype)
+    return convolution.filter_blocks(channels, max(9 * spatial, 3 * temporal), units)
 
 
 def within(channels: Tensor, block: slice) -> Tensor:

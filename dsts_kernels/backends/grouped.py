@@ -19,7 +19,16 @@ from .gated import GatedConvolution
 from .groups import group_samples, samples_by_neuron
 from .memory import lazy_zeros
 from .packing import BLOCKED, places
-from .passes import Epilogue, Passes, as_features, empty_ndhwc, feature_panel, positions_of, weight_panel
+from .passes import (
+    Epilogue,
+    Passes,
+    as_features,
+    empty_ndhwc,
+    feature_panel,
+    gradient_panel,
+    positions_of,
+    weight_panel,
+)
 
 
 class GroupedBackend(Backend, Passes):
@@ -104,16 +113,9 @@ class GroupedBackend(Backend, Passes):
                 filters = weight_panel(self, mixing[index], None, grad_ndhwc)
                 dz = self._scatter(convolution.data_gradient(grad_ndhwc, filters, kernel), dz, samples)
             if need_mixing:
-                panels = [self._gradient_panel(features, samples) for features in (z, grad)]
+                panels = [gradient_panel(self, features, samples) for features in (z, grad)]
                 dmixing[index].copy_(convolution.weight_gradient(*panels, kernel))
         return dz, dmixing
-
-    def _gradient_panel(self, features: Tensor, samples: Tensor | None) -> Tensor:
-        """Samples as weight gradients take them."""
-        dtype = self.product_dtype(features)
-        if convolution.channels_first(dtype):
-            return self.gather_panel(features, samples, channels_first=True, dtype=dtype)
-        return feature_panel(self, features, samples)
 
     def frozen_layer(
         self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions

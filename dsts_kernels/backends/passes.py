@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import accumulate_dtype
+from .convolution import on_units
 
 
 class Epilogue(NamedTuple):
@@ -120,6 +121,14 @@ def feature_panel(passes: Passes, features: Tensor, samples: Tensor | None) -> T
     if samples is None and whole.is_contiguous() and features.dtype == dtype:
         return whole
     return passes.gather_panel(features, samples, dtype=dtype)
+
+
+def gradient_panel(passes: Passes, features: Tensor, samples: Tensor | None) -> Tensor:
+    """Samples as a weight gradient takes them: see :func:`.convolution.weight_gradient`."""
+    dtype = passes.product_dtype(features)
+    if on_units(dtype, features.device):
+        return feature_panel(passes, features, samples)
+    return passes.gather_panel(features, samples, channels_first=True, dtype=dtype)
 
 
 def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: Tensor) -> Tensor:
