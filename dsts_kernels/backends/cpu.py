@@ -53,20 +53,19 @@ class CpuBackend(GroupedBackend):
         """A half type's own where a unit of this processor multiplies it faster than float32."""
         return tensor.dtype if processor.unit_of(tensor.dtype) is not None else compute_dtype(tensor)
 
-    def convolution(self, x: Tensor, outputs: int) -> GatedConvolution:
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
         """What :class:`.algorithm.use_algorithm` asks for; else direct convolution in float64, and on a matrix unit
         where it costs less than fast convolution: the same for the same size on every such machine.
         """
         reason, wanted = self.fast.why_not(x.dtype), wanted_algorithm()
         if wanted == "winograd" and reason is not None:
             raise RuntimeError(f"use_algorithm='winograd' cannot run in {x.dtype}: {reason}")
-        unit = processor.unit_of(x.dtype)
         if wanted == "direct" or reason is not None:
-            return self.direct if unit is None else self.matrix
-        if wanted == "winograd" or unit is None or not unit.matrix:
-            return self.fast
+            return self.direct if processor.unit_of(x.dtype) is None else self.matrix
         size = (positions_of(x), x.shape[1], outputs)
-        return self.matrix if layer_cost(MATRIX_COSTS, *size) < layer_cost(WINOGRAD_COSTS, *size) else self.fast
+        if wanted == "winograd" or layer_cost(MATRIX_COSTS, *size) >= layer_cost(WINOGRAD_COSTS, *size):
+            return self.fast
+        return self.matrix if processor.beats_fast_convolution(x.dtype, step) else self.fast
 
     def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
         """``freeze(algorithm=...)`` packed for it; what packed for either is decided here."""

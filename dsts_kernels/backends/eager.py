@@ -36,7 +36,7 @@ class EagerBackend(GroupedBackend):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in FLOATS else f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
 
-    def convolution(self, x: Tensor, outputs: int) -> GatedConvolution:
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
         return self.direct
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:

@@ -38,8 +38,11 @@ class GroupedBackend(Backend, Passes):
         self.direct = DirectConvolution(self)
 
     @abstractmethod
-    def convolution(self, x: Tensor, outputs: int) -> GatedConvolution:
-        """The way to convolve such features to so many outputs: what was asked for, or the cheapest that there is."""
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
+        """The way to convolve such features to so many outputs: what was asked for, or the cheapest that there is.
+
+        ``step`` is ``"forward"``, or the gradient of the ``"data"`` or of the ``"weights"``.
+        """
 
     def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
         """The way of a frozen layer."""
@@ -70,16 +73,18 @@ class GroupedBackend(Backend, Passes):
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else None
         dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
         dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
-        if grad.numel():
+        if grad.numel() and any(needs):
             num_neurons, outputs = spatial.shape[:2]
-            way, written = self.convolution(x, outputs), set()
-            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs):
+            back = self.convolution(x, outputs, "data") if need_x or need_gate else None
+            learn = self.convolution(x, outputs, "weights") if need_spatial or need_temporal else None
+            costs, written = (back or learn).costs, set()
+            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, costs):
                 n = group.neuron
-                if need_x or need_gate:
-                    way.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
-                if need_spatial or need_temporal:
+                if back is not None:
+                    back.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
+                if learn is not None:
                     totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
-                    way.weight_gradient(grad, x, gate, group, *totals, add=n in written)
+                    learn.weight_gradient(grad, x, gate, group, *totals, add=n in written)
                     written.add(n)
         return dx, dgate, dspatial, dtemporal
 

@@ -1,8 +1,10 @@
 """What this processor multiplies half types with, and whether panels and products should therefore be half.
 
 Three questions, each asked once per process: what the chip and Linux offer (``csrc/cpu/units.cpp``), whether oneDNN
-has kernels for it, and whether these are as fast as such a unit is. The last is measured with a margin of two, since a
-virtual machine may trap tiles and ``ONEDNN_MAX_CPU_ISA`` keeps oneDNN from them; a run does not fall on either side.
+has kernels for it, and whether these are as fast as such a unit is: a virtual machine may trap tiles,
+``ONEDNN_MAX_CPU_ISA`` keeps oneDNN from them, and its backward passes need not be as good as its forward one. So each
+pass is measured, against float32, the first time that it is wanted. Forward the margin is two and more, so that no run
+falls on the other side; :class:`.algorithm.use_algorithm` pins the way where the same bits are wanted of every run.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .build import _C
 
@@ -22,7 +25,7 @@ class Unit(NamedTuple):
 
     name: str
     title: str
-    least: float  # float32's time over its own, of one convolution by oneDNN, below which it is not what it should be
+    least: float  # float32's time over its own, of a convolution by oneDNN, below which it is not what it should be
     matrix: bool  # whether direct convolution on it may be cheaper than fast convolution in float32
 
 
@@ -33,7 +36,7 @@ UNITS = {
     torch.bfloat16: (Unit("amx_bf16", "AMX", 3.0, True), Unit("avx512_bf16", "AVX512_BF16", 1.2, False)),
     torch.float16: (Unit("amx_fp16", "AMX", 3.0, True),),
 }
-PROBE = (4, 256, 256, 14)  # images, channels, outputs, side: 0.9 GFLOP
+PROBE = (4, 256, 14)  # images, channels in and out, side: 0.9 GFLOP
 PROBE_ROUNDS = 3
 
 
@@ -52,19 +55,39 @@ def why_not_library(dtype: torch.dtype) -> str | None:
     return None if supported is not None and supported() else f"oneDNN has no {_text(dtype)} here"
 
 
+def _forward(x: Tensor, w: Tensor) -> None:
+    F.conv2d(x, w, padding=1)
+
+
+def _data(x: Tensor, w: Tensor) -> None:
+    F.conv_transpose2d(x, w, padding=1)
+
+
+def _weights(x: Tensor, w: Tensor) -> None:
+    torch.nn.grad.conv2d_weight(x, w.shape, x, padding=1)
+
+
+PASSES = {"forward": _forward, "data": _data, "weights": _weights}
+# What fast convolution in float32 saves of a pass, 3.2 times, with what its transforms and panels cost: beyond this
+# direct convolution is the faster one.
+LEAST_BACKWARD = 3.5
+
+
 @functools.cache
-def speedup(dtype: torch.dtype) -> float:
-    """Float32's time of one convolution by oneDNN over this dtype's, the best of turns: a few milliseconds."""
-    images, channels, outputs, side = PROBE
+def speedup(dtype: torch.dtype, step: str = "forward") -> float:
+    """Float32's time over this dtype's, of one pass of oneDNN's convolution: the best of turns, a few milliseconds."""
+    images, channels, side = PROBE
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        x = torch.ones(images, channels, side, side).contiguous(memory_format=torch.channels_last)
-        w = torch.ones(outputs, channels, 3, 3).contiguous(memory_format=torch.channels_last)
-        pairs = [(x, w), (x.to(dtype), w.to(dtype))]
+        wide = [
+            torch.ones(size, device="cpu").contiguous(memory_format=torch.channels_last)
+            for size in ((images, channels, side, side), (channels, channels, 3, 3))
+        ]
         best = [float("inf")] * 2
+        pairs = [wide, [t.to(dtype) for t in wide]]
         for turn in range(1 + PROBE_ROUNDS):
             for i, pair in enumerate(pairs):
                 start = time.perf_counter()
-                F.conv2d(*pair, padding=1)
+                PASSES[step](*pair)
                 best[i] = min(best[i], time.perf_counter() - start) if turn else best[i]
     return best[0] / best[1]
 
@@ -88,6 +111,17 @@ def unit_of(dtype: torch.dtype) -> Unit | None:
     if dtype not in UNITS or why_not_library(dtype) is not None:
         return None
     return _unit(dtype)[0]
+
+
+def beats_fast_convolution(dtype: torch.dtype, step: str) -> bool:
+    """Whether direct convolution in a half type may be cheaper than a fast one in float32: where a matrix unit is, and
+    for a step back where oneDNN uses it well there too.
+
+    Args:
+        step: a key of :data:`PASSES`.
+    """
+    unit = unit_of(dtype)
+    return unit is not None and unit.matrix and (step == "forward" or speedup(dtype, step) >= LEAST_BACKWARD)
 
 
 def describe(dtype: torch.dtype) -> str:

@@ -17,11 +17,16 @@ MATRIX = ("amx_bf16", "amx_fp16", "amx_int8", "avx512_bf16", "avx512_vnni")
 
 
 def pretend(
-    patch: pytest.MonkeyPatch, units: tuple[str, ...] = MATRIX, speedup: float = 7.0, refused: str = "", library=True
+    patch: pytest.MonkeyPatch,
+    units: tuple[str, ...] = MATRIX,
+    speedup: float = 7.0,
+    refused: str = "",
+    library: bool = True,
+    slow: tuple[str, ...] = (),
 ) -> None:
-    """Until ``patch`` is undone this processor has ``units``, so many times as fast as float32."""
+    """Until ``patch`` is undone this processor has ``units``, so many times as fast as float32 in all but ``slow``."""
     patch.setattr(processor, "offered", lambda: {name: name in units for name in MATRIX} | {"refused": refused})
-    patch.setattr(processor, "speedup", lambda dtype: speedup)
+    patch.setattr(processor, "speedup", lambda dtype, step="forward": 1.0 if step in slow else speedup)
     if library:
         patch.setattr(processor, "why_not_library", lambda dtype: None)
     patch.setattr(processor, "_unit", functools.cache(processor._unit.__wrapped__))

@@ -32,10 +32,10 @@ halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 TPN, SWIN, SMALL = (1, 1024, 8, 16, 16), (1, 1024, 16, 7, 7), (1, 16, 1, 4, 4)
 
 
-def way(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+def way(shape: tuple[int, ...], dtype: torch.dtype, step: str = "forward") -> str:
     """How ``"auto"`` convolves such features, which take no memory here."""
     x = torch.empty(1, dtype=dtype).expand(shape)
-    return {id(CPU.fast): "winograd", id(CPU.matrix): "direct"}[id(CPU.convolution(x, shape[1]))]
+    return {id(CPU.fast): "winograd", id(CPU.matrix): "direct"}[id(CPU.convolution(x, shape[1], step))]
 
 
 @halves
@@ -69,6 +69,24 @@ def test_elsewhere_fast_convolution_stays(monkeypatch, has, speedup, refused, sa
         assert CPU.convolution(x, 1024) in (CPU.direct, CPU.matrix)
 
 
+def test_each_pass_is_measured(monkeypatch):
+    """A pass that oneDNN has no good kernel for stays with fast convolution; the others do not wait for it."""
+    for slow in processor.PASSES:
+        units.pretend(monkeypatch, slow=(slow,))
+        found = {step: way(TPN, torch.bfloat16, step) for step in processor.PASSES}
+        expected = {step: "winograd" if slow in (step, "forward") else "direct" for step in processor.PASSES}
+        assert found == expected, slow
+    units.pretend(monkeypatch, slow=("weights",))
+    monkeypatch.setattr("dsts_kernels.backends.cpu.layer_cost", lambda costs, *size: costs.spatial)
+    learned, inputs = [], gated_inputs(2, 24, 12, (2, 3, 4), torch.bfloat16)
+    own = CPU.fast.weight_gradient
+    monkeypatch.setattr(CPU.fast, "weight_gradient", lambda *a, **k: (learned.append(1), own(*a, **k))[1])
+    for method in ("gated_conv", "data_gradient"):
+        monkeypatch.setattr(CPU.fast, method, None)
+    check(GATED, inputs, backend="cpu")
+    assert learned
+
+
 def test_no_library_no_half_products(monkeypatch):
     """A torch without oneDNN has no convolution for them, whatever the chip has."""
     units.pretend(monkeypatch, library=False)
@@ -99,8 +117,9 @@ def test_what_this_processor_says():
 def test_measures_what_it_measures():
     """The probe convolves: some time, no zero, and the same answer ever after."""
     processor.speedup.cache_clear()
-    first = processor.speedup(torch.bfloat16)
-    assert 0 < first < 1000 and processor.speedup(torch.bfloat16) == first
+    for step in processor.PASSES:
+        first = processor.speedup(torch.bfloat16, step)
+        assert 0 < first < 1000 and processor.speedup(torch.bfloat16, step) == first
 
 
 def test_info_says_what_runs(monkeypatch):
