@@ -5,7 +5,8 @@ has and everything else runs as it does. Weights are symmetric, one scale per ne
 one scale per sample, of 127 steps where they have a sign and 255 where they have none (after a ReLU). Sums, scores,
 biases and the skip connection stay as they are. A scale of activations is their largest value (``max``), which takes a
 pass of its own or a place in the epilogue; or so many times their mean magnitude, which the sums that route hold where
-no value is negative (``mean``): what lies beyond is cut off.
+no value is negative (``means``), or that of the channel where it is largest (``largest means``): what lies beyond it
+is cut off.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def by_max(x: Tensor) -> Tensor:
 
 def by_mean(times: float) -> Scale:
     return lambda x: times * x.abs().mean((1, 2, 3, 4), keepdim=True)
+
+
+def by_largest_mean(times: float) -> Scale:
+    return lambda x: times * x.abs().mean((2, 3, 4), keepdim=True).amax(1, keepdim=True)
 
 
 def on_grid(values: Tensor, largest: Tensor, signed: bool) -> Tensor:
@@ -92,6 +97,7 @@ def schemes(fused: FusedDSTS) -> dict[str, Way]:
     }
     for times in MEANS:
         found[f"int8, {times:g} means"] = lambda x, times=times: run(whole, x, by_mean(times))
+        found[f"int8, {times:g} largest means"] = lambda x, times=times: run(whole, x, by_largest_mean(times))
     return found
 
 

@@ -127,7 +127,9 @@ def beats_fast_convolution(dtype: torch.dtype, step: str) -> bool:
 def describe(dtype: torch.dtype) -> str:
     """What there is for a half type, or why nothing: for reports."""
     missing = why_not_library(dtype)
-    return missing if missing is not None else _unit(dtype)[1]
+    if missing is None or not any(offered().get(unit.name) for unit in UNITS[dtype]):
+        return _unit(dtype)[1]
+    return missing
 
 
 def _text(dtype: torch.dtype) -> str:
