@@ -19,7 +19,7 @@ from .convolution import SPATIAL, TEMPORAL, Kernel, Prepared, on_units, panel_wi
 from .gated import GatedConvolution
 from .groups import DIRECT_COSTS, Costs, Group
 from .kept import kept
-from .packing import Place, unpack_at, unpack_mixing
+from .packing import Place, packed_size, unpack, unpack_mixing
 from .passes import (
     Epilogue,
     GradientPanel,
@@ -35,7 +35,7 @@ KEPT_ITEMSIZE = 2  # the widest dtype whose reordered filters are kept beside th
 
 
 class FrozenFilter(NamedTuple):
-    """A filter ``(O, taps, c)`` that ``unpack()`` takes from ``source``, where ``key`` is its alone."""
+    """A filter ``(O, taps, c)`` that ``unpack()`` makes of ``source``, which holds nothing else; ``key`` says how."""
 
     source: Tensor
     key: Hashable
@@ -77,11 +77,27 @@ class DirectConvolution(GatedConvolution):
             for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
                 result = None
                 if panel is not None:
-                    narrow, width = gathered_dtype(weight, panel), panel.shape[4]
-                    gathered = gather(weight[block], None, channels, dtype=narrow, width=width)
-                    result = convolution.forward(panel, as_filters(gathered, panel), kernel)
+                    result = convolution.forward(panel, self._filters(weight[block], channels, panel, kernel), kernel)
                 results.append(result)
             self.passes.epilogue(*results, epilogue.of_outputs(block))
+
+    def _filters(self, weight: Tensor, channels: Tensor, panel: Tensor, kernel: Kernel) -> Tensor | Prepared:
+        """A live filter ``(O, C, *kernel)`` on its listed channels, as wide as the panel.
+
+        In evaluation gates and weights stay from call to call: what was used once before is reordered and kept.
+        """
+
+        def filters() -> Tensor:
+            narrow, width = gathered_dtype(weight, panel), panel.shape[4]
+            return as_filters(self.passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
+
+        def prepare() -> Prepared:
+            return convolution.prepare(filters(), panel, kernel)
+
+        prepared = None
+        if on_units(panel.dtype, panel.device):
+            prepared = kept(weight, (kernel, panel.dtype, channels.numpy().tobytes()), prepare, again=True)
+        return filters() if prepared is None else prepared
 
     def data_gradient(
         self,
@@ -148,13 +164,18 @@ class DirectConvolution(GatedConvolution):
         def operate(block: slice) -> list[Tensor | None]:
             results = []
             for panel, place, kernel in zip(panels, places, (SPATIAL, TEMPORAL), strict=True):
+                if panel is None:
+                    results.append(None)
+                    continue
+                taps = taps_of(kernel)
+                size = packed_size(options.packing, outputs, taps, place.channels, weights.filters.dtype)
+                own = weights.filters[place.start : place.start + size]
 
-                def filters(place: Place = place, taps: int = taps_of(kernel)) -> Tensor:
-                    return unpack_at(weights.filters, place, options.packing, outputs, taps)[block]
+                def filters(own: Tensor = own, place: Place = place, taps: int = taps) -> Tensor:
+                    return unpack(own, options.packing, outputs, taps, place.channels)[block]
 
-                key = (place, kernel, options.packing, block.start, block.stop)
-                frozen = FrozenFilter(weights.filters, key, filters, kernel)
-                results.append(None if panel is None else frozen.convolve(panel))
+                key = (kernel, options.packing, block.start, block.stop)
+                results.append(FrozenFilter(own, key, filters, kernel).convolve(panel))
             return results
 
         if weights.mixing is None:
@@ -168,7 +189,7 @@ class DirectConvolution(GatedConvolution):
         def mixing() -> Tensor:
             return unpack_mixing(weights.mixing[neuron], options.packing, outputs, taps_of(kernel))
 
-        mixed = FrozenFilter(weights.mixing, (neuron, kernel, options.packing), mixing, kernel).convolve(z)
+        mixed = FrozenFilter(weights.mixing[neuron], (kernel, options.packing), mixing, kernel).convolve(z)
         self.passes.epilogue(mixed, None, epilogue)
 
     def _on_units(self, x: Tensor) -> bool:

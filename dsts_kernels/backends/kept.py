@@ -1,8 +1,8 @@
-"""What was made of a tensor and is good while nobody writes to it: filters reordered for the library's convolution.
+"""What was made of a tensor's values and is good while they stay: filters reordered for the library's convolution.
 
-It lies beside the tensor, not in it: copies, files and states never see it, and it goes when the tensor goes. A write
-to the tensor, or other memory put in its place, makes it anew; one that torch does not count (through ``.data``) is
-not seen.
+It lies beside the tensor, not in it: copies, files and states never see it, and it goes when the tensor goes. Values
+count as changed where torch counted a write, where other memory was put in place, or where one of a thousand samples
+of them differs: some optimizers and averages write through ``.data``, which torch does not count.
 """
 
 from __future__ import annotations
@@ -10,20 +10,42 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor: (stamp, {key: what was made})
+SAMPLES = 1024
+MOST = 16  # filters of a live operator, whose lists may never come again: at most so many take memory
+_beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor: {key: (stamp, what was made, or NOT_YET)}
+NOT_YET = object()
 
 
-def kept(source: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What ``make()`` gives for ``key`` of ``source``, made once for the values that ``source`` has now."""
-    if source.is_inference():  # nobody counts writes to it
-        return make()
-    stamp = (source._version, source.data_ptr())
-    found = _beside.get(source)
-    if found is None or found[0] != stamp:
-        found = _beside[source] = (stamp, {})
-    if key not in found[1]:
-        found[1][key] = make()
-    return found[1][key]
+def kept(values: Tensor, key: Hashable, make: Callable[[], Any], *, again: bool = False) -> Any:
+    """What ``make()`` gives for ``key`` of these values, made once for what they are now.
+
+    Args:
+        values: dense, or ``None`` comes back; a view is kept beside the tensor that it is a view of.
+        again: make it only where the same was asked before, and give ``None`` the first time: values that train are
+            others at the next call.
+    """
+    source = values if values._base is None else values._base
+    if source.is_inference() or not values.is_contiguous():  # nobody counts its writes; it would take a copy to look
+        return None if again else make()
+    beside = _beside.get(source)
+    if beside is None:
+        beside = _beside[source] = {}
+    key = (values.storage_offset(), values.shape, key)
+    stamp = (source._version, values.data_ptr(), _sampled(values))
+    found, made = beside.pop(key, (None, NOT_YET))
+    if found != stamp or made is NOT_YET:
+        made = NOT_YET if again and found != stamp else make()
+    if len(beside) >= MOST and again:
+        del beside[next(iter(beside))]  # the one that was not asked for longest
+    beside[key] = stamp, made
+    return None if made is NOT_YET else made
+
+
+def _sampled(values: Tensor) -> bytes:
+    """So many of the values, evenly spread, bit for bit."""
+    flat = values.detach().view(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)].contiguous().view(torch.uint8).numpy().tobytes()

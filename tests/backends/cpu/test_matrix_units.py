@@ -231,24 +231,56 @@ def test_filters_are_reordered_once(monkeypatch, tmp_path: Path, mixing_kernel, 
 
 
 def test_kept_things_follow_their_tensor():
-    """A write, a view's write and other memory make them anew; a tensor that goes takes them along."""
-    source, made = torch.zeros(8), []
+    """A write, a view's write, an uncounted write and other memory make them anew; they go with their tensor."""
+    source, made = torch.zeros(4, 8), []
 
-    def get(source: Tensor, key: str = "a") -> int:
-        return kept.kept(source, key, lambda: made.append(key) or len(made))
+    def get(values: Tensor, key: str = "a", **how: bool) -> int | None:
+        return kept.kept(values, key, lambda: made.append(key) or len(made), **how)
 
-    assert [get(source), get(source), get(source, "b"), get(source)] == [1, 1, 2, 1]
-    source[:2].add_(1)
-    assert [get(source), get(source)] == [3, 3]
-    source.data = torch.ones(8)
-    assert get(source) == 4
+    assert [get(source[1]), get(source[1]), get(source[1], "b"), get(source[1]), get(source[2])] == [1, 1, 2, 1, 3]
+    source[0, :2].add_(1)
+    assert [get(source[1]), get(source[1])] == [4, 4]
+    source.data[1].add_(1)
+    assert [get(source[1]), get(source[1])] == [5, 5]
+    source.data = torch.ones(4, 8)
+    assert get(source[1]) == 6
     with torch.inference_mode():
         hidden = torch.zeros(1)
-    assert [kept.kept(hidden, "a", lambda: made.append(0)) for _ in range(2)] == [None, None] and len(made) == 6
+        assert get(source[1]) == 6, "a view that inference mode made"
+    assert [get(hidden), get(hidden), get(source[:, 1]), get(source[:, 1])] == [7, 8, 9, 10]
+    assert [get(source[3], again=True) for _ in range(3)] == [None, 11, 11]
+    source.add_(1)
+    assert [get(source[3], again=True) for _ in range(3)] == [None, 12, 12]
+    for index in range(3 * kept.MOST):  # lists of channels that never come again
+        assert get(source[3], str(index), again=True) is None
     before = len(kept._beside)
+    assert len(kept._beside[source]) <= kept.MOST
     del source
     gc.collect()
     assert len(kept._beside) == before - 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_evaluation_reorders_what_comes_again(monkeypatch, autocast):
+    """A module that evaluates twice keeps its filters; a step of an optimizer, counted or not, is seen at once."""
+    units.pretend(monkeypatch)
+    own = torch.float32 if autocast else torch.bfloat16
+    _, fused = pair(40, own, "cpu", num_layers=1)
+    fused.eval()
+    x, made = torch.randn(2, 40, 3, 5, 4).to(own), count_prepared(monkeypatch)
+    with use_algorithm("direct"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first, routing = fused(x, return_routing=True)
+        assert not made
+        again = [fused(x) for _ in range(2)]
+        assert len(made) == 2 * len(set(routing.neuron[0].tolist()))
+        assert all(torch.equal(y, first) for y in again) or not convolution.reorders(torch.bfloat16)
+        assert_close(again[0], first.double(), dtype=torch.bfloat16)
+        for write in (lambda p: p.mul_(2), lambda p: p.data.mul_(2)):
+            for p in (fused.layers[0].spatial, fused.layers[0].temporal):
+                write(p)
+            fresh = copy.deepcopy(fused)(x)
+            assert torch.equal(fused(x), fresh) and not torch.equal(fresh, first)
+            fused(x)
 
 
 def test_a_frozen_module_takes_the_cheaper_way(monkeypatch):
