@@ -16,7 +16,7 @@ from .build import _C, warn_if_missing, why_no_module
 from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .grouped import GroupedBackend
-from .groups import MATRIX_COSTS, WINOGRAD_COSTS, check_neurons, layer_cost
+from .groups import MATRIX_COSTS, check_neurons, matrix_is_cheaper
 from .passes import Epilogue, GradientPanel, compute_dtype, positions_of
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
@@ -62,8 +62,7 @@ class CpuBackend(GroupedBackend):
             raise RuntimeError(f"use_algorithm='winograd' cannot run in {x.dtype}: {reason}")
         if wanted == "direct" or reason is not None:
             return self.direct if processor.unit_of(x.dtype) is None else self.matrix
-        size = (positions_of(x), x.shape[1], outputs)
-        if wanted == "winograd" or layer_cost(MATRIX_COSTS, *size) >= layer_cost(WINOGRAD_COSTS, *size):
+        if wanted == "winograd" or not matrix_is_cheaper(positions_of(x), x.shape[1], outputs):
             return self.fast
         return self.matrix if processor.beats_fast_convolution(x.dtype, step) else self.fast
 

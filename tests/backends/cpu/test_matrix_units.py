@@ -45,6 +45,7 @@ def test_large_layers_are_direct_on_matrix_units(monkeypatch, dtype):
     assert [way(shape, dtype) for shape in (TPN, SWIN, SMALL)] == ["direct", "direct", "winograd"]
     assert way(TPN, torch.float32) == "winograd"
     assert way((64, 16, 1, 4, 4), dtype) == "winograd", "a batch may be 64 calls"
+    assert way((1, 1024, 200, 1, 1), dtype) == "winograd", "fast convolution reads one tap of nine there"
     assert "direct convolution" in explain("gated_conv3d", "cpu", dtype)
 
 
@@ -77,7 +78,7 @@ def test_each_pass_is_measured(monkeypatch):
         expected = {step: "winograd" if slow in (step, "forward") else "direct" for step in processor.PASSES}
         assert found == expected, slow
     units.pretend(monkeypatch, slow=("weights",))
-    monkeypatch.setattr("dsts_kernels.backends.cpu.layer_cost", lambda costs, *size: costs.spatial)
+    monkeypatch.setattr("dsts_kernels.backends.cpu.matrix_is_cheaper", lambda *size: True)
     learned, inputs = [], gated_inputs(2, 24, 12, (2, 3, 4), torch.bfloat16)
     own = CPU.fast.weight_gradient
     monkeypatch.setattr(CPU.fast, "weight_gradient", lambda *a, **k: (learned.append(1), own(*a, **k))[1])
@@ -302,7 +303,7 @@ def test_a_frozen_module_takes_the_cheaper_way(monkeypatch):
     assert seen == ["winograd", "direct", "winograd"]
     assert torch.equal(outputs["auto"], outputs["winograd"])
     assert relative_error(outputs["direct"], outputs["winograd"]) < TOLERANCES[torch.bfloat16]
-    monkeypatch.setattr("dsts_kernels.backends.cpu.layer_cost", lambda costs, *size: costs.spatial)
+    monkeypatch.setattr("dsts_kernels.backends.cpu.matrix_is_cheaper", lambda *size: True)
     fused.freeze()(x)
     assert seen[-1] == "direct"
 
