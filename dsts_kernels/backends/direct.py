@@ -24,10 +24,9 @@ from .passes import (
     Epilogue,
     GradientPanel,
     Passes,
-    as_filters,
     feature_panel,
-    gathered_dtype,
     gradient_panel,
+    live_filters,
     weight_panel,
 )
 
@@ -77,27 +76,10 @@ class DirectConvolution(GatedConvolution):
             for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
                 result = None
                 if panel is not None:
-                    result = convolution.forward(panel, self._filters(weight[block], channels, panel, kernel), kernel)
+                    filters = live_filters(self.passes, weight[block], channels, panel, kernel)
+                    result = convolution.forward(panel, filters, kernel)
                 results.append(result)
             self.passes.epilogue(*results, epilogue.of_outputs(block))
-
-    def _filters(self, weight: Tensor, channels: Tensor, panel: Tensor, kernel: Kernel) -> Tensor | Prepared:
-        """A live filter ``(O, C, *kernel)`` on its listed channels, as wide as the panel.
-
-        In evaluation gates and weights stay from call to call: what was used once before is reordered and kept.
-        """
-
-        def filters() -> Tensor:
-            narrow, width = gathered_dtype(weight, panel), panel.shape[4]
-            return as_filters(self.passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
-
-        def prepare() -> Prepared:
-            return convolution.prepare(filters(), panel, kernel)
-
-        prepared = None
-        if on_units(panel.dtype, panel.device):
-            prepared = kept(weight, (kernel, panel.dtype, channels.numpy().tobytes()), prepare, again=True)
-        return filters() if prepared is None else prepared
 
     def data_gradient(
         self,

@@ -26,6 +26,7 @@ from .passes import (
     empty_ndhwc,
     feature_panel,
     gradient_panel,
+    live_filters,
     positions_of,
     weight_panel,
 )
@@ -94,7 +95,7 @@ class GroupedBackend(Backend, Passes):
         if out.numel():
             for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
                 panel = feature_panel(self, z, samples)
-                mixed = convolution.forward(panel, weight_panel(self, mixing[index], None, panel), kernel)
+                mixed = convolution.forward(panel, live_filters(self, mixing[index], None, panel, kernel), kernel)
                 out = self._scatter(mixed, out, samples)
         return out
 

@@ -36,11 +36,15 @@ def kept(values: Tensor, key: Hashable, make: Callable[[], Any], *, again: bool 
         beside = _beside[source] = {}
     key = (values.storage_offset(), values.shape, key)
     stamp = (source._version, values.data_ptr(), _sampled(values))
-    found, made = beside.pop(key, (None, NOT_YET))
+    found, made = beside.get(key, (None, NOT_YET))
+    if found == stamp and made is not NOT_YET and not again:
+        return made
     if found != stamp or made is NOT_YET:
         made = NOT_YET if again and found != stamp else make()
-    if len(beside) >= MOST and again:
-        del beside[next(iter(beside))]  # the one that was not asked for longest
+    if again:  # the one that was asked for last goes last, and the first one out
+        beside.pop(key, None)
+        if len(beside) >= MOST:
+            beside.pop(next(iter(beside)), None)
     beside[key] = stamp, made
     return None if made is NOT_YET else made
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import convolution
 from .base import accumulate_dtype
-from .convolution import on_units
+from .convolution import Kernel, Prepared, on_units
+from .kept import kept
 
 
 class Epilogue(NamedTuple):
@@ -136,6 +138,31 @@ def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: 
     if channels is None and weight.shape[2:].numel() == 1 and weight.dtype == like.dtype:
         return weight.reshape(weight.shape[0], 1, -1)
     return as_filters(passes.gather_panel(weight, None, channels, dtype=gathered_dtype(weight, like)), like)
+
+
+def live_filters(
+    passes: Passes, weight: Tensor, channels: Tensor | None, panel: Tensor, kernel: Kernel
+) -> Tensor | Prepared:
+    """A filter ``(O, C, *kernel)`` that trains, on its listed channels, for :func:`.convolution.forward` on a panel.
+
+    It is as wide as the panel. In evaluation gates and weights stay from call to call: for units of half types, what
+    was used once before is reordered for the library and kept (:mod:`.kept`).
+    """
+
+    def filters() -> Tensor:
+        if channels is None:
+            return weight_panel(passes, weight, None, panel)
+        narrow, width = gathered_dtype(weight, panel), panel.shape[4]
+        return as_filters(passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
+
+    def prepare() -> Prepared:
+        return convolution.prepare(filters(), panel, kernel)
+
+    prepared = None
+    if on_units(panel.dtype, panel.device):
+        listed = None if channels is None else channels.numpy().tobytes()
+        prepared = kept(weight, (kernel, panel.dtype, listed), prepare, again=True)
+    return filters() if prepared is None else prepared
 
 
 def gathered_dtype(weight: Tensor, like: Tensor) -> torch.dtype:

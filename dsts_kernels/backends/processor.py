@@ -108,9 +108,14 @@ def _unit(dtype: torch.dtype) -> tuple[Unit | None, str]:
 
 def unit_of(dtype: torch.dtype) -> Unit | None:
     """What multiplies this dtype faster than float32; ``None`` where nothing does, and for the wide dtypes."""
-    if dtype not in UNITS or why_not_library(dtype) is not None:
+    if not _offers(dtype) or why_not_library(dtype) is not None:
         return None
     return _unit(dtype)[0]
+
+
+def _offers(dtype: torch.dtype) -> bool:
+    """Whether the chip has anything for this dtype: what most machines answer, and quickly."""
+    return dtype in UNITS and any(offered().get(unit.name) for unit in UNITS[dtype])
 
 
 def beats_fast_convolution(dtype: torch.dtype, step: str) -> bool:
@@ -127,7 +132,7 @@ def beats_fast_convolution(dtype: torch.dtype, step: str) -> bool:
 def describe(dtype: torch.dtype) -> str:
     """What there is for a half type, or why nothing: for reports."""
     missing = why_not_library(dtype)
-    if missing is None or not any(offered().get(unit.name) for unit in UNITS[dtype]):
+    if missing is None or not _offers(dtype):
         return _unit(dtype)[1]
     return missing
 
