@@ -26,7 +26,8 @@ from .passes import (
     Passes,
     feature_panel,
     gradient_panel,
-    live_filters,
+    kept_filters,
+    listed_filters,
     weight_panel,
 )
 
@@ -76,8 +77,8 @@ class DirectConvolution(GatedConvolution):
             for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
                 result = None
                 if panel is not None:
-                    filters = live_filters(self.passes, weight[block], channels, panel, kernel)
-                    result = convolution.forward(panel, filters, kernel)
+                    given = (self.passes, weight[block], channels, panel)
+                    result = convolution.forward(panel, kept_filters(*given, kernel) or listed_filters(*given), kernel)
                 results.append(result)
             self.passes.epilogue(*results, epilogue.of_outputs(block))
 

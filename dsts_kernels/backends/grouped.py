@@ -26,7 +26,7 @@ from .passes import (
     empty_ndhwc,
     feature_panel,
     gradient_panel,
-    live_filters,
+    kept_filters,
     positions_of,
     weight_panel,
 )
@@ -95,7 +95,9 @@ class GroupedBackend(Backend, Passes):
         if out.numel():
             for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
                 panel = feature_panel(self, z, samples)
-                mixed = convolution.forward(panel, live_filters(self, mixing[index], None, panel, kernel), kernel)
+                filters = kept_filters(self, mixing[index], None, panel, kernel)
+                filters = filters or weight_panel(self, mixing[index], None, panel)
+                mixed = convolution.forward(panel, filters, kernel)
                 out = self._scatter(mixed, out, samples)
         return out
 

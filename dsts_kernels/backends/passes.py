@@ -140,29 +140,29 @@ def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: 
     return as_filters(passes.gather_panel(weight, None, channels, dtype=gathered_dtype(weight, like)), like)
 
 
-def live_filters(
+def listed_filters(passes: Passes, weight: Tensor, channels: Tensor | None, panel: Tensor) -> Tensor:
+    """A filter ``(O, C, *kernel)`` that trains as ``(O, taps, c)``, as wide as the panel it meets."""
+    if channels is None:
+        return weight_panel(passes, weight, None, panel)
+    narrow, width = gathered_dtype(weight, panel), panel.shape[4]
+    return as_filters(passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
+
+
+def kept_filters(
     passes: Passes, weight: Tensor, channels: Tensor | None, panel: Tensor, kernel: Kernel
-) -> Tensor | Prepared:
-    """A filter ``(O, C, *kernel)`` that trains, on its listed channels, for :func:`.convolution.forward` on a panel.
+) -> Prepared | None:
+    """:func:`listed_filters` reordered for the library and kept, for units of half types; else ``None``.
 
-    It is as wide as the panel. In evaluation gates and weights stay from call to call: for units of half types, what
-    was used once before is reordered for the library and kept (:mod:`.kept`).
+    In evaluation gates and weights stay from call to call: what was used once before is kept (:mod:`.kept`).
     """
-
-    def filters() -> Tensor:
-        if channels is None:
-            return weight_panel(passes, weight, None, panel)
-        narrow, width = gathered_dtype(weight, panel), panel.shape[4]
-        return as_filters(passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
+    if not on_units(panel.dtype, panel.device):
+        return None
 
     def prepare() -> Prepared:
-        return convolution.prepare(filters(), panel, kernel)
+        return convolution.prepare(listed_filters(passes, weight, channels, panel), panel, kernel)
 
-    prepared = None
-    if on_units(panel.dtype, panel.device):
-        listed = None if channels is None else channels.numpy().tobytes()
-        prepared = kept(weight, (kernel, panel.dtype, listed), prepare, again=True)
-    return filters() if prepared is None else prepared
+    listed = None if channels is None else channels.numpy().tobytes()
+    return kept(weight, (kernel, panel.dtype, listed), prepare, again=True)
 
 
 def gathered_dtype(weight: Tensor, like: Tensor) -> torch.dtype:
