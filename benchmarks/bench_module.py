@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from benchmarks.conftest import Recorder, Settings, Workbench
+from benchmarks.cpu import half
 from benchmarks.cpu.memory import peak_extra_mib
 from benchmarks.parity import assert_parity, relative_error, training_errors
 from benchmarks.report.machine import synchronise
 from benchmarks.shapes import Problem
 from benchmarks.variants import (
     COMPILE_LIMIT_S,
+    FORCED,
     VARIANTS,
     build,
     restore_statistics,
@@ -46,6 +48,8 @@ class Built:
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest, workbench: Workbench, settings: Settings) -> Iterator[Built]:
     mode, variant = request.param
+    if " " in variant and not half.is_half(settings.device, settings.dtype):
+        pytest.skip("a way is forced in half types on a CPU alone")
     if variant == "compiled" and not settings.compile:
         yield Built(mode, variant, None, "not timed (--no-compile)")
         return
@@ -54,8 +58,10 @@ def built(request: pytest.FixtureRequest, workbench: Workbench, settings: Settin
 
 
 def each(mode: str) -> pytest.MarkDecorator:
-    params = [(mode, variant) for variant in VARIANTS[mode]]
-    return pytest.mark.parametrize("built", params, ids=VARIANTS[mode], indirect=True, scope="module")
+    variants = (*VARIANTS[mode], *FORCED[mode])
+    params = [(mode, variant) for variant in variants]
+    ids = [variant.replace(" ", "-") for variant in variants]
+    return pytest.mark.parametrize("built", params, ids=ids, indirect=True, scope="module")
 
 
 def check(
@@ -70,7 +76,7 @@ def check(
         recorder.add(built.mode, problem, built.variant, note=built.note)
         pytest.skip(built.note)
     try:
-        with time_limit(COMPILE_LIMIT_S if built.variant == "compiled" else 0):
+        with time_limit(COMPILE_LIMIT_S if built.variant == "compiled" else 0), half.block(built.variant):
             return assert_parity(errors(), settings.dtype)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
@@ -92,8 +98,11 @@ def timed(
 ) -> None:
     """Times ``step``, which ends when the device is done; measures its memory; records the row."""
 
+    way = built.variant.partition(" ")[2]
+
     def call() -> None:
-        step()
+        with half.block(built.variant):
+            step()
         synchronise(settings.device)
 
     setup()
@@ -104,7 +113,8 @@ def timed(
     benchmark.pedantic(call, setup=setup, rounds=rounds)
     setup()
     peak = None
-    if settings.memory and built.variant != "compiled":  # it would have to be compiled once more
+    # What is compiled would have to be compiled once more; a way that is forced is not what anybody runs.
+    if settings.memory and built.variant != "compiled" and not way:
         threads = torch.get_num_threads()
         measured = peak_extra_mib(built.variant, built.mode, problem, settings.dtype, settings.device, threads)
         peak = measured["peak_mib"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.backbones.models import DEFAULT, MEMORY_FORMATS, Case
 from benchmarks.backbones.turns import CLOCKS
+from benchmarks.cpu import half
 from benchmarks.features import make_features
 from benchmarks.parity import Oracle, evaluation_oracle, training_oracle
 from benchmarks.report import machine, tables
@@ -141,6 +142,15 @@ class Recorder:
     def rate(self) -> dict[str, float | str]:
         return machine.matrix_rate(self.settings.device, self.settings.dtype)
 
+    @cached_property
+    def convolution(self) -> dict[str, dict[str, float]]:
+        """Rates of the library's two convolutions in a half type on a CPU, by shape."""
+        if not half.is_half(self.settings.device, self.settings.dtype):
+            return {}
+        return {
+            problem.label: half.convolution_rates(problem, self.settings.dtype) for problem in self.settings.problems
+        }
+
     def add(self, mode: str, problem: Problem, variant: str, **measured: Any) -> None:
         """``measured``: ``ms`` (median), ``ms_min``, ``rounds``, ``peak_mib``, ``error`` and ``note`` as far
         as known."""
@@ -163,6 +173,14 @@ class Recorder:
         self.scaling.append({"name": name, "text": text, **measured})
 
     def results(self) -> dict[str, Any]:
+        results = self.measured()
+        if results["rows"] and self.convolution:
+            results["units"] = half.units(self.settings.dtype)
+            results["convolution"] = self.convolution
+            results["goals"] = half.goals(results, self.settings.problems)
+        return results
+
+    def measured(self) -> dict[str, Any]:
         return {
             "machine": machine.describe(self.settings.device),
             "dtype": str(self.settings.dtype).removeprefix("torch."),

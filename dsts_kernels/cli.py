@@ -15,6 +15,7 @@ import numpy
 import torch
 
 from . import __version__, backends, viz
+from .backends import processor
 from .backends.build import build_details
 from .classify import command as classifying
 from .learning import load_checkpoint
@@ -41,13 +42,17 @@ def info() -> str:
         f"numpy         {numpy.__version__}",
         f"GPU           {cuda}",
         *(f"{name:<13} {value}" for name, value in build_details().items()),
+        *(f"{str(dtype).removeprefix('torch.'):<13} {processor.describe(dtype)}" for dtype in processor.UNITS),
         "backends",
     ]
     for name, backend in backends.BACKENDS.items():
         reason = backend.missing()
         lines.append(f"  {name:<11} " + (f"can run ({backend.remark})" if reason is None else f"no: {reason}"))
     lines.append("")
-    lines.append(backends.explain("gated_conv3d", "cuda" if torch.cuda.is_available() else "cpu", torch.float32))
+    on_gpu = torch.cuda.is_available()
+    lines.append(backends.explain("gated_conv3d", "cuda" if on_gpu else "cpu", torch.float32))
+    if not on_gpu:
+        lines.append(backends.explain("gated_conv3d", "cpu", torch.bfloat16))
     return "\n".join(lines)
 
 

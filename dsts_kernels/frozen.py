@@ -61,7 +61,8 @@ class FrozenDSTS(NotScripted):
         source: the :class:`FusedDSTS` to freeze.
         dtype: of features and packed weights; ``None`` keeps the source's. Scores and biases stay float32.
         algorithm: ``"winograd"`` packs for fast convolution, ``"direct"`` for the library's; ``"auto"`` takes
-            fast convolution where the backend has it (a CPU, float32 and half types). On a GPU both are direct, ours.
+            fast convolution where the backend has it (a CPU, float32 and half types), but for large layers in a half
+            type on matrix units, which the library convolves. On a GPU both are direct, ours.
         backend: the name of a backend; ``None`` keeps the source's choice.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .backends.algorithm import ALGORITHMS
 from .backends.base import FLOATS, accumulate_dtype
 from .backends.packing import PACKINGS, Layout, channel_lists, filters_size, mixing_shape
 from .ops._checks import describe
@@ -27,7 +28,6 @@ __all__ = ["ALGORITHMS", "BUFFERS", "EXTRA", "Description", "LayerDescription", 
 FORMAT = 1
 EXTRA = "_extra_state"  # as torch names it
 BUFFERS = ("scoring", "gate", "filters", "bias", "mixing")
-ALGORITHMS = ("auto", "direct", "winograd")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 ROOM = 256  # bytes of the text for the module and for each layer: modules of as many layers agree in its size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from dsts_kernels.backends.build import build_record
 from dsts_kernels.testing import exact_float32, poisoned_memory
 
 from .support import interpreter as triton_interpreter
-from .support import torchvision_ops
+from .support import torchvision_ops, units
 from .support.emulation import build, compiled, run_in_any_order
 from .support.targets import CUDA, INTERPRETED, KINDS, NO_GPU, Target, is_left_out, target_of
 
@@ -145,7 +146,11 @@ def run_on(target: Target, request: pytest.FixtureRequest, monkeypatch: pytest.M
     reason = target.why_not(request.node.callspec.params.get("dtype", target.dtype))
     if reason is not None:
         pytest.skip(f"{target.name}: {reason}")
-    with exact_float32():
+    forced = contextlib.nullcontext()
+    if target.units:
+        units.pretend(monkeypatch)
+        forced = backends.use_algorithm("direct")
+    with exact_float32(), forced:
         yield target
     if target.arch:
         compiled(target.arch).emulator.reset()

@@ -34,18 +34,20 @@ OURS = {
     "graph": "FrozenDSTS, CUDA graph",
 }
 BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
+WAYS = {"direct": "direct forced", "winograd": "Winograd forced"}
 TITLES = {
     "literal": "literal PyTorch",
     "compiled": "torch.compile of it",
     "handwritten": "best handwritten PyTorch",
     "handwritten graph": "best handwritten PyTorch, CUDA graph",
     **{
-        f"{variant} {backend}".strip(): title + (f", {BACKENDS[backend]}" if backend else "")
+        f"{variant} {backend}".strip(): title + (f", {(BACKENDS | WAYS)[backend]}" if backend else "")
         for variant, title in OURS.items()
-        for backend in ("", *BACKENDS)
+        for backend in ("", *BACKENDS, *WAYS)
     },
 }
-"""By variant; one of our own that was timed on each GPU backend in turn is followed by the backend's name."""
+"""By variant; one of our own that was timed on each GPU backend in turn is followed by the backend's name, or by the
+way that was forced on a CPU."""
 COLOURS = {
     "literal": "#b8bcc4",
     "compiled": "#b8bcc4",
@@ -118,7 +120,21 @@ def footnotes(results: dict[str, Any]) -> list[str]:
         + ("" if on_gpu else ", in a fresh process")
         + " (compiled: not taken).",
         *(gpu_footnotes(results) if on_gpu else ()),
+        *(half_footnotes(results) if "convolution" in results else ()),
         f"features: {results['features']}.",
+    ]
+
+
+def half_footnotes(results: dict[str, Any]) -> list[str]:
+    """What multiplies a half type on this CPU, and how fast the library convolves with it."""
+    rates = (
+        f"{shape}: " + ", ".join(f"{name} {rate:.0f}" for name, rate in found.items())
+        for shape, found in results["convolution"].items()
+    )
+    return [
+        f"{results['dtype']}: {results['units']}.",
+        f"GFLOP/s of oneDNN's convolutions of half the channels, filters not reordered beforehand: {'; '.join(rates)}.",
+        "goals are for processors with matrix units; handwritten is folded, all of it channels-last.",
     ]
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 #include "cpu/gather_panel.h"
 #include "cpu/semhash.h"
 #include "cpu/tap_sums.h"
+#include "cpu/units.h"
 #include "cpu/winograd.h"
 #include "cpu/winograd_tiles.h"
 #include "cpu/winograd_weight_gradient.h"
@@ -358,6 +360,15 @@ void set_isa_py(const std::string& name) {
                               wanted);
 }
 
+py::dict units_py() {
+  const Units& found = units();
+  py::dict answer;
+  answer["amx_bf16"] = found.amx_bf16, answer["amx_fp16"] = found.amx_fp16, answer["amx_int8"] = found.amx_int8;
+  answer["avx512_bf16"] = found.avx512_bf16, answer["avx512_vnni"] = found.avx512_vnni;
+  answer["refused"] = found.refused == 0 ? "" : std::strerror(found.refused);
+  return answer;
+}
+
 template <class Tiles>
 py::dict points_by_tile() {
   py::dict points;
@@ -392,6 +403,8 @@ void bind(py::module_& m) {
   m.def("supported_isas", &isa_names,
         "Instruction sets in this build that this machine can run, the best last.");
   m.def("get_isa", [] { return name_of(isa_in_use()); }, "The instruction set in use.");
+  m.def("units", &units_py,
+        "Which units multiply half types and int8 here, and why Linux refused tiles where it did.");
   m.def("set_isa", &set_isa_py, "name"_a, "Use one of supported_isas(), or 'auto' for the best.");
 }
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 
 import torch
 
+from .algorithm import use_algorithm
 from .base import OPS, Backend
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -23,7 +24,7 @@ from .eager import EagerBackend
 from .gpu import GpuBackend, measured
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_backend"]
+__all__ = ["BACKENDS", "OPS", "Backend", "available", "choose", "explain", "use_algorithm", "use_backend"]
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), CudaBackend(), EagerBackend())}
 

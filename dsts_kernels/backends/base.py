@@ -79,7 +79,9 @@ class Backend(ABC):
 
     def packing(self, device: torch.device, dtype: torch.dtype, algorithm: str) -> str:
         """How frozen layers are best packed for ``algorithm`` ("auto", "direct" or "winograd")."""
-        return "plain" if algorithm == "direct" or self.why_not_fast(device, dtype) is not None else "blocked"
+        if algorithm == "direct" or self.why_not_fast(device, dtype) is not None:
+            return "plain"
+        return "winograd" if algorithm == "winograd" else "blocked"
 
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:

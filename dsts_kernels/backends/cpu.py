@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import processor
+from .algorithm import wanted_algorithm
 from .base import FLOATS, accumulate_dtype
 from .build import _C, warn_if_missing, why_no_module
+from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .grouped import GroupedBackend
-from .groups import check_neurons
-from .passes import Epilogue, GradientPanel
+from .groups import MATRIX_COSTS, check_neurons, matrix_is_cheaper
+from .passes import Epilogue, GradientPanel, compute_dtype, positions_of
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
 __all__ = ["CpuBackend"]
@@ -25,11 +28,12 @@ class CpuBackend(GroupedBackend):
 
     name = "cpu"
     stage_seconds: Tensor | None = None  # (4,) float64: fast convolution adds the time of its stages, where set
-    remark = "native kernels: fast convolution in float32, half types computed so; float64 around oneDNN"
+    remark = "native kernels: fast convolution in float32; half types so too, or on matrix units; float64 around oneDNN"
 
     def __init__(self) -> None:
         super().__init__()
         self.fast = WinogradConvolution(self)
+        self.matrix = DirectConvolution(self, MATRIX_COSTS)
 
     def missing(self) -> str | None:
         why = why_no_module()
@@ -45,8 +49,38 @@ class CpuBackend(GroupedBackend):
     def why_not_fast(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return self.fast.why_not(dtype)
 
-    def convolution(self, dtype: torch.dtype) -> GatedConvolution:
-        return self.fast if self.fast.why_not(dtype) is None else self.direct
+    def product_dtype(self, tensor: Tensor) -> torch.dtype:
+        """A half type's own where a unit of this processor multiplies it faster than float32."""
+        return tensor.dtype if processor.unit_of(tensor.dtype) is not None else compute_dtype(tensor)
+
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
+        """What :class:`.algorithm.use_algorithm` asks for; else direct convolution in float64, and on a matrix unit
+        where it costs less than fast convolution: the same for the same size on every such machine.
+        """
+        reason, wanted = self.fast.why_not(x.dtype), wanted_algorithm()
+        if wanted == "winograd" and reason is not None:
+            raise RuntimeError(f"use_algorithm='winograd' cannot run in {x.dtype}: {reason}")
+        if wanted == "direct" or reason is not None:
+            return self.direct if processor.unit_of(x.dtype) is None else self.matrix
+        if wanted == "winograd" or not matrix_is_cheaper(positions_of(x), x.shape[1], outputs):
+            return self.fast
+        return self.matrix if processor.beats_fast_convolution(x.dtype, step) else self.fast
+
+    def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
+        """``freeze(algorithm=...)`` packed for it; what packed for either is decided here."""
+        return self.fast if packing == "winograd" else super().frozen_convolution(x, outputs, packing)
+
+    def note(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
+        """In half types: what the processor has for them, and what that makes of convolutions."""
+        if dtype not in processor.UNITS:
+            return self.remark
+        unit = processor.unit_of(dtype)
+        way = (
+            "fast convolution, computed in float32"
+            if unit is None or not unit.matrix
+            else f"direct convolution in {str(dtype).removeprefix('torch.')} where it costs less than fast convolution"
+        )
+        return f"native kernels: {way}; {processor.describe(dtype)}"
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         if neuron is not None:
@@ -79,10 +113,11 @@ class CpuBackend(GroupedBackend):
         complement: bool = False,
         channels_first: bool = False,
         dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> Tensor:
         b, c, *grid = src.shape
         b = b if samples is None else samples.numel()
-        c = c if channels is None else channels.numel()
+        c = width if width is not None else c if channels is None else channels.numel()
         panel = torch.empty((b, c, *grid) if channels_first else (b, *grid, c), dtype=dtype or src.dtype, device="cpu")
         out = panel if channels_first else panel.permute(0, 4, 1, 2, 3)
         _C.gather_panel(src, samples, channels, _dense(scale), complement, out, torch.get_num_threads())

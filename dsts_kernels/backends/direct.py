@@ -1,26 +1,67 @@
-"""Gated convolution on gathered channels by library convolutions (:mod:`.convolution`): for every shape and dtype."""
+"""Gated convolution on gathered channels by library convolutions (:mod:`.convolution`): for every shape and dtype.
+
+Panels are of the dtype that products are fast in: a half type's own where the processor multiplies it, else float32.
+Frozen filters are then reordered for the library once (:mod:`.kept`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import convolution
 from .base import FrozenOptions, FrozenWeights
-from .convolution import SPATIAL, TEMPORAL, Kernel
+from .convolution import SPATIAL, TEMPORAL, Kernel, Prepared, on_units, panel_width, taps_of
 from .gated import GatedConvolution
-from .groups import DIRECT_COSTS, Group
-from .packing import Place, unpack_at, unpack_mixing
-from .passes import Epilogue, GradientPanel, Passes, as_filters, compute_dtype, feature_panel, weight_panel
+from .groups import DIRECT_COSTS, Costs, Group
+from .kept import kept
+from .packing import Place, packed_size, unpack, unpack_mixing
+from .passes import (
+    Epilogue,
+    GradientPanel,
+    Passes,
+    feature_panel,
+    gradient_panel,
+    kept_filters,
+    listed_filters,
+    weight_panel,
+)
+
+KEPT_ITEMSIZE = 2  # the widest dtype whose reordered filters are kept beside the packed ones
+
+
+class FrozenFilter(NamedTuple):
+    """A filter ``(O, taps, c)`` that ``unpack()`` makes of ``source``, which holds nothing else; ``key`` says how."""
+
+    source: Tensor
+    key: Hashable
+    unpack: Callable[[], Tensor]
+    kernel: Kernel
+
+    def convolve(self, panel: Tensor) -> Tensor:
+        """A panel's convolution; the library's order of a half type's filter is made once and kept."""
+
+        def filters() -> Tensor:
+            own = self.unpack().to(panel.dtype)
+            return F.pad(own, (0, panel.shape[4] - own.shape[2]))
+
+        def prepare() -> Prepared:
+            return convolution.prepare(filters(), panel, self.kernel)
+
+        kind = panel.dtype
+        keep = kind == self.source.dtype and kind.itemsize <= KEPT_ITEMSIZE and panel.device.type == "cpu"
+        return convolution.forward(panel, kept(self.source, self.key, prepare) if keep else filters(), self.kernel)
 
 
 class DirectConvolution(GatedConvolution):
     """Gathers each operator's channels into a panel, convolves, and joins the results in an epilogue."""
 
-    costs = DIRECT_COSTS
-
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
+    def __init__(self, passes: Passes, costs: Costs = DIRECT_COSTS) -> None:
+        self.passes, self.costs = passes, costs
 
     def gated_conv(self, x: Tensor, gate: Tensor, group: Group, spatial: Tensor, temporal: Tensor, out: Tensor) -> None:
         operators = ((spatial, group.spatial, SPATIAL), (temporal, group.temporal, TEMPORAL))
@@ -28,14 +69,16 @@ class DirectConvolution(GatedConvolution):
         panels = []
         for _, channels, kernel in operators:
             listed = channels.numel() > 0
-            panels.append(gather(x, group.samples, channels, **gating(x, gate, group, kernel)) if listed else None)
-        for block in operator_blocks(out.shape[1], group.spatial.numel(), group.temporal.numel()):
+            options = self._gating(x, gate, group, channels, kernel) if listed else {}
+            panels.append(gather(x, group.samples, channels, **options) if listed else None)
+        lists = group.spatial.numel(), group.temporal.numel()
+        for block in operator_blocks(out.shape[1], *lists, self._on_units(x)):
             results = []
             for panel, (weight, channels, kernel) in zip(panels, operators, strict=True):
                 result = None
                 if panel is not None:
-                    filters = as_filters(gather(weight[block], None, channels, dtype=compute_dtype(weight)), panel)
-                    result = convolution.forward(panel, filters, kernel)
+                    given = (self.passes, weight[block], channels, panel)
+                    result = convolution.forward(panel, kept_filters(*given, kernel) or listed_filters(*given), kernel)
                 results.append(result)
             self.passes.epilogue(*results, epilogue.of_outputs(block))
 
@@ -52,7 +95,7 @@ class DirectConvolution(GatedConvolution):
     ) -> None:
         """A block of channels at a time."""
         grad_ndhwc = feature_panel(self.passes, grad, group.samples)
-        for block in operator_blocks(x.shape[1], spatial.shape[0], spatial.shape[0]):
+        for block in operator_blocks(x.shape[1], spatial.shape[0], spatial.shape[0], self._on_units(x)):
             panels = []
             for weight, channels, kernel in ((spatial, group.spatial, SPATIAL), (temporal, group.temporal, TEMPORAL)):
                 listed = None if dgate is not None else within(channels, block)
@@ -74,15 +117,14 @@ class DirectConvolution(GatedConvolution):
         dtemporal: Tensor | None,
         add: bool,
     ) -> None:
-        grad_first = self.passes.gather_panel(grad, group.samples, channels_first=True, dtype=compute_dtype(grad))
+        units, outward = self._on_units(x), gradient_panel(self.passes, grad, group.samples)
         for total, channels, kernel in ((dspatial, group.spatial, SPATIAL), (dtemporal, group.temporal, TEMPORAL)):
-            for block in convolution.gradient_blocks(channels.numel()) if total is not None else ():
+            for block in convolution.gradient_blocks(channels.numel(), units) if total is not None else ():
                 listed = channels[block]
-                options = gating(x, gate, group, kernel)
-                panel_first = self.passes.gather_panel(x, group.samples, listed, channels_first=True, **options)
-                gradient = convolution.weight_gradient(panel_first, grad_first, kernel).to(total.dtype)
-                listed = listed.to(total.device, torch.long)  # lists are on the CPU
-                total.index_add_(1, listed, gradient) if add else total.index_copy_(1, listed, gradient)
+                options = self._gating(x, gate, group, listed, kernel)
+                panel = self.passes.gather_panel(x, group.samples, listed, channels_first=not units, **options)
+                gradient = convolution.weight_gradient(panel, outward, kernel)[:, : listed.numel()]
+                put_listed(total, gradient, listed, add)
 
     def frozen_neuron(
         self,
@@ -93,44 +135,69 @@ class DirectConvolution(GatedConvolution):
         options: FrozenOptions,
         epilogue: Epilogue,
     ) -> None:
-        outputs = epilogue.out.shape[1]
-        split = places[0].channels
+        outputs, dtype = epilogue.out.shape[1], self.passes.product_dtype(x)
+        split, units = places[0].channels, on_units(dtype, x.device)
+        lists = (weights.channels[neuron, :split], weights.channels[neuron, split:])
         panels = []
-        for listed in (weights.channels[neuron, :split], weights.channels[neuron, split:]):
-            some, dtype = listed.numel() > 0, compute_dtype(x)
-            panels.append(self.passes.gather_panel(x, epilogue.samples, listed, dtype=dtype) if some else None)
-        filters = [
-            unpack_at(weights.filters, place, options.packing, outputs, taps)
-            for place, taps in zip(places, (9, 3), strict=True)
-        ]
+        for listed in lists:
+            width, some = panel_width(listed.numel(), units), listed.numel() > 0
+            gathered = self.passes.gather_panel(x, epilogue.samples, listed, dtype=dtype, width=width) if some else None
+            panels.append(gathered)
 
         def operate(block: slice) -> list[Tensor | None]:
-            return [
-                None if panel is None else convolution.forward(panel, flat[block].to(panel.dtype), kernel)
-                for panel, flat, kernel in zip(panels, filters, (SPATIAL, TEMPORAL), strict=True)
-            ]
+            results = []
+            for panel, place, kernel in zip(panels, places, (SPATIAL, TEMPORAL), strict=True):
+                if panel is None:
+                    results.append(None)
+                    continue
+                taps = taps_of(kernel)
+                size = packed_size(options.packing, outputs, taps, place.channels, weights.filters.dtype)
+                own = weights.filters[place.start : place.start + size]
+
+                def filters(own: Tensor = own, place: Place = place, taps: int = taps) -> Tensor:
+                    return unpack(own, options.packing, outputs, taps, place.channels)[block]
+
+                key = (kernel, options.packing, block.start, block.stop)
+                results.append(FrozenFilter(own, key, filters, kernel).convolve(panel))
+            return results
 
         if weights.mixing is None:
-            for block in operator_blocks(outputs, split, x.shape[1] - split):
+            for block in operator_blocks(outputs, split, x.shape[1] - split, units):
                 self.passes.epilogue(*operate(block), epilogue.of_outputs(block))
             return
         spatial, temporal = operate(slice(0, outputs))
         z = spatial if temporal is None else temporal if spatial is None else spatial.add_(temporal)
         kernel = tuple(options.mixing_kernel)
-        taps = kernel[0] * kernel[1] * kernel[2]
-        mixing = unpack_mixing(weights.mixing[neuron], options.packing, outputs, taps)
-        self.passes.epilogue(convolution.forward(z, mixing.to(z.dtype), kernel), None, epilogue)
+
+        def mixing() -> Tensor:
+            return unpack_mixing(weights.mixing[neuron], options.packing, outputs, taps_of(kernel))
+
+        mixed = FrozenFilter(weights.mixing[neuron], (kernel, options.packing), mixing, kernel).convolve(z)
+        self.passes.epilogue(mixed, None, epilogue)
+
+    def _on_units(self, x: Tensor) -> bool:
+        return on_units(self.passes.product_dtype(x), x.device)
+
+    def _gating(self, x: Tensor, gate: Tensor, group: Group, channels: Tensor, kernel: Kernel) -> dict[str, object]:
+        """How a gather makes the gated input of one operator."""
+        scale, dtype = gate.to(x.dtype) if group.scaled else None, self.passes.product_dtype(x)
+        width = panel_width(channels.numel(), on_units(dtype, x.device))
+        return {"scale": scale, "complement": kernel == TEMPORAL, "dtype": dtype, "width": width}
 
 
-def gating(x: Tensor, gate: Tensor, group: Group, kernel: Kernel) -> dict[str, object]:
-    """How a gather makes the gated input of one operator."""
-    scale = gate.to(x.dtype) if group.scaled else None
-    return {"scale": scale, "complement": kernel == TEMPORAL, "dtype": compute_dtype(x)}
+def put_listed(total: Tensor, gradient: Tensor, listed: Tensor, add: bool) -> None:
+    """A gradient ``(O, c, ...)`` to its listed channels of ``total (O, C, ...)``, written or added."""
+    gradient = gradient.to(total.dtype)
+    if listed.numel() == total.shape[1]:
+        total.add_(gradient) if add else total.copy_(gradient)
+        return
+    listed = listed.to(total.device, torch.long)  # lists are on the CPU
+    total.index_add_(1, listed, gradient) if add else total.index_copy_(1, listed, gradient)
 
 
-def operator_blocks(channels: int, spatial: int, temporal: int) -> list[slice]:
+def operator_blocks(channels: int, spatial: int, temporal: int, units: bool) -> list[slice]:
     """Blocks of ``channels`` for both operators, whose other side has so many channels."""
-    return convolution.filter_blocks(channels, max(9 * spatial, 3 * temporal))
+    return convolution.filter_blocks(channels, max(9 * spatial, 3 * temporal), units)
 
 
 def within(channels: Tensor, block: slice) -> Tensor:

@@ -36,7 +36,7 @@ class EagerBackend(GroupedBackend):
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in FLOATS else f"{dtype} is not one of {', '.join(map(str, FLOATS))}"
 
-    def convolution(self, dtype: torch.dtype) -> GatedConvolution:
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
         return self.direct
 
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
@@ -86,6 +86,7 @@ class EagerBackend(GroupedBackend):
         complement: bool = False,
         channels_first: bool = False,
         dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> Tensor:
         def pick(t: Tensor) -> Tensor:
             t = t if samples is None else t.index_select(0, samples.to(t.device))
@@ -96,6 +97,8 @@ class EagerBackend(GroupedBackend):
             s = pick(scale)[:, :, None, None, None]
             panel = panel * (1 - s if complement else s)
         panel = panel.to(dtype or src.dtype)
+        if width is not None and width > panel.shape[1]:
+            panel = torch.cat([panel, panel.new_zeros(panel.shape[0], width - panel.shape[1], *panel.shape[2:])], 1)
         return (panel if channels_first else panel.permute(0, 2, 3, 4, 1)).contiguous()
 
     def epilogue(self, spatial: Tensor | None, temporal: Tensor | None, epilogue: Epilogue) -> None:

@@ -18,8 +18,18 @@ from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .groups import group_samples, samples_by_neuron
 from .memory import lazy_zeros
-from .packing import places
-from .passes import Epilogue, Passes, as_features, compute_dtype, empty_ndhwc, feature_panel, positions_of, weight_panel
+from .packing import BLOCKED, places
+from .passes import (
+    Epilogue,
+    Passes,
+    as_features,
+    empty_ndhwc,
+    feature_panel,
+    gradient_panel,
+    kept_filters,
+    positions_of,
+    weight_panel,
+)
 
 
 class GroupedBackend(Backend, Passes):
@@ -29,14 +39,21 @@ class GroupedBackend(Backend, Passes):
         self.direct = DirectConvolution(self)
 
     @abstractmethod
-    def convolution(self, dtype: torch.dtype) -> GatedConvolution:
-        """The way to convolve features of this dtype, the fastest that there is."""
+    def convolution(self, x: Tensor, outputs: int, step: str = "forward") -> GatedConvolution:
+        """The way to convolve such features to so many outputs: what was asked for, or the cheapest that there is.
+
+        ``step`` is ``"forward"``, or the gradient of the ``"data"`` or of the ``"weights"``.
+        """
+
+    def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
+        """The way of a frozen layer."""
+        return self.convolution(x, outputs) if packing in BLOCKED else self.direct
 
     def gated_conv3d(self, x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
         num_neurons, outputs = spatial.shape[:2]
         out = as_features(empty_ndhwc(x, outputs))
         if out.numel():
-            way = self.convolution(x.dtype)
+            way = self.convolution(x, outputs)
             for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs, limited=True):
                 way.gated_conv(x, gate, group, spatial[group.neuron], temporal[group.neuron], out)
         return out
@@ -57,16 +74,18 @@ class GroupedBackend(Backend, Passes):
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else None
         dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
         dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
-        if grad.numel():
-            way, written = self.convolution(x.dtype), set()
+        if grad.numel() and any(needs):
             num_neurons, outputs = spatial.shape[:2]
-            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs):
+            back = self.convolution(x, outputs, "data") if need_x or need_gate else None
+            learn = self.convolution(x, outputs, "weights") if need_spatial or need_temporal else None
+            costs, written = (back or learn).costs, set()
+            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, costs):
                 n = group.neuron
-                if need_x or need_gate:
-                    way.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
-                if need_spatial or need_temporal:
+                if back is not None:
+                    back.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
+                if learn is not None:
                     totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
-                    way.weight_gradient(grad, x, gate, group, *totals, add=n in written)
+                    learn.weight_gradient(grad, x, gate, group, *totals, add=n in written)
                     written.add(n)
         return dx, dgate, dspatial, dtemporal
 
@@ -76,7 +95,9 @@ class GroupedBackend(Backend, Passes):
         if out.numel():
             for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
                 panel = feature_panel(self, z, samples)
-                mixed = convolution.forward(panel, weight_panel(self, mixing[index], None, panel), kernel)
+                filters = kept_filters(self, mixing[index], None, panel, kernel)
+                filters = filters or weight_panel(self, mixing[index], None, panel)
+                mixed = convolution.forward(panel, filters, kernel)
                 out = self._scatter(mixed, out, samples)
         return out
 
@@ -100,10 +121,8 @@ class GroupedBackend(Backend, Passes):
                 filters = weight_panel(self, mixing[index], None, grad_ndhwc)
                 dz = self._scatter(convolution.data_gradient(grad_ndhwc, filters, kernel), dz, samples)
             if need_mixing:
-                dtype = compute_dtype(z)
-                z_first = self.gather_panel(z, samples, channels_first=True, dtype=dtype)
-                grad_first = self.gather_panel(grad, samples, channels_first=True, dtype=dtype)
-                dmixing[index].copy_(convolution.weight_gradient(z_first, grad_first, kernel))
+                panels = [gradient_panel(self, features, samples) for features in (z, grad)]
+                dmixing[index].copy_(convolution.weight_gradient(*panels, kernel))
         return dz, dmixing
 
     def frozen_layer(
@@ -121,7 +140,7 @@ class GroupedBackend(Backend, Passes):
         y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
         next_sums = torch.empty((batch, outputs, options.next_taps), dtype=scores.dtype, device=x.device)
         if y.numel():
-            way = self.convolution(x.dtype) if options.packing == "blocked" else self.direct
+            way = self.frozen_convolution(x, outputs, options.packing)
             where = places(w.starts.tolist(), x.shape[1], outputs, options.packing, w.filters.dtype)
             taken = next_sums if options.next_taps else None
             for index, samples in samples_by_neuron(neuron, num_neurons, positions_of(x)):

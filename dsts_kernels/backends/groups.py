@@ -28,8 +28,24 @@ class Costs(NamedTuple):
 DIRECT_COSTS = Costs(spatial=9, temporal=3, weight_positions=160, call=12e6)
 # F(4x4, 3x3) and F(4, 3); transforming both filters took 2.4 ms where the products of 2048 positions took 16.
 WINOGRAD_COSTS = Costs(spatial=2.25, temporal=1.5, weight_positions=300, call=1e6)
+# In half types on a matrix unit: its times in the multiply-adds that fast convolution does meanwhile. Fitted to what
+# passes and products of a layer took on an Intel machine with AMX (docs/performance.md).
+MATRIX_COSTS = Costs(spatial=1.1, temporal=0.7, weight_positions=450, call=20e6)
+MATRIX_POSITIONS = 256  # of a sample: smaller ones were not measured, and of a 1x1 plane fast convolution skips taps
 # Beyond this a call has nothing left to share, and its results outgrow the memory that malloc reuses.
 CALL_POSITIONS = 4096
+
+
+def matrix_is_cheaper(positions: int, channels: int, outputs: int) -> bool:
+    """Whether a matrix unit convolves a sample of this size directly for less than fast convolution in float32 does."""
+    size = (positions, channels, outputs)
+    return positions >= MATRIX_POSITIONS and layer_cost(MATRIX_COSTS, *size) < layer_cost(WINOGRAD_COSTS, *size)
+
+
+def layer_cost(costs: Costs, positions: int, channels: int, outputs: int) -> float:
+    """Multiply-adds for each output of one sample whose channels are half spatial, half temporal."""
+    taps = (costs.spatial + costs.temporal) * channels / 2
+    return taps * (positions + costs.weight_positions) + costs.call / outputs
 
 
 @dataclass(frozen=True)

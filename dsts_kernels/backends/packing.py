@@ -3,7 +3,8 @@
 A filter is a panel ``(O, taps, c)`` over its listed channels. Packings:
   plain    as it is, for library convolutions
   blocked  ``(ceil(O/16), c, taps, 16)``: one channel's taps for 16 outputs are neighbours, so fast convolution on a CPU
-           transforms them without a transposition
+           transforms them without a transposition; the library's convolution where that is cheaper
+  winograd the same, for fast convolution alone
   tiled    ``(ceil(c/K), taps, O, K)`` with K channels of 128 bytes: each K block of a tap is one dense tile of a
            matrix product on a GPU
 
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKINGS = ("plain", "blocked", "tiled")
+PACKINGS = ("plain", "blocked", "tiled", "winograd")
+BLOCKED = ("blocked", "winograd")
 BLOCK = 16  # outputs of a block
 TILE_BYTES = 128  # of a row of a tile
 
@@ -32,7 +34,7 @@ def tile_channels(dtype: torch.dtype) -> int:
 
 def packed_size(packing: str, outputs: int, taps: int, channels: int, dtype: torch.dtype) -> int:
     """Elements of a packed filter."""
-    if packing == "blocked":
+    if packing in BLOCKED:
         outputs = -(-outputs // BLOCK) * BLOCK
     elif packing == "tiled":
         channels = -(-channels // tile_channels(dtype)) * tile_channels(dtype)
@@ -44,7 +46,7 @@ def pack(panel: Tensor, packing: str) -> Tensor:
     outputs, taps, channels = panel.shape
     if channels == 0:  # F.pad refuses a tensor without elements before torch 2.10
         return panel.reshape(-1)
-    if packing == "blocked":
+    if packing in BLOCKED:
         padded = F.pad(panel, (0, 0, 0, 0, 0, -outputs % BLOCK))
         return padded.view(-(-outputs // BLOCK), BLOCK, taps, channels).permute(0, 3, 2, 1).reshape(-1)
     if packing == "tiled":
@@ -56,7 +58,7 @@ def pack(panel: Tensor, packing: str) -> Tensor:
 
 def unpack(flat: Tensor, packing: str, outputs: int, taps: int, channels: int) -> Tensor:
     """The filter ``(O, taps, c)`` of a flat packed one."""
-    if packing == "blocked":
+    if packing in BLOCKED:
         count = -(-outputs // BLOCK)
         blocks = flat.view(count, channels, taps, BLOCK).permute(0, 3, 2, 1)
         return blocks.reshape(count * BLOCK, taps, channels)[:outputs]

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import convolution
 from .base import accumulate_dtype
+from .convolution import Kernel, Prepared, on_units
+from .kept import kept
 
 
 class Epilogue(NamedTuple):
@@ -58,12 +61,18 @@ class Passes(ABC):
         complement: bool = False,
         channels_first: bool = False,
         dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> Tensor:
         """``src[samples][:, channels]`` times ``scale[samples][:, channels]``, or times 1 minus it.
 
         ``src (B, C, T, H, W)`` in any strides, ``scale (B, C)``, ``samples`` int64, ``channels`` int32. Returns
-        a dense channels-last panel, or a channels-first one ``(b, c, T, H, W)``.
+        a dense channels-last panel, or a channels-first one ``(b, c, T, H, W)``; of ``width`` channels where that is
+        given, those behind the listed ones being zero.
         """
+
+    def product_dtype(self, tensor: Tensor) -> torch.dtype:
+        """What panels of such features are gathered to and multiplied in."""
+        return compute_dtype(tensor)
 
     @abstractmethod
     def epilogue(self, spatial: Tensor | None, temporal: Tensor | None, epilogue: Epilogue) -> None:
@@ -87,7 +96,7 @@ class Passes(ABC):
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """On a CPU what is narrower than float32 is a storage format: panels and products there are float32."""
+    """On a CPU without matrix units a half type is a storage format: panels and products are float32."""
     return accumulate_dtype(tensor.dtype) if tensor.device.type == "cpu" else tensor.dtype
 
 
@@ -110,17 +119,55 @@ def positions_of(x: Tensor) -> int:
 def feature_panel(passes: Passes, features: Tensor, samples: Tensor | None) -> Tensor:
     """Samples of ``(B, C, T, H, W)`` as a channels-last panel, without a copy where they are one."""
     whole = features.permute(0, 2, 3, 4, 1)
-    dtype = compute_dtype(features)
+    dtype = passes.product_dtype(features)
     if samples is None and whole.is_contiguous() and features.dtype == dtype:
         return whole
     return passes.gather_panel(features, samples, dtype=dtype)
+
+
+def gradient_panel(passes: Passes, features: Tensor, samples: Tensor | None) -> Tensor:
+    """Samples as a weight gradient takes them: see :func:`.convolution.weight_gradient`."""
+    dtype = passes.product_dtype(features)
+    if on_units(dtype, features.device):
+        return feature_panel(passes, features, samples)
+    return passes.gather_panel(features, samples, channels_first=True, dtype=dtype)
 
 
 def weight_panel(passes: Passes, weight: Tensor, channels: Tensor | None, like: Tensor) -> Tensor:
     """One neuron's filter ``(O, C, *kernel)`` as ``(O, taps, c)`` of its listed channels, in the dtype of ``like``."""
     if channels is None and weight.shape[2:].numel() == 1 and weight.dtype == like.dtype:
         return weight.reshape(weight.shape[0], 1, -1)
-    return as_filters(passes.gather_panel(weight, None, channels, dtype=compute_dtype(weight)), like)
+    return as_filters(passes.gather_panel(weight, None, channels, dtype=gathered_dtype(weight, like)), like)
+
+
+def listed_filters(passes: Passes, weight: Tensor, channels: Tensor | None, panel: Tensor) -> Tensor:
+    """A filter ``(O, C, *kernel)`` that trains as ``(O, taps, c)``, as wide as the panel it meets."""
+    if channels is None:
+        return weight_panel(passes, weight, None, panel)
+    narrow, width = gathered_dtype(weight, panel), panel.shape[4]
+    return as_filters(passes.gather_panel(weight, None, channels, dtype=narrow, width=width), panel)
+
+
+def kept_filters(
+    passes: Passes, weight: Tensor, channels: Tensor | None, panel: Tensor, kernel: Kernel
+) -> Prepared | None:
+    """:func:`listed_filters` reordered for the library and kept, for units of half types; else ``None``.
+
+    In evaluation gates and weights stay from call to call: what was used once before is kept (:mod:`.kept`).
+    """
+    if not on_units(panel.dtype, panel.device):
+        return None
+
+    def prepare() -> Prepared:
+        return convolution.prepare(listed_filters(passes, weight, channels, panel), panel, kernel)
+
+    listed = None if channels is None else channels.numpy().tobytes()
+    return kept(weight, (kernel, panel.dtype, listed), prepare, again=True)
+
+
+def gathered_dtype(weight: Tensor, like: Tensor) -> torch.dtype:
+    """What a pass makes of a filter on its way to the dtype of ``like``: that one, or as it is, or float32."""
+    return weight.dtype if weight.dtype == like.dtype else compute_dtype(weight)
 
 
 def as_filters(gathered: Tensor, like: Tensor) -> Tensor:

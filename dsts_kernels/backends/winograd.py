@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .base import FrozenOptions, FrozenWeights
 from .build import _C
-from .convolution import SPATIAL, TEMPORAL, Kernel
+from .convolution import SPATIAL, TEMPORAL, Kernel, taps_of
 from .gated import GatedConvolution
 from .groups import WINOGRAD_COSTS, Group, in_calls
 from .packing import Place
@@ -104,10 +104,6 @@ class Operator(NamedTuple):
     def packed(cls, flat: Tensor, place: Place, channels: Tensor, channels_start: int) -> Operator:
         """A blocked filter that lies at ``place`` in a flat tensor, on the channels listed from there on."""
         return cls(flat, place.channels, channels, channels_start, place.start, blocked=True)
-
-
-def taps_of(kernel: Kernel) -> int:
-    return kernel[0] * kernel[1] * kernel[2]
 
 
 class WinogradConvolution(GatedConvolution):

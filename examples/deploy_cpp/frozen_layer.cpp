@@ -121,7 +121,7 @@ struct Layer {
   }
 
   void check(const Tensor& x, const Tensor& scoring, std::string_view packing) const {
-    TORCH_CHECK_VALUE(packing == "blocked", "frozen_layer: got filters packed as ", packing,
+    TORCH_CHECK_VALUE(packing == "blocked" || packing == "winograd", "frozen_layer: got filters packed as ", packing,
                       "; wanted blocked, as freeze() packs for a CPU that dsts_kernels has kernels for");
     TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == inputs(), "frozen_layer: x has shape ", x.sizes(),
                       "; wanted (B, ", inputs(), ", T, H, W)");

@@ -3,6 +3,7 @@
 =================  ==========================================================================  ===================
 ``cpu``            the native CPU backend
 ``eager``          plain PyTorch on CPU tensors
+``cpu-units``      the native CPU backend as on matrix units: direct convolutions in half types
 ``triton``         Triton's kernels on a GPU                                                   marked ``gpu``
 ``cuda``           the CUDA backend's kernels on a GPU                                         marked ``gpu``
 ``cuda-sm_70``     the CUDA backend's kernels on CPU tensors, emulated: see ``tests/emulator``  marked ``emulated``
@@ -50,6 +51,7 @@ class Target:
     half: torch.dtype
     device: torch.device = CPU
     stand_in: bool = False  # for a GPU, and far slower than one
+    units: bool = False  # the CPU backend as if the processor had matrix units, direct convolution forced
     arch: int = 0  # that emulated kernels are compiled for: 700, 800
 
     @property
@@ -104,6 +106,10 @@ def on_cpu(name: str) -> Target:
     return Target(name, name, (torch.float64, *DTYPES), torch.float64, torch.bfloat16)
 
 
+def on_matrix_units() -> Target:
+    return Target("cpu-units", "cpu", (torch.bfloat16, torch.float16), torch.bfloat16, torch.bfloat16, units=True)
+
+
 def on_gpu(name: str) -> Target:
     kinds = DTYPES if torch.bfloat16 == HALF else DTYPES[:2]
     return Target(name, name, kinds, HALF, HALF, CUDA)
@@ -125,7 +131,7 @@ def interpreted() -> Target:
 if INTERPRETED:
     TARGETS = [interpreted()]
 else:
-    TARGETS = [*map(on_cpu, ("cpu", "eager")), *map(on_gpu, GPU_BACKENDS), *map(emulated, ARCHS)]
+    TARGETS = [*map(on_cpu, ("cpu", "eager")), on_matrix_units(), *map(on_gpu, GPU_BACKENDS), *map(emulated, ARCHS)]
 
 # What a test asks for by a parameter's name: every target, those with GPU kernels, and what stands in for a GPU.
 KINDS = {
