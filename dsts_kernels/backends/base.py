@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,19 @@ class FrozenOptions(NamedTuple):
     def score_divisor(self, x: Tensor) -> int:
         """What turns sums into scores of ``x (B, C, T, H, W)``; of this clip, not of one that was traced."""
         return self.score_elements * x.shape[2:].numel() or 1
+
+
+class FrozenSource(Protocol):
+    """A frozen layer as its module holds it."""
+
+    packing: str
+    stamp: object  # another object whenever anything of its weights may have changed
+    prepared: tuple[object, object] | None  # what a backend made of them, and the stamp that they had
+    num_neurons: int
+
+    def weights(self) -> FrozenWeights: ...
+
+    def options(self, next_taps: int) -> FrozenOptions: ...
 
 
 class Backend(ABC):
@@ -135,3 +148,13 @@ class Backend(ABC):
 
         ``y`` is channels-last, or in the memory format of ``skip`` where one is added.
         """
+
+    def frozen_layers(
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource]
+    ) -> tuple[Tensor, Tensor] | None:
+        """All layers of a frozen module at once, where that is faster than one by one; ``None`` where it is not.
+
+        ``y (B, O, T, H, W)``, in any strides, takes the result, with ``skip`` added. Returns ``neuron (L, B)`` and
+        ``scores (L, B, N)``.
+        """
+        return None

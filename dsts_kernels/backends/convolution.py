@@ -18,6 +18,7 @@ from torch import Tensor
 Kernel = tuple[int, int, int]
 SPATIAL: Kernel = (1, 3, 3)
 TEMPORAL: Kernel = (3, 1, 1)
+POINT: Kernel = (1, 1, 1)
 
 FILTER_BLOCK = 2_400_000  # weights of a filter that runs in one piece
 GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate

@@ -6,15 +6,17 @@ returns. Convolutions are fast ones where :mod:`.winograd` has them, else the li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .base import FLOATS, accumulate_dtype
+from .base import FLOATS, FrozenOptions, FrozenSource, FrozenWeights, accumulate_dtype
 from .build import _C, warn_if_missing, why_no_module
 from .gated import GatedConvolution
 from .grouped import GroupedBackend
 from .groups import check_neurons
-from .passes import Epilogue, GradientPanel
+from .passes import Epilogue, GradientPanel, as_features, empty_ndhwc
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
 __all__ = ["CpuBackend"]
@@ -25,6 +27,7 @@ class CpuBackend(GroupedBackend):
 
     name = "cpu"
     stage_seconds: Tensor | None = None  # (4,) float64: fast convolution adds the time of its stages, where set
+    one_call = True  # frozen layers are one native call where they can be; a profile by stage looks into them
     remark = "native kernels: fast convolution in float32, half types computed so; float64 around oneDNN"
 
     def __init__(self) -> None:
@@ -137,6 +140,54 @@ class CpuBackend(GroupedBackend):
         tiles = tile_sizes(b if samples is None else samples.numel(), t, h, w)
         threads = torch.get_num_threads()
         _C.winograd_weight_gradient(x, grad, samples, spatial, temporal, add, tiles, threads, self.stage_seconds)
+
+    def frozen_layer(
+        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In one native call where filters are packed for fast convolution."""
+        if options.packing != "blocked" or not self.one_call:
+            return super().frozen_layer(x, sums, skip, w, options)
+        (batch, (num_neurons, outputs)) = x.shape[0], w.bias.shape
+        y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
+        next_sums = w.bias.new_empty((batch, outputs, options.next_taps))
+        neuron = torch.empty((1, batch), dtype=torch.int64, device="cpu")
+        scores = w.bias.new_empty((1, batch, num_neurons))
+        self._run_frozen([prepare(w, options)], x, sums, skip, y, next_sums, neuron, scores)
+        return y, next_sums, neuron[0], scores[0]
+
+    def frozen_layers(
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource]
+    ) -> tuple[Tensor, Tensor] | None:
+        """All layers of a module in one native call, written to ``y``: see :meth:`.base.Backend.frozen_layers`."""
+        if not self.one_call:
+            return None
+        prepared = []
+        for layer in layers:
+            if layer.packing != "blocked":
+                return None
+            weights = layer.weights()
+            if layer.prepared is None or layer.prepared[0] is not layer.stamp:
+                if not all(map(_plain, weights)):
+                    return None
+                layer.prepared = layer.stamp, prepare(weights, layer.options(0))
+            prepared.append(layer.prepared[1])
+        neuron = torch.empty((len(prepared), x.shape[0]), dtype=torch.int64, device="cpu")
+        scores = torch.empty((len(prepared), x.shape[0], layers[0].num_neurons), dtype=torch.float32, device="cpu")
+        self._run_frozen(prepared, x, None, skip, y, None, neuron, scores)
+        return neuron, scores
+
+    def _run_frozen(self, *arguments: object) -> None:
+        _C.frozen_layers(*arguments, torch.get_num_threads(), self.stage_seconds)
+
+
+def prepare(w: FrozenWeights, options: FrozenOptions) -> object:
+    """A frozen layer's weights as native code reads them."""
+    return _C.FrozenLayer(*w, options.score_elements, options.mixing_kernel, options.relu)
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    """Whether memory holds the values, and nobody sees what is done to them."""
+    return tensor is None or (type(tensor) is Tensor and not (tensor.is_neg() or tensor._is_zerotensor()))
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from .convolution import SPATIAL, TEMPORAL, Kernel
 from .gated import GatedConvolution
 from .groups import DIRECT_COSTS, Group
 from .packing import Place, unpack_at, unpack_mixing
-from .passes import Epilogue, GradientPanel, Passes, as_filters, compute_dtype, feature_panel, weight_panel
+from .passes import Epilogue, GradientPanel, Passes, as_features, as_filters, compute_dtype, feature_panel, weight_panel
 
 
 class DirectConvolution(GatedConvolution):
@@ -120,6 +120,33 @@ class DirectConvolution(GatedConvolution):
         taps = kernel[0] * kernel[1] * kernel[2]
         mixing = unpack_mixing(weights.mixing[neuron], options.packing, outputs, taps)
         self.passes.epilogue(convolution.forward(z, mixing.to(z.dtype), kernel), None, epilogue)
+
+    def mix(self, z: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, out: Tensor) -> Tensor:
+        panel = feature_panel(self.passes, z, samples)
+        mixed = convolution.forward(panel, weight_panel(self.passes, weight, None, panel), kernel)
+        return self._scatter(mixed, out, samples)
+
+    def mix_data_gradient(
+        self, grad: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, dz: Tensor
+    ) -> Tensor:
+        panel = feature_panel(self.passes, grad, samples)
+        filters = weight_panel(self.passes, weight, None, panel)
+        return self._scatter(convolution.data_gradient(panel, filters, kernel), dz, samples)
+
+    def mix_weight_gradient(
+        self, grad: Tensor, z: Tensor, samples: Tensor | None, kernel: Kernel, total: Tensor
+    ) -> None:
+        dtype = compute_dtype(z)
+        z_first = self.passes.gather_panel(z, samples, channels_first=True, dtype=dtype)
+        grad_first = self.passes.gather_panel(grad, samples, channels_first=True, dtype=dtype)
+        total.copy_(convolution.weight_gradient(z_first, grad_first, kernel))
+
+    def _scatter(self, panel: Tensor, out: Tensor, samples: Tensor | None) -> Tensor:
+        """``out`` with ``panel`` as its ``samples``; the panel itself where it is the whole of it."""
+        if samples is None and panel.dtype == out.dtype:
+            return as_features(panel)
+        self.passes.epilogue(panel, None, Epilogue(out, samples))
+        return out
 
 
 def gating(x: Tensor, gate: Tensor, group: Group, kernel: Kernel) -> dict[str, object]:

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import convolution
 from .base import Backend, FrozenOptions, FrozenWeights
+from .convolution import POINT, Kernel
 from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .groups import group_samples, samples_by_neuron
 from .memory import lazy_zeros
 from .packing import places
-from .passes import Epilogue, Passes, as_features, compute_dtype, empty_ndhwc, feature_panel, positions_of, weight_panel
+from .passes import Epilogue, Passes, as_features, empty_ndhwc, positions_of
 
 
 class GroupedBackend(Backend, Passes):
@@ -55,36 +55,36 @@ class GroupedBackend(Backend, Passes):
         need_x, need_gate, need_spatial, need_temporal = needs
         dx = torch.empty_like(x) if need_x else None
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else None
-        dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
-        dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
-        if grad.numel():
-            way, written = self.convolution(x.dtype), set()
-            num_neurons, outputs = spatial.shape[:2]
-            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs):
-                n = group.neuron
-                if need_x or need_gate:
-                    way.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
-                if need_spatial or need_temporal:
-                    totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
-                    way.weight_gradient(grad, x, gate, group, *totals, add=n in written)
-                    written.add(n)
+        way, (num_neurons, outputs) = self.convolution(x.dtype), spatial.shape[:2]
+        groups = group_samples(gate, neuron, num_neurons, positions_of(x), outputs, way.costs) if grad.numel() else []
+        whole = [{}, {}]  # by operator: which neurons' gradients are written, and whether all channels are listed
+        for group in groups:
+            for written, listed in zip(whole, (group.spatial, group.temporal), strict=True):
+                written.setdefault(group.neuron, listed.numel() == x.shape[1])
+        dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device, whole[0]) if need_spatial else None
+        dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device, whole[1]) if need_temporal else None
+        written = set()
+        for group in groups:
+            n = group.neuron
+            if need_x or need_gate:
+                way.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
+            if need_spatial or need_temporal:
+                totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
+                way.weight_gradient(grad, x, gate, group, *totals, add=n in written)
+                written.add(n)
         return dx, dgate, dspatial, dtemporal
+
+    def mixing_way(self, z: Tensor, mixing: Tensor) -> tuple[GatedConvolution, Kernel]:
+        """How to convolve with a mixing kernel: a product of matrices is the library's, which leaves nothing to save."""
+        kernel = tuple(mixing.shape[3:])
+        return self.direct if kernel == POINT else self.convolution(z.dtype), kernel
 
     def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
         out = as_features(empty_ndhwc(z, mixing.shape[1]))
-        kernel = tuple(mixing.shape[3:])
+        way, kernel = self.mixing_way(z, mixing)
         if out.numel():
             for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
-                panel = feature_panel(self, z, samples)
-                mixed = convolution.forward(panel, weight_panel(self, mixing[index], None, panel), kernel)
-                out = self._scatter(mixed, out, samples)
-        return out
-
-    def _scatter(self, panel: Tensor, out: Tensor, samples: Tensor | None) -> Tensor:
-        """``out`` with ``panel`` as its ``samples``; the panel itself where it is the whole of it."""
-        if samples is None and panel.dtype == out.dtype:
-            return as_features(panel)
-        self.epilogue(panel, None, Epilogue(out, samples))
+                out = way.mix(z, samples, mixing[index], kernel, out)
         return out
 
     def mixing_conv3d_backward(
@@ -92,18 +92,16 @@ class GroupedBackend(Backend, Passes):
     ) -> tuple[Tensor | None, Tensor | None]:
         need_z, need_mixing = needs
         dz = as_features(empty_ndhwc(z, z.shape[1])) if need_z else None
-        dmixing = lazy_zeros(mixing.shape, mixing.dtype, z.device) if need_mixing else None
-        kernel = tuple(mixing.shape[3:])
-        for index, samples in samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else ():
+        way, kernel = self.mixing_way(z, mixing)
+        chosen = samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else []
+        dmixing = None
+        if need_mixing:
+            dmixing = lazy_zeros(mixing.shape, mixing.dtype, z.device, {index: True for index, _ in chosen})
+        for index, samples in chosen:
             if need_z:
-                grad_ndhwc = feature_panel(self, grad, samples)
-                filters = weight_panel(self, mixing[index], None, grad_ndhwc)
-                dz = self._scatter(convolution.data_gradient(grad_ndhwc, filters, kernel), dz, samples)
+                dz = way.mix_data_gradient(grad, samples, mixing[index], kernel, dz)
             if need_mixing:
-                dtype = compute_dtype(z)
-                z_first = self.gather_panel(z, samples, channels_first=True, dtype=dtype)
-                grad_first = self.gather_panel(grad, samples, channels_first=True, dtype=dtype)
-                dmixing[index].copy_(convolution.weight_gradient(z_first, grad_first, kernel))
+                way.mix_weight_gradient(grad, z, samples, kernel, dmixing[index])
         return dz, dmixing
 
     def frozen_layer(

@@ -6,7 +6,7 @@ Every file here is imported with the package, so that its op is in ``torch.ops``
 import importlib
 import pkgutil
 
-from .frozen_layer import frozen_layer
+from .frozen_layer import frozen_layer, frozen_layers
 from .gated_conv import gated_conv3d
 from .layout import to_memory_format
 from .mixing_conv import mixing_conv3d
@@ -21,6 +21,7 @@ __all__ = [
     "all_neurons_weight",
     "collapse_scoring",
     "frozen_layer",
+    "frozen_layers",
     "gated_conv3d",
     "mixing_conv3d",
     "relevance_scores",
