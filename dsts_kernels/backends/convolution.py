@@ -21,6 +21,9 @@ TEMPORAL: Kernel = (3, 1, 1)
 POINT: Kernel = (1, 1, 1)
 
 FILTER_BLOCK = 2_400_000  # weights of a filter that runs in one piece
+SMALL_PRODUCT = (
+    1 << 20
+)  # multiply-adds up to which a product of matrices beats a 1x1x1 convolution, which costs more to call
 GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate
 
 
@@ -63,14 +66,23 @@ def _filter(weight: Tensor, kernel: Kernel) -> tuple[Tensor, tuple[int, int]]:
     return filters, (kh // 2, kw // 2)
 
 
+def small_product(panel: Tensor, others: int, kernel: Kernel) -> bool:
+    """Whether a convolution, with ``others`` channels at its other end, is a small product of matrices, on a CPU."""
+    return kernel == POINT and panel.is_cpu and panel.numel() * others <= SMALL_PRODUCT
+
+
 def forward(panel: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, c)`` with ``(O, taps, c)`` to ``(b, T, H, W, O)``, zero padded."""
+    if small_product(panel, weight.shape[0], kernel):
+        return torch.matmul(panel, weight[:, 0].t())
     filters, padding = _filter(weight, kernel)
     return _as_panel(F.conv2d(_as_images(panel, kernel), filters, padding=padding), panel.shape)
 
 
 def data_gradient(grad: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, O)`` with ``(O, taps, c)`` to ``(b, T, H, W, c)``."""
+    if small_product(grad, weight.shape[2], kernel):
+        return torch.matmul(grad, weight[:, 0])
     filters, padding = _filter(weight, kernel)
     return _as_panel(F.conv_transpose2d(_as_images(grad, kernel), filters, padding=padding), grad.shape)
 

@@ -147,13 +147,13 @@ class CpuBackend(GroupedBackend):
         """In one native call where filters are packed for fast convolution."""
         if options.packing != "blocked" or not self.one_call:
             return super().frozen_layer(x, sums, skip, w, options)
-        (batch, (num_neurons, outputs)) = x.shape[0], w.bias.shape
+        batch, (num_neurons, outputs) = x.shape[0], w.bias.shape
         y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
         next_sums = w.bias.new_empty((batch, outputs, options.next_taps))
-        neuron = torch.empty((1, batch), dtype=torch.int64, device="cpu")
-        scores = w.bias.new_empty((1, batch, num_neurons))
-        self._run_frozen([prepare(w, options)], x, sums, skip, y, next_sums, neuron, scores)
-        return y, next_sums, neuron[0], scores[0]
+        neuron = torch.empty(batch, dtype=torch.int64, device="cpu")
+        scores = w.bias.new_empty((batch, num_neurons))
+        self._run_frozen([prepare(w, options)], x, sums, skip, y, next_sums, neuron[None], scores[None])
+        return y, next_sums, neuron, scores
 
     def frozen_layers(
         self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource]

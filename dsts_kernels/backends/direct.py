@@ -136,6 +136,10 @@ class DirectConvolution(GatedConvolution):
     def mix_weight_gradient(
         self, grad: Tensor, z: Tensor, samples: Tensor | None, kernel: Kernel, total: Tensor
     ) -> None:
+        if convolution.small_product(z, total.shape[0], kernel):
+            z_panel, grad_panel = (feature_panel(self.passes, t, samples).flatten(0, 3) for t in (z, grad))
+            total.copy_((grad_panel.t() @ z_panel).view_as(total))
+            return
         dtype = compute_dtype(z)
         z_first = self.passes.gather_panel(z, samples, channels_first=True, dtype=dtype)
         grad_first = self.passes.gather_panel(grad, samples, channels_first=True, dtype=dtype)
