@@ -371,7 +371,7 @@ void bind(py::module_& m) {
   m.def("winograd_weight_gradient", &winograd_weight_gradient_py, "x"_a, "grad"_a, "samples"_a, "spatial"_a,
         "temporal"_a, "add"_a, "tiles"_a, "threads"_a, "stage_seconds"_a);
 
-  bind_frozen(m);
+  bind_frozen(m), bind_live(m);
 
   py::dict codes;
   for (const DTypeFacts& known : kDTypes) codes[known.name] = static_cast<int>(known.dtype);

@@ -5,16 +5,14 @@
 #include <memory>
 #include <new>
 
-#include "cpu/route.h"
-#include "cpu/tap_sums.h"
+#include "cpu/by_neuron.h"
 #include "cpu/winograd_tiles.h"
 
 namespace dsts::cpu {
 
 namespace {
 
-constexpr int64_t kBlockOutputs = 16;     // of a packed filter: packing.BLOCK
-constexpr int64_t kCallPositions = 4096;  // groups.CALL_POSITIONS
+constexpr int64_t kBlockOutputs = 16;  // of a packed filter: packing.BLOCK
 // What a point of a tile costs besides its product: its filter's transform, in rows of the product. On a 2-core
 // AVX-512 machine the transform of 46 points took 1.25 ms where the product of 7168 rows in all took 16.
 constexpr int64_t kFilterRows = 12;
@@ -87,34 +85,15 @@ Status run_neuron(const FrozenLayer& layer, const Features& x, int64_t n, Epilog
 // One layer: `sums` are those of x, taken where they are null.
 Status run_layer(const FrozenLayer& layer, const Features& x, const float* sums, Epilogue epilogue,
                  int64_t* neuron, float* scores, const FrozenCall& call) {
-  const int64_t B = x.B, K = layer.C * layer.taps, positions = x.T * x.H * x.W;
-  std::vector<float> own;
-  if (!sums) {
-    own.resize(size_t(B * K));
-    const Status status = tap_sums({x, own.data(), layer.taps, call.threads});
-    if (status != Status::ok) return status;
-    sums = own.data();
-  }
+  const int64_t positions = x.T * x.H * x.W;
   const double divisor = std::max<double>(1, double(layer.score_elements) * double(positions));
-  Status status = route({sums, layer.scoring, B, layer.N, K, divisor, scores, neuron, call.threads});
-  if (B * layer.O * positions == 0) return status;
-  const int64_t most = std::max<int64_t>(1, kCallPositions / positions);
-  if (B <= most && std::all_of(neuron, neuron + B, [&](int64_t n) { return n == *neuron; })) {
-    epilogue.samples = {nullptr, B};
-    return run_neuron(layer, x, *neuron, epilogue, call);
-  }
-  std::vector<int64_t> order(B);
-  for (int64_t b = 0; b < B; ++b) order[b] = b;
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return neuron[a] < neuron[b]; });
-  for (int64_t i = 0; i < B && status == Status::ok;) {
-    const int64_t n = neuron[order[i]];
-    int64_t end = i + 1;
-    while (end < B && end - i < most && neuron[order[end]] == n) ++end;
-    epilogue.samples = {order.data() + i, end - i};
-    status = run_neuron(layer, x, n, epilogue, call);
-    i = end;
-  }
-  return status;
+  const Status status =
+      choose_neurons(x, sums, layer.scoring, layer.N, layer.taps, divisor, scores, neuron, call.threads);
+  if (status != Status::ok || x.B * layer.O * positions == 0) return status;
+  return by_neuron(neuron, x.B, positions, [&](int64_t n, Samples samples) {
+    epilogue.samples = samples;
+    return run_neuron(layer, x, n, epilogue, call);
+  });
 }
 
 }  // namespace

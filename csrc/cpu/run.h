@@ -29,5 +29,6 @@ void run(const Arguments& check, Status (*kernel)(const A&), const A& arguments)
 }
 
 void bind_frozen(pybind11::module_& m);  // frozen_bindings.cpp
+void bind_live(pybind11::module_& m);    // live_bindings.cpp
 
 }  // namespace dsts::cpu

@@ -7,7 +7,7 @@ channels-last (``torch.channels_last_3d``) unless said otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -156,5 +156,21 @@ class Backend(ABC):
 
         ``y (B, O, T, H, W)``, in any strides, takes the result, with ``skip`` added. Returns ``neuron (L, B)`` and
         ``scores (L, B, N)``.
+        """
+        return None
+
+    def live_layer(
+        self,
+        x: Tensor,
+        collapsed: Callable[[], Tensor],
+        divisor: int,
+        logits: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """A layer in evaluation up to mixing, at once, where there is such a call: ``neuron, scores, gate, z``.
+
+        ``collapsed()`` gives the scoring kernels summed over outputs, ``(N, C, taps)``. See
+        :func:`dsts_kernels.ops.live_layer.live_layer`.
         """
         return None

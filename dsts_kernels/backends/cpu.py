@@ -6,7 +6,7 @@ returns. Convolutions are fast ones where :mod:`.winograd` has them, else the li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -175,6 +175,28 @@ class CpuBackend(GroupedBackend):
         scores = torch.empty((len(prepared), x.shape[0], layers[0].num_neurons), dtype=torch.float32, device="cpu")
         self._run_frozen(prepared, x, None, skip, y, None, neuron, scores)
         return neuron, scores
+
+    def live_layer(
+        self,
+        x: Tensor,
+        collapsed: Callable[[], Tensor],
+        divisor: int,
+        logits: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """In one native call, for dtypes that have a fast convolution."""
+        if not self.one_call or self.fast.why_not(x.dtype) is not None:
+            return None
+        batch, (num_neurons, outputs) = x.shape[0], spatial.shape[:2]
+        scoring, logits, spatial, temporal = map(_dense, (collapsed(), logits, spatial, temporal))
+        neuron = torch.empty(batch, dtype=torch.int64, device="cpu")
+        scores = scoring.new_empty((batch, num_neurons))
+        gate = logits.new_empty((batch, x.shape[1]))
+        z = as_features(empty_ndhwc(x, outputs))
+        threads, seconds = torch.get_num_threads(), self.stage_seconds
+        _C.live_layer(x, scoring, divisor, logits, spatial, temporal, z, neuron, scores, gate, threads, seconds)
+        return neuron, scores, gate, z
 
     def _run_frozen(self, *arguments: object) -> None:
         _C.frozen_layers(*arguments, torch.get_num_threads(), self.stage_seconds)

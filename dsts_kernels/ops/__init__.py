@@ -9,6 +9,7 @@ import pkgutil
 from .frozen_layer import frozen_layer, frozen_layers
 from .gated_conv import gated_conv3d
 from .layout import to_memory_format
+from .live_layer import live_layer
 from .mixing_conv import mixing_conv3d
 from .relevance import collapse_scoring, relevance_scores
 from .route import Routed, route
@@ -23,6 +24,7 @@ __all__ = [
     "frozen_layer",
     "frozen_layers",
     "gated_conv3d",
+    "live_layer",
     "mixing_conv3d",
     "relevance_scores",
     "route",
