@@ -262,7 +262,12 @@ class FrozenDSTS(NotScripted):
     def _run(self, x: Tensor, layers: list[FrozenLayer], return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         y, neurons, scores = ops.frozen_layers(
-            x, layers, skip=self.skip, memory_format=memory_format(x), backend=self.backend
+            x,
+            layers,
+            skip=self.skip,
+            memory_format=memory_format(x),
+            routing=return_routing,
+            backend=self.backend,
         )
         if not return_routing:
             return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from .ops import _checks
 
 # An average that a tool takes of gates that are the same, in float32, strays by less than this; of others by more.
 ROUNDING = 0.01
+DTYPE = operator.attrgetter("dtype")
 
 
 @contextlib.contextmanager
@@ -137,14 +139,12 @@ class FrozenLayer(nn.Module):
 
     def _now(self) -> tuple:
         """Changes when somebody writes to the gates, or puts other buffers, or other memory, in place."""
-        own = self._buffers
-        gate, filters, mixing, scoring, bias = (own[name] for name in ("gate", "filters", "mixing", "scoring", "bias"))
+        tensors = [t for t in self._buffers.values() if t is not None]
         try:
-            version = gate._version
+            version = self._buffers["gate"]._version
         except RuntimeError:  # put in place in inference mode, past every way we know
             version = 0
-        tensors = (gate, filters, scoring, bias) if mixing is None else (gate, filters, scoring, bias, mixing)
-        return version, *[t.data_ptr() for t in tensors], *[t.dtype for t in tensors], *map(id, tensors)
+        return version, *map(Tensor.data_ptr, tensors), *map(DTYPE, tensors), *map(id, tensors)
 
     def _unsound(self) -> str | None:
         """Why kernels must not see these buffers; ``None`` where they may."""
@@ -240,11 +240,17 @@ class FrozenLayer(nn.Module):
                 "state says how it is packed"
             )
 
+    def settled(self) -> object:
+        """The stamp of the buffers as they are now, which kernels may see."""
+        if self._now() != self.stamp:
+            self._settle()
+        return self.stamp
+
     def weights(self) -> FrozenWeights:
         """What kernels read, every index of it in range."""
         own = self._buffers
-        if not torch.compiler.is_compiling() and self._now() != self.stamp:
-            self._settle()
+        if not torch.compiler.is_compiling():
+            self.settled()
         return FrozenWeights(own["scoring"], self.channels, self.starts, own["filters"], own["bias"], own["mixing"])
 
     def options(self, next_taps: int) -> FrozenOptions:

@@ -48,7 +48,8 @@ struct Prepared {
     }
     for (int64_t k = 0; k < layer.N * layer.C; ++k)
       if (layer.channels[k] < 0 || layer.channels[k] >= layer.C)
-        check.require(false, "channels lists channel ", layer.channels[k], "; wanted 0 <= channel < ", layer.C);
+        check.require(false, "channels lists channel ", layer.channels[k], "; wanted 0 <= channel < ",
+                      layer.C);
     layer.place();
     check.size_is("filters", "elements", f.sizes[0], layer.first.back());
     layer.score_elements = score_elements, layer.relu = relu, layer.mixing = nullptr, layer.mixing_taps = 0;
@@ -114,11 +115,15 @@ void frozen_layers_py(const std::vector<const Prepared*>& layers, py::handle x, 
                   " taps; wanted 1 or 9");
     call.next_taps = int(next.sizes[2]), call.next_sums = static_cast<float*>(next.data);
   }
-  const Tensor chosen = check.integers("neuron", neuron, 2, kInt64), found = check.dense("scores", scores, 3);
-  check.dtype_is("scores", found.dtype(), kFloat32);
-  check.size_is("neuron", "L", chosen.sizes[0], L), check.size_is("neuron", "B", chosen.sizes[1], B);
-  check.size_is("scores", "L", found.sizes[0], L), check.size_is("scores", "B", found.sizes[1], B);
-  check.size_is("scores", "N", found.sizes[2], N);
+  const Tensor chosen = check.integers("neuron", neuron, 2, kInt64, true),
+               found = check.dense("scores", scores, 3, true);
+  check.require(chosen.given() == found.given(), "neuron or scores is None; wanted both, or both None");
+  if (chosen.given()) {
+    check.dtype_is("scores", found.dtype(), kFloat32);
+    check.size_is("neuron", "L", chosen.sizes[0], L), check.size_is("neuron", "B", chosen.sizes[1], B);
+    check.size_is("scores", "L", found.sizes[0], L), check.size_is("scores", "B", found.sizes[1], B);
+    check.size_is("scores", "N", found.sizes[2], N);
+  }
   call.sums = static_cast<const float*>(given.data), call.neuron = static_cast<int64_t*>(chosen.data);
   call.scores = static_cast<float*>(found.data), call.threads = check.threads(threads);
   call.stage_seconds = stage_seconds_of(check, stage_seconds);

@@ -136,7 +136,8 @@ Status frozen_layers(const FrozenLayer* const* layers, int count, const FrozenCa
   const float* sums = call.sums;
   // Features between layers, and their sums, in two pieces of memory that take turns.
   std::unique_ptr<char[]> between[2];
-  std::vector<float> between_sums[2];
+  std::vector<float> between_sums[2], scores(call.neuron ? 0 : size_t(B * layers[0]->N));
+  std::vector<int64_t> neuron(call.neuron ? 0 : size_t(B));
   for (int l = 0; l < count; ++l) {
     const FrozenLayer& layer = *layers[l];
     const bool last = l + 1 == count;
@@ -155,7 +156,8 @@ Status frozen_layers(const FrozenLayer* const* layers, int count, const FrozenCa
     epilogue.sums_stride_b = layer.O * epilogue.taps;
     epilogue.taps = epilogue.sums ? epilogue.taps : 1;
     const Status status =
-        run_layer(layer, x, sums, epilogue, call.neuron + l * B, call.scores + l * B * layer.N, call);
+        run_layer(layer, x, sums, epilogue, call.neuron ? call.neuron + l * B : neuron.data(),
+                  call.neuron ? call.scores + l * B * layer.N : scores.data(), call);
     if (status != Status::ok) return status;
     if (last) break;
     x = epilogue.out, sums = between_sums[l % 2].data();

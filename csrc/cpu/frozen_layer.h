@@ -38,8 +38,8 @@ struct FrozenCall {
   Features y;         // [B, O, T, H, W], any strides
   float* next_sums;   // [B, O, next_taps], or null
   int next_taps;
-  int64_t* neuron;  // [layers, B]
-  float* scores;    // [layers, B, N]
+  int64_t* neuron;  // [layers, B], or null: nobody asks
+  float* scores;    // [layers, B, N], or null with it
   int threads;
   double* stage_seconds;  // see Winograd
 };

@@ -59,9 +59,11 @@ class FrozenSource(Protocol):
     """A frozen layer as its module holds it."""
 
     packing: str
-    stamp: object  # another object whenever anything of its weights may have changed
     prepared: tuple[object, object] | None  # what a backend made of them, and the stamp that they had
     num_neurons: int
+
+    def settled(self) -> object:
+        """A stamp: another object whenever anything of its weights may have changed."""
 
     def weights(self) -> FrozenWeights: ...
 
@@ -150,12 +152,12 @@ class Backend(ABC):
         """
 
     def frozen_layers(
-        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource]
-    ) -> tuple[Tensor, Tensor] | None:
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource], routing: bool
+    ) -> tuple[Tensor | None, Tensor | None] | None:
         """All layers of a frozen module at once, where that is faster than one by one; ``None`` where it is not.
 
         ``y (B, O, T, H, W)``, in any strides, takes the result, with ``skip`` added. Returns ``neuron (L, B)`` and
-        ``scores (L, B, N)``.
+        ``scores (L, B, N)``, with ``routing``.
         """
         return None
 

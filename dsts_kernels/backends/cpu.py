@@ -156,23 +156,24 @@ class CpuBackend(GroupedBackend):
         return y, next_sums, neuron, scores
 
     def frozen_layers(
-        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource]
-    ) -> tuple[Tensor, Tensor] | None:
-        """All layers of a module in one native call, written to ``y``: see :meth:`.base.Backend.frozen_layers`."""
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource], routing: bool
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """All layers of a module in one native call, written to ``y``."""
         if not self.one_call:
             return None
         prepared = []
         for layer in layers:
-            if layer.packing != "blocked":
-                return None
-            weights = layer.weights()
-            if layer.prepared is None or layer.prepared[0] is not layer.stamp:
-                if not all(map(_plain, weights)):
+            stamp = layer.settled()
+            if layer.prepared is None or layer.prepared[0] is not stamp:
+                weights, options = layer.weights(), layer.options(0)
+                if options.packing != "blocked" or not all(map(_plain, weights)):
                     return None
-                layer.prepared = layer.stamp, prepare(weights, layer.options(0))
+                layer.prepared = stamp, prepare(weights, options)
             prepared.append(layer.prepared[1])
-        neuron = torch.empty((len(prepared), x.shape[0]), dtype=torch.int64, device="cpu")
-        scores = torch.empty((len(prepared), x.shape[0], layers[0].num_neurons), dtype=torch.float32, device="cpu")
+        neuron = scores = None
+        if routing:
+            neuron = torch.empty((len(layers), x.shape[0]), dtype=torch.int64, device="cpu")
+            scores = torch.empty((len(layers), x.shape[0], layers[0].num_neurons), dtype=torch.float32, device="cpu")
         self._run_frozen(prepared, x, None, skip, y, None, neuron, scores)
         return neuron, scores
 

@@ -122,8 +122,9 @@ def frozen_layers(
     *,
     skip: bool,
     memory_format: torch.memory_format,
+    routing: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor] | None]:
     """All layers of a frozen module, one after the other, and its skip connection.
 
     One call of a backend that has all of it in one, where nothing listens; else :func:`frozen_layer` for each.
@@ -132,14 +133,15 @@ def frozen_layers(
         x: ``(B, C, T, H, W)``, on the device and in the dtype of the weights.
         skip: add ``x`` to the last layer's activation.
         memory_format: of the result.
+        routing: whether anybody asks for neurons and scores.
 
     Returns:
-        ``y (B, C, T, H, W)``, and of every layer ``neuron (B,)`` and ``scores (B, N)``.
+        ``y (B, C, T, H, W)``, and of every layer ``neuron (B,)`` and ``scores (B, N)``: perhaps ``None`` where nobody asks.
     """
-    if not listened((x,)):
+    if layers[0].packing == "blocked" and not listened((x,)):
         chosen = choose("frozen_layer", x.device, x.dtype, backend, x.shape)
         y = torch.empty_like(x) if skip else torch.empty_like(x, memory_format=memory_format)
-        found = chosen.frozen_layers(x, x if skip else None, y, layers)
+        found = chosen.frozen_layers(x, x if skip else None, y, layers, routing)
         if found is not None:
             return y, *found
     last = len(layers) - 1

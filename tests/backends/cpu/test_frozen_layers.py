@@ -231,6 +231,7 @@ def arguments() -> dict[str, object]:
         (dict(next_sums=torch.zeros(2, 8, 2)), "next_sums has 2 taps; wanted 1 or 9"),
         (dict(neuron=torch.zeros(2, 2, dtype=torch.int64)), "neuron has L = 2; wanted 1"),
         (dict(scores=torch.zeros(1, 2, 4)), "scores has N = 4; wanted 3"),
+        (dict(scores=None), "neuron or scores is None; wanted both"),
         (dict(threads=0), "threads is 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
