@@ -136,7 +136,7 @@ def frozen_layers(
         routing: whether anybody asks for neurons and scores.
 
     Returns:
-        ``y (B, C, T, H, W)``, and of every layer ``neuron (B,)`` and ``scores (B, N)``: perhaps ``None`` where nobody asks.
+        ``y (B, C, T, H, W)``, and of every layer ``neuron (B,)`` and ``scores (B, N)``; ``None`` where nobody asks.
     """
     if layers[0].packing == "blocked" and not listened((x,)):
         chosen = choose("frozen_layer", x.device, x.dtype, backend, x.shape)
