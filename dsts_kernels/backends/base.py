@@ -96,6 +96,10 @@ class Backend(ABC):
         """How frozen layers are best packed for ``algorithm`` ("auto", "direct" or "winograd")."""
         return "plain" if algorithm == "direct" or self.why_not_fast(device, dtype) is not None else "blocked"
 
+    def fuses_routing(self, batch: int, neurons: int) -> bool:
+        """Whether ``self.kernels`` have a layer's routing in one step: see ``gpu.kernels.FusedRouting``."""
+        return False
+
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         """Gates ``(B, C)``: see :func:`dsts_kernels.ops.semhash.semhash_gate`."""

@@ -74,7 +74,7 @@ def small_product(panel: Tensor, others: int, kernel: Kernel) -> bool:
 def forward(panel: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, c)`` with ``(O, taps, c)`` to ``(b, T, H, W, O)``, zero padded."""
     if small_product(panel, weight.shape[0], kernel):
-        return torch.matmul(panel, weight[:, 0].t())
+        return F.linear(panel, weight[:, 0])
     filters, padding = _filter(weight, kernel)
     return _as_panel(F.conv2d(_as_images(panel, kernel), filters, padding=padding), panel.shape)
 

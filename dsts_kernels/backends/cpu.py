@@ -17,6 +17,7 @@ from .gated import GatedConvolution
 from .grouped import GroupedBackend
 from .groups import check_neurons
 from .passes import Epilogue, GradientPanel, as_features, empty_ndhwc
+from .routing import HostRouting
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
 __all__ = ["CpuBackend"]
@@ -33,6 +34,10 @@ class CpuBackend(GroupedBackend):
     def __init__(self) -> None:
         super().__init__()
         self.fast = WinogradConvolution(self)
+        self.kernels = HostRouting(self)
+
+    def fuses_routing(self, batch: int, neurons: int) -> bool:
+        return self.one_call
 
     def missing(self) -> str | None:
         why = why_no_module()
