@@ -1,4 +1,4 @@
-"""What fresh pages of gradients cost a training step: memory that is used again beside memory from the system, in turns.
+"""What fresh pages of gradients cost a training step: memory used again beside memory from the system, in turns.
 
 ``python -m benchmarks.cpu.pages`` prints processor time, time in the system and page faults of a step of one layer.
 """
