@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -104,6 +105,20 @@ def test_threads():
     torch.set_num_threads(1)
     for y, routing in found[1:]:
         assert torch.equal(y, found[0][0]) and torch.equal(routing.scores, found[0][1].scores)
+
+
+def test_python_threads_have_memory_of_their_own():
+    """Calls at the same time, of sizes that take turns, whose scratch memory threads keep."""
+    fast = pair(24, torch.float32)[1].eval().freeze()
+    xs = [torch.randn(n, 24, 4, 5 + n, 7) for n in (1, 3, 2, 1)]
+    wanted = [fast(x) for x in xs]
+
+    def calls(first: int) -> bool:
+        order = [(first + i) % len(xs) for i in range(24)]
+        return all(torch.equal(fast(xs[i]), wanted[i]) for i in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(calls, range(4)))
 
 
 def test_scores_are_no_worse_than_of_a_product():
