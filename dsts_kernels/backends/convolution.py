@@ -21,9 +21,8 @@ TEMPORAL: Kernel = (3, 1, 1)
 POINT: Kernel = (1, 1, 1)
 
 FILTER_BLOCK = 2_400_000  # weights of a filter that runs in one piece
-SMALL_PRODUCT = (
-    1 << 20
-)  # multiply-adds up to which a product of matrices beats a 1x1x1 convolution, which costs more to call
+# Multiply-adds of a 1x1x1 convolution up to which a product of matrices is faster, for oneDNN takes longer to call.
+SMALL_PRODUCT = 1 << 20
 GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate
 
 
