@@ -121,7 +121,7 @@ def frozen_layers(
     layers: Sequence[FrozenSource],
     *,
     skip: bool,
-    memory_format: torch.memory_format,
+    memory_format: torch.memory_format | None = None,
     routing: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor] | None]:
@@ -132,7 +132,7 @@ def frozen_layers(
     Args:
         x: ``(B, C, T, H, W)``, on the device and in the dtype of the weights.
         skip: add ``x`` to the last layer's activation.
-        memory_format: of the result.
+        memory_format: of the result, where ``x`` is not added, which has its own.
         routing: whether anybody asks for neurons and scores.
 
     Returns:
