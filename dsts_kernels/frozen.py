@@ -265,7 +265,7 @@ class FrozenDSTS(NotScripted):
             x,
             layers,
             skip=self.skip,
-            memory_format=None if self.skip else memory_format(x),
+            memory_format=torch.contiguous_format if self.skip else memory_format(x),
             routing=return_routing,
             backend=self.backend,
         )

@@ -121,7 +121,7 @@ def frozen_layers(
     layers: Sequence[FrozenSource],
     *,
     skip: bool,
-    memory_format: torch.memory_format | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
     routing: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor] | None]:
