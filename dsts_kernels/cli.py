@@ -42,7 +42,7 @@ def info() -> str:
         f"numpy         {numpy.__version__}",
         f"GPU           {cuda}",
         *(f"{name:<13} {value}" for name, value in build_details().items()),
-        *(f"{str(dtype).removeprefix('torch.'):<13} {processor.describe(dtype)}" for dtype in processor.UNITS),
+        *(f"{processor.name_of(dtype):<13} {processor.describe(dtype)}" for dtype in processor.UNITS),
         "backends",
     ]
     for name, backend in backends.BACKENDS.items():

@@ -250,8 +250,8 @@ class FrozenDSTS(NotScripted):
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """``x (B, C, T, H, W)`` to the same shape, in the memory format of ``x``; see :meth:`FusedDSTS.forward`."""
-        layers = list(self.layers)
-        like = layers[0].filters
+        layers = list(self._modules["layers"]._modules.values())  # asked for by name they cost more than a small layer
+        like = layers[0]._buffers["filters"]
         check_input(x, self.in_channels, like)
         if draws is not None:
             check_draws(draws, (len(layers), x.shape[0]), self.in_channels, self.num_neurons, like)
@@ -261,23 +261,16 @@ class FrozenDSTS(NotScripted):
         return self._run(x, layers, return_routing)
 
     def _run(self, x: Tensor, layers: list[FrozenLayer], return_routing: bool) -> Tensor | tuple[Tensor, Routing]:
-        last = len(layers) - 1
         x = x if x.dtype == self.dtype else x.to(self.dtype)
-        h, sums, routings = x, None, []
-        for index, layer in enumerate(layers):
-            next_taps = 0 if index == last else layers[index + 1].taps
-            h, sums, neuron, scores = ops.frozen_layer(
-                h,
-                sums,
-                x if self.skip and index == last else None,
-                layer.weights(),
-                layer.options(next_taps),
-                backend=self.backend,
-            )
-            if return_routing:
-                routings.append(Routing(neuron, scores, layer.gate[neuron].to(self.dtype)))
-        if not self.skip:
-            h = h.contiguous(memory_format=memory_format(x))
+        y, neurons, scores = ops.frozen_layers(
+            x,
+            layers,
+            skip=self.skip,
+            memory_format=torch.contiguous_format if self.skip else memory_format(x),
+            routing=return_routing,
+            backend=self.backend,
+        )
         if not return_routing:
-            return h
-        return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))
+            return y
+        gates = [layer.gate[neuron].to(self.dtype) for layer, neuron in zip(layers, neurons, strict=True)]
+        return y, Routing(*(t if type(t) is Tensor else torch.stack(t) for t in (neurons, scores)), torch.stack(gates))

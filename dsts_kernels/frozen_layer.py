@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from .ops import _checks
 
 # An average that a tool takes of gates that are the same, in float32, strays by less than this; of others by more.
 ROUNDING = 0.01
+DTYPE = operator.attrgetter("dtype")
 
 
 @contextlib.contextmanager
@@ -70,6 +72,7 @@ class FrozenLayer(nn.Module):
 
     channels: Tensor
     starts: Tensor
+    prepared: tuple[object, object] | None = None  # see backends.base.FrozenSource
 
     def __init__(self, about: LayerDescription, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,6 +81,10 @@ class FrozenLayer(nn.Module):
         for name in BUFFERS:
             self.register_buffer(name, None)
         self.put(tensors, Layout(about.packing, dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what only this process can read."""
+        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, version 0.1's too, which had bool gates, lists among its buffers, and strides."""
@@ -102,9 +109,10 @@ class FrozenLayer(nn.Module):
         for name in BUFFERS:
             self._buffers[name] = tensors[name]
         self.packing, self.dtype = layout
-        self.taps = self.scoring.shape[2]
+        self.prepared = None
+        self.num_neurons, _, self.taps = self.scoring.shape
         self.channels, self.starts = channel_lists(self.gate > 0.5)
-        self._stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
+        self.stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
 
     def fits(self, tensors: Mapping[str, Tensor | None], layout: Layout) -> bool:
         """Whether :meth:`write` can take these buffers: where all but values is the same, gates included."""
@@ -117,7 +125,7 @@ class FrozenLayer(nn.Module):
 
         return (
             self.layout == layout
-            and self._stamp == self._now()
+            and self.stamp == self._now()
             and all(same(self._buffers[name], tensors[name]) for name in BUFFERS)
             and torch.equal(self.gate > 0.5, tensors["gate"] > 0.5)
         )
@@ -127,18 +135,16 @@ class FrozenLayer(nn.Module):
         for name, now in self._buffers.items():
             if now is not None:
                 now.copy_(tensors[name])
-        self._stamp = self._now()
+        self.stamp = self._now()
 
     def _now(self) -> tuple:
         """Changes when somebody writes to the gates, or puts other buffers, or other memory, in place."""
-        own = self._buffers
-        gate, filters, mixing = own["gate"], own["filters"], own["mixing"]
+        tensors = [t for t in self._buffers.values() if t is not None]
         try:
-            version = gate._version
+            version = self._buffers["gate"]._version
         except RuntimeError:  # put in place in inference mode, past every way we know
             version = 0
-        dtypes = filters.dtype, own["scoring"].dtype, own["bias"].dtype, None if mixing is None else mixing.dtype
-        return version, gate.data_ptr(), filters.data_ptr(), *dtypes, *map(id, own.values())
+        return version, *map(Tensor.data_ptr, tensors), *map(DTYPE, tensors), *map(id, tensors)
 
     def _unsound(self) -> str | None:
         """Why kernels must not see these buffers; ``None`` where they may."""
@@ -184,7 +190,7 @@ class FrozenLayer(nn.Module):
                 self.starts.copy_(starts)
             else:
                 self.channels, self.starts = channels, starts
-        self._stamp = self._now()
+        self.stamp = self._now()
 
     def moved(self, fn: Callable[[Tensor], Tensor], new: Layout) -> dict[str, Tensor | None]:
         """The buffers as ``fn`` of :meth:`torch.nn.Module._apply` leaves them: it says where, ``new`` says which dtype.
@@ -220,7 +226,7 @@ class FrozenLayer(nn.Module):
                 self.put(relaid(self._buffers, math.prod(self.mixing_kernel), self.layout, new), new)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._now() != self._stamp and has_values(self.gate):
+        if self._now() != self.stamp and has_values(self.gate):
             self._settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -234,11 +240,17 @@ class FrozenLayer(nn.Module):
                 "state says how it is packed"
             )
 
+    def settled(self) -> object:
+        """The stamp of the buffers as they are now, which kernels may see."""
+        if self._now() != self.stamp:
+            self._settle()
+        return self.stamp
+
     def weights(self) -> FrozenWeights:
         """What kernels read, every index of it in range."""
         own = self._buffers
-        if not torch.compiler.is_compiling() and self._now() != self._stamp:
-            self._settle()
+        if not torch.compiler.is_compiling():
+            self.settled()
         return FrozenWeights(own["scoring"], self.channels, self.starts, own["filters"], own["bias"], own["mixing"])
 
     def options(self, next_taps: int) -> FrozenOptions:

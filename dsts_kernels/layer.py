@@ -112,21 +112,26 @@ class DSTSLayer(NotScripted):
             draws = Draws(*(field[0] for field in sampled))
 
         noise, hard, gumbel = draws if self.training else (None, None, None)
-        routed = ops.route(
-            x,
-            self.scoring,
-            gate_logits,
-            noise=noise,
-            hard=hard,
-            gumbel=gumbel,
-            tau=self.gumbel_tau,
-            reduction=self.score_reduction,
-            share=self.training and self.routing_gradient == "selected",
-            backend=self.backend,
-        )
+        scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
+        named = dict(reduction=self.score_reduction, backend=self.backend)
+        live = None if self.training else ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
+        if live is None:
+            routed = ops.route(
+                x,
+                scoring,
+                gate_logits,
+                noise=noise,
+                hard=hard,
+                gumbel=gumbel,
+                tau=self.gumbel_tau,
+                share=self.training and self.routing_gradient == "selected",
+                **named,
+            )
+            z = self._operate(x, routed.gate, routed.neuron, operators)
+        else:
+            routed, z = live
+            z = ops.mixing_conv3d(z, routed.neuron, operators[2], backend=self.backend)
         neuron, scores, gate, _ = routed
-        operators = self.spatial, self.temporal, self.mixing
-        z = self._operate(x, gate, neuron, operators)
         if self.training and scores.requires_grad:
             z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsts_kernels import FusedDSTS, backends
-from dsts_kernels.backends import BACKENDS, OPS, available, build, choose, explain, use_backend
+from dsts_kernels.backends import BACKENDS, OPS, available, build, choose, explain, memory, use_backend
 from dsts_kernels.backends.base import ONE_LAUNCH, Backend
 from dsts_kernels.backends.cuda import refusal
 from dsts_kernels.backends.gpu import Kernels, measured
@@ -342,6 +342,40 @@ def test_lazy_zeros(dtype):
         assert zeros.dtype == dtype and zeros.shape == (2, numel) and zeros.count_nonzero() == 0
         zeros[1].fill_(1)
         assert zeros.sum(dtype=torch.float64) == numel
+
+
+@pytest.mark.skipif(not memory.KEEPS_MAPS, reason="maps are kept on Linux only")
+def test_memory_of_gradients_is_used_again():
+    """Rows that will be written keep their pages; all else is zero again, whatever was written, to the last byte."""
+    shape, size = torch.Size((5, LAZY_ZEROS_BYTES // 4 + 1001)), (5 * (LAZY_ZEROS_BYTES // 4 + 1001)) * 4
+    memory._waiting.pop(size, None)
+    zeros = lazy_zeros(shape, torch.float32, CPU)
+    address = zeros.data_ptr()
+    for rows in ({}, {2: False}, {0: True, 4: False}, {1: True, 2: True, 3: False}, dict.fromkeys(range(5), True)):
+        zeros.fill_(7)
+        view = zeros.view(-1)[3:]
+        del zeros
+        assert not memory._waiting.get(size)  # somebody holds a part of it
+        del view
+        zeros = lazy_zeros(shape, torch.float32, CPU, rows)
+        assert zeros.data_ptr() == address and not memory._waiting[size]
+        clean = [n for n in range(5) if not rows.get(n)]
+        assert not zeros[clean].any()
+    del zeros
+
+
+@pytest.mark.skipif(not memory.KEEPS_MAPS, reason="maps are kept on Linux only")
+def test_memory_of_gradients_in_use_is_nobody_elses():
+    """Tensors that live have memory of their own, and a few maps wait at most."""
+    shape = torch.Size((2, LAZY_ZEROS_BYTES // 8 + 77))
+    size = shape.numel() * 8
+    tensors = [lazy_zeros(shape, torch.float64, CPU).fill_(n) for n in range(2 * memory.KEPT_OF_A_SIZE)]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+    assert all((t == n).all() for n, t in enumerate(tensors))
+    del tensors
+    assert len(memory._waiting[size]) == memory.KEPT_OF_A_SIZE
+    again = [lazy_zeros(shape, torch.float64, CPU) for _ in range(memory.KEPT_OF_A_SIZE + 1)]
+    assert not memory._waiting[size] and not any(t.any() for t in again)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -137,6 +137,8 @@ class Clock:
             setattr(convolution, name, self.convolution(name, call))
         for name in PASSES:
             setattr(backend, name, self.memory_pass(name, getattr(backend, name)))
+        if hasattr(backend, "one_call"):
+            backend.one_call = False  # whole layers in one call show no stages; pieces are the same kernels
         fast = [name for name in FAST if hasattr(backend, name)]
         for name in fast:
             setattr(backend, name, self.fast(name, getattr(backend, name), backend))
@@ -144,7 +146,7 @@ class Clock:
         def detach() -> None:
             for name, call in before.items():
                 setattr(convolution, name, call)
-            for name in (*PASSES, *fast):
+            for name in (*PASSES, *fast, *(("one_call",) if "one_call" in vars(backend) else ())):
                 delattr(backend, name)
 
         return detach

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/gate_merge.h"
 #include "cpu/gather_panel.h"
+#include "cpu/run.h"
 #include "cpu/semhash.h"
 #include "cpu/tap_sums.h"
 #include "cpu/units.h"
@@ -27,18 +27,6 @@ using namespace py::literals;
 namespace dsts::cpu {
 
 namespace {
-
-template <class A>
-void run(const Arguments& check, Status (*kernel)(const A&), const A& arguments) {
-  Status status;
-  {
-    const py::gil_scoped_release unlocked;
-    status = kernel(arguments);
-  }
-  if (status == Status::bad_neuron)
-    throw std::out_of_range(std::string(check.op()) + ": a neuron index is outside 0..N-1");
-  if (status == Status::no_memory) throw std::bad_alloc();
-}
 
 // Logits (N, C), neuron (B,) or None, noise (B, C) or None: what both directions of the gate read.
 struct Logits {
@@ -363,7 +351,8 @@ void set_isa_py(const std::string& name) {
 py::dict units_py() {
   const Units& found = units();
   py::dict answer;
-  answer["amx_bf16"] = found.amx_bf16, answer["amx_fp16"] = found.amx_fp16, answer["amx_int8"] = found.amx_int8;
+  answer["amx_bf16"] = found.amx_bf16, answer["amx_fp16"] = found.amx_fp16,
+  answer["amx_int8"] = found.amx_int8;
   answer["avx512_bf16"] = found.avx512_bf16, answer["avx512_vnni"] = found.avx512_vnni;
   answer["refused"] = found.refused == 0 ? "" : std::strerror(found.refused);
   return answer;
@@ -393,6 +382,8 @@ void bind(py::module_& m) {
         "threads"_a, "stage_seconds"_a);
   m.def("winograd_weight_gradient", &winograd_weight_gradient_py, "x"_a, "grad"_a, "samples"_a, "spatial"_a,
         "temporal"_a, "add"_a, "tiles"_a, "threads"_a, "stage_seconds"_a);
+
+  bind_frozen(m), bind_live(m);
 
   py::dict codes;
   for (const DTypeFacts& known : kDTypes) codes[known.name] = static_cast<int>(known.dtype);

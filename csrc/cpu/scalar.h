@@ -172,15 +172,47 @@ DSTS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 DSTS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A piece of memory that a thread keeps for its next call of the same kernel: small calls would else get theirs
+// from the system each time, page by page, which takes longer than what they do.
+constexpr size_t kKeptBytes = size_t(1) << 20;
+struct KeptMemory {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~KeptMemory() { free(data); }
+};
+inline KeptMemory& kept_memory() {
+  thread_local KeptMemory kept;
+  return kept;
+}
+
 // Uninitialised scratch; ok() is false when memory ran out.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t n) : data(static_cast<T*>(malloc(size_t(n > 0 ? n : 1) * sizeof(T)))) {}
-  ~Scratch() { free(data); }
+  explicit Scratch(int64_t n) : bytes(size_t(n > 0 ? n : 1) * sizeof(T)) {
+    KeptMemory& kept = kept_memory();
+    if (kept.data && kept.bytes >= bytes) {
+      data = static_cast<T*>(kept.data), bytes = kept.bytes;
+      kept.data = nullptr, kept.bytes = 0;
+    } else {
+      data = static_cast<T*>(malloc(bytes));
+    }
+  }
+  ~Scratch() {
+    KeptMemory& kept = kept_memory();
+    if (data && bytes <= kKeptBytes && bytes > kept.bytes) {
+      free(kept.data);
+      kept.data = data, kept.bytes = bytes;
+    } else {
+      free(data);
+    }
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   bool ok() const { return data != nullptr; }
-  T* const data;
+  T* data;
+
+ private:
+  size_t bytes;
 };
 
 }  // namespace

@@ -7,8 +7,8 @@ channels-last (``torch.channels_last_3d``) unless said otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,21 @@ class FrozenOptions(NamedTuple):
         return self.score_elements * x.shape[2:].numel() or 1
 
 
+class FrozenSource(Protocol):
+    """A frozen layer as its module holds it."""
+
+    packing: str
+    prepared: tuple[object, object] | None  # what a backend made of them, and the stamp that they had
+    num_neurons: int
+
+    def settled(self) -> object:
+        """A stamp: another object whenever anything of its weights may have changed."""
+
+    def weights(self) -> FrozenWeights: ...
+
+    def options(self, next_taps: int) -> FrozenOptions: ...
+
+
 class Backend(ABC):
     """One way to run every op."""
 
@@ -82,6 +97,10 @@ class Backend(ABC):
         if algorithm == "direct" or self.why_not_fast(device, dtype) is not None:
             return "plain"
         return "winograd" if algorithm == "winograd" else "blocked"
+
+    def fuses_routing(self, batch: int, neurons: int) -> bool:
+        """Whether ``route`` and ``route_backward`` do a layer's routing at once: see ``gpu.kernels.FusedRouting``."""
+        return False
 
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
@@ -137,3 +156,29 @@ class Backend(ABC):
 
         ``y`` is channels-last, or in the memory format of ``skip`` where one is added.
         """
+
+    def frozen_layers(
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource], routing: bool
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """All layers of a frozen module at once, where that is faster than one by one; ``None`` where it is not.
+
+        ``y (B, O, T, H, W)``, in any strides, takes the result, with ``skip`` added. Returns ``neuron (L, B)`` and
+        ``scores (L, B, N)``, with ``routing``.
+        """
+        return None
+
+    def live_layer(
+        self,
+        x: Tensor,
+        collapsed: Callable[[], Tensor],
+        divisor: int,
+        logits: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """A layer in evaluation up to mixing, at once, where there is such a call: ``neuron, scores, gate, z``.
+
+        ``collapsed()`` gives the scoring kernels summed over outputs, ``(N, C, taps)``. See
+        :func:`dsts_kernels.ops.live_layer.live_layer`.
+        """
+        return None

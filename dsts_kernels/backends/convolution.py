@@ -23,6 +23,7 @@ from torch import Tensor
 Kernel = tuple[int, int, int]
 SPATIAL: Kernel = (1, 3, 3)
 TEMPORAL: Kernel = (3, 1, 1)
+POINT: Kernel = (1, 1, 1)
 
 
 def taps_of(kernel: Kernel) -> int:
@@ -30,6 +31,8 @@ def taps_of(kernel: Kernel) -> int:
 
 
 FILTER_BLOCK = 2_400_000  # float32 weights of a filter that runs in one piece
+# Multiply-adds of a 1x1x1 convolution up to which a product of matrices is faster, for oneDNN takes longer to call.
+SMALL_PRODUCT = 1 << 20
 GRADIENT_BLOCK = 256  # the fewest input channels a weight gradient is cut into; fewer run at half the rate
 TILE_CHANNELS = 32  # of a half type: 64 bytes, a row of an AMX tile and a register of AVX-512
 
@@ -116,8 +119,15 @@ def reorders(dtype: torch.dtype) -> bool:
 _reorders: dict[torch.dtype, bool] = {}
 
 
+def small_product(panel: Tensor, others: int, kernel: Kernel) -> bool:
+    """Whether a convolution, with ``others`` channels at its other end, is a small product of matrices, on a CPU."""
+    return kernel == POINT and panel.is_cpu and panel.numel() * others <= SMALL_PRODUCT
+
+
 def forward(panel: Tensor, weight: Tensor | Prepared, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, c)`` with ``(O, taps, c)`` to ``(b, T, H, W, O)``, zero padded."""
+    if not isinstance(weight, Prepared) and small_product(panel, weight.shape[0], kernel):
+        return F.linear(panel, weight[:, 0])
     filters, padding = weight if isinstance(weight, Prepared) else _filter(weight, kernel)
     images = _as_images(panel, kernel)
     if filters.layout == torch._mkldnn:
@@ -130,6 +140,8 @@ def forward(panel: Tensor, weight: Tensor | Prepared, kernel: Kernel) -> Tensor:
 
 def data_gradient(grad: Tensor, weight: Tensor, kernel: Kernel) -> Tensor:
     """``(b, T, H, W, O)`` with ``(O, taps, c)`` to ``(b, T, H, W, c)``."""
+    if small_product(grad, weight.shape[2], kernel):
+        return torch.matmul(grad, weight[:, 0])
     filters, padding = _filter(weight, kernel)
     return _as_panel(F.conv_transpose2d(_as_images(grad, kernel), filters, padding=padding), grad.shape)
 

@@ -6,34 +6,45 @@ returns. Convolutions are fast ones where :mod:`.winograd` has them, else the li
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from . import processor
 from .algorithm import wanted_algorithm
-from .base import FLOATS, accumulate_dtype
+from .base import FLOATS, FrozenOptions, FrozenSource, FrozenWeights, accumulate_dtype
 from .build import _C, warn_if_missing, why_no_module
 from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .grouped import GroupedBackend
 from .groups import MATRIX_COSTS, check_neurons, matrix_is_cheaper
-from .passes import Epilogue, GradientPanel, compute_dtype, positions_of
+from .packing import BLOCKED
+from .passes import Epilogue, GradientPanel, as_features, compute_dtype, empty_ndhwc, positions_of
+from .routing import HostRouting
 from .winograd import Operator, WinogradConvolution, tile_sizes
 
 __all__ = ["CpuBackend"]
 
+CONVOLUTIONS = ("gated_conv3d", "mixing_conv3d", "frozen_layer")
+SCORING_TAPS = (1, 9)  # of the scoring kernels that layers in one call know
 
-class CpuBackend(GroupedBackend):
+
+class CpuBackend(HostRouting, GroupedBackend):
     """Native kernels on CPU tensors; the library's convolutions where there is no fast one."""
 
     name = "cpu"
     stage_seconds: Tensor | None = None  # (4,) float64: fast convolution adds the time of its stages, where set
+    one_call = True  # layers are one native call where they can be; a profile by stage looks into them
     remark = "native kernels: fast convolution in float32; half types so too, or on matrix units; float64 around oneDNN"
 
     def __init__(self) -> None:
         super().__init__()
         self.fast = WinogradConvolution(self)
         self.matrix = DirectConvolution(self, MATRIX_COSTS)
+
+    def fuses_routing(self, batch: int, neurons: int) -> bool:
+        return self.one_call
 
     def missing(self) -> str | None:
         why = why_no_module()
@@ -62,23 +73,31 @@ class CpuBackend(GroupedBackend):
             raise RuntimeError(f"use_algorithm='winograd' cannot run in {x.dtype}: {reason}")
         if wanted == "direct" or reason is not None:
             return self.direct if processor.unit_of(x.dtype) is None else self.matrix
-        if wanted == "winograd" or not matrix_is_cheaper(positions_of(x), x.shape[1], outputs):
+        if wanted == "winograd" or not processor.offers(x.dtype):
             return self.fast
-        return self.matrix if processor.beats_fast_convolution(x.dtype, step) else self.fast
+        cheaper = matrix_is_cheaper(positions_of(x), x.shape[1], outputs)
+        return self.matrix if cheaper and processor.beats_fast_convolution(x.dtype, step) else self.fast
 
     def frozen_convolution(self, x: Tensor, outputs: int, packing: str) -> GatedConvolution:
         """``freeze(algorithm=...)`` packed for it; what packed for either is decided here."""
         return self.fast if packing == "winograd" else super().frozen_convolution(x, outputs, packing)
 
     def note(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
-        """In half types: what the processor has for them, and what that makes of convolutions."""
-        if dtype not in processor.UNITS:
+        """What convolves: as :class:`.algorithm.use_algorithm` asks, or by what the processor has for half types."""
+        wanted, reason = wanted_algorithm(), self.fast.why_not(dtype)
+        if op not in CONVOLUTIONS or (wanted == "auto" and dtype not in processor.UNITS):
             return self.remark
+        if wanted == "winograd" and reason is not None:
+            return f"native kernels, but use_algorithm='winograd' is an error: {reason}"
+        if wanted != "auto":
+            half = wanted == "direct" and processor.unit_of(dtype) is not None
+            products = processor.name_of(dtype if half else accumulate_dtype(dtype))
+            return f"native kernels: {wanted} convolution, computed in {products}, as use_algorithm asks"
         unit = processor.unit_of(dtype)
         way = (
             "fast convolution, computed in float32"
             if unit is None or not unit.matrix
-            else f"direct convolution in {str(dtype).removeprefix('torch.')} where it costs less than fast convolution"
+            else f"direct convolution in {processor.name_of(dtype)} where it costs less than fast convolution"
         )
         return f"native kernels: {way}; {processor.describe(dtype)}"
 
@@ -172,6 +191,81 @@ class CpuBackend(GroupedBackend):
         tiles = tile_sizes(b if samples is None else samples.numel(), t, h, w)
         threads = torch.get_num_threads()
         _C.winograd_weight_gradient(x, grad, samples, spatial, temporal, add, tiles, threads, self.stage_seconds)
+
+    def frozen_layer(
+        self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In one native call where fast convolution is the way of it."""
+        if not (self._in_one_call(x, w.bias.shape[1], options.packing) and w.scoring.shape[2] in SCORING_TAPS):
+            return super().frozen_layer(x, sums, skip, w, options)
+        batch, (num_neurons, outputs) = x.shape[0], w.bias.shape
+        y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
+        next_sums = w.bias.new_empty((batch, outputs, options.next_taps))
+        neuron = torch.empty(batch, dtype=torch.int64, device="cpu")
+        scores = w.bias.new_empty((batch, num_neurons))
+        self._run_frozen([prepare(w, options)], x, sums, skip, y, next_sums, neuron[None], scores[None])
+        return y, next_sums, neuron, scores
+
+    def frozen_layers(
+        self, x: Tensor, skip: Tensor | None, y: Tensor, layers: Sequence[FrozenSource], routing: bool
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """All layers of a module in one native call, written to ``y``, where each of them is one alone."""
+        if not all(self._in_one_call(x, y.shape[1], packing) for packing in {layer.packing for layer in layers}):
+            return None
+        prepared = []
+        for layer in layers:
+            stamp = layer.settled()
+            if layer.prepared is None or layer.prepared[0] is not stamp:
+                weights, options = layer.weights(), layer.options(0)
+                if weights.scoring.shape[2] not in SCORING_TAPS or not all(map(_plain, weights)):
+                    return None
+                layer.prepared = stamp, prepare(weights, options)
+            prepared.append(layer.prepared[1])
+        neuron = scores = None
+        if routing:
+            neuron = torch.empty((len(layers), x.shape[0]), dtype=torch.int64, device="cpu")
+            scores = torch.empty((len(layers), x.shape[0], layers[0].num_neurons), dtype=torch.float32, device="cpu")
+        self._run_frozen(prepared, x, None, skip, y, None, neuron, scores)
+        return neuron, scores
+
+    def live_layer(
+        self,
+        x: Tensor,
+        collapsed: Callable[[], Tensor],
+        divisor: int,
+        logits: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """In one native call where fast convolution is the way of it."""
+        batch, (num_neurons, outputs) = x.shape[0], spatial.shape[:2]
+        if not self.one_call or self.convolution(x, outputs) is not self.fast:
+            return None
+        scoring, logits, spatial, temporal = map(_dense, (collapsed(), logits, spatial, temporal))
+        neuron = torch.empty(batch, dtype=torch.int64, device="cpu")
+        scores = scoring.new_empty((batch, num_neurons))
+        gate = logits.new_empty((batch, x.shape[1]))
+        z = as_features(empty_ndhwc(x, outputs))
+        threads, seconds = torch.get_num_threads(), self.stage_seconds
+        _C.live_layer(x, scoring, divisor, logits, spatial, temporal, z, neuron, scores, gate, threads, seconds)
+        return neuron, scores, gate, z
+
+    def _in_one_call(self, x: Tensor, outputs: int, packing: str) -> bool:
+        """Whether a frozen layer is fast convolution, as it was packed for, or is cheapest, or was asked for."""
+        return self.one_call and packing in BLOCKED and self.frozen_convolution(x, outputs, packing) is self.fast
+
+    def _run_frozen(self, *arguments: object) -> None:
+        _C.frozen_layers(*arguments, torch.get_num_threads(), self.stage_seconds)
+
+
+def prepare(w: FrozenWeights, options: FrozenOptions) -> object:
+    """A frozen layer's weights as native code reads them."""
+    return _C.FrozenLayer(*w, options.score_elements, options.mixing_kernel, options.relu)
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    """Whether memory holds the values, and nobody sees what is done to them."""
+    return tensor is None or (type(tensor) is Tensor and not (tensor.is_neg() or tensor._is_zerotensor()))
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -24,6 +24,7 @@ from .passes import (
     Epilogue,
     GradientPanel,
     Passes,
+    as_features,
     feature_panel,
     gradient_panel,
     kept_filters,
@@ -174,6 +175,37 @@ class DirectConvolution(GatedConvolution):
 
         mixed = FrozenFilter(weights.mixing[neuron], (kernel, options.packing), mixing, kernel).convolve(z)
         self.passes.epilogue(mixed, None, epilogue)
+
+    def mix(self, z: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, out: Tensor) -> Tensor:
+        panel = feature_panel(self.passes, z, samples)
+        small = convolution.small_product(panel, weight.shape[0], kernel)
+        filters = None if small else kept_filters(self.passes, weight, None, panel, kernel)
+        filters = filters or weight_panel(self.passes, weight, None, panel)
+        return self._scatter(convolution.forward(panel, filters, kernel), out, samples)
+
+    def mix_data_gradient(
+        self, grad: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, dz: Tensor
+    ) -> Tensor:
+        panel = feature_panel(self.passes, grad, samples)
+        filters = weight_panel(self.passes, weight, None, panel)
+        return self._scatter(convolution.data_gradient(panel, filters, kernel), dz, samples)
+
+    def mix_weight_gradient(
+        self, grad: Tensor, z: Tensor, samples: Tensor | None, kernel: Kernel, total: Tensor
+    ) -> None:
+        if convolution.small_product(z, total.shape[0], kernel):
+            z_panel, grad_panel = (feature_panel(self.passes, t, samples).flatten(0, 3) for t in (z, grad))
+            total.copy_((grad_panel.t() @ z_panel).view_as(total))
+            return
+        panels = [gradient_panel(self.passes, features, samples) for features in (z, grad)]
+        total.copy_(convolution.weight_gradient(*panels, kernel))
+
+    def _scatter(self, panel: Tensor, out: Tensor, samples: Tensor | None) -> Tensor:
+        """``out`` with ``panel`` as its ``samples``; the panel itself where it is the whole of it."""
+        if samples is None and panel.dtype == out.dtype:
+            return as_features(panel)
+        self.passes.epilogue(panel, None, Epilogue(out, samples))
+        return out
 
     def _on_units(self, x: Tensor) -> bool:
         return on_units(self.passes.product_dtype(x), x.device)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from .base import FrozenOptions, FrozenWeights
+from .convolution import Kernel
 from .groups import Costs, Group
 from .packing import Place
 from .passes import Epilogue
@@ -67,3 +68,19 @@ class GatedConvolution(ABC):
         epilogue: Epilogue,
     ) -> None:
         """A neuron's packed operators on the samples of the epilogue, then mixing where it does not fold."""
+
+    @abstractmethod
+    def mix(self, z: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, out: Tensor) -> Tensor:
+        """``out[samples] = conv(weight (O, O, *kernel), z[samples])``; returns ``out``, or what takes its place."""
+
+    @abstractmethod
+    def mix_data_gradient(
+        self, grad: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, dz: Tensor
+    ) -> Tensor:
+        """Likewise ``dz[samples]``, from ``grad[samples]``."""
+
+    @abstractmethod
+    def mix_weight_gradient(
+        self, grad: Tensor, z: Tensor, samples: Tensor | None, kernel: Kernel, total: Tensor
+    ) -> None:
+        """The gradient of a neuron's mixing kernel, written to ``total``."""

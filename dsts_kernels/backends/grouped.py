@@ -12,24 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import convolution
 from .base import Backend, FrozenOptions, FrozenWeights
+from .convolution import POINT, Kernel
 from .direct import DirectConvolution
 from .gated import GatedConvolution
 from .groups import group_samples, samples_by_neuron
 from .memory import lazy_zeros
 from .packing import BLOCKED, places
-from .passes import (
-    Epilogue,
-    Passes,
-    as_features,
-    empty_ndhwc,
-    feature_panel,
-    gradient_panel,
-    kept_filters,
-    positions_of,
-    weight_panel,
-)
+from .passes import Epilogue, Passes, as_features, empty_ndhwc, positions_of
 
 
 class GroupedBackend(Backend, Passes):
@@ -72,40 +62,40 @@ class GroupedBackend(Backend, Passes):
         need_x, need_gate, need_spatial, need_temporal = needs
         dx = torch.empty_like(x) if need_x else None
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_gate else None
-        dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device) if need_spatial else None
-        dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device) if need_temporal else None
+        num_neurons, outputs = spatial.shape[:2]
+        back = self.convolution(x, outputs, "data") if need_x or need_gate else None
+        learn = self.convolution(x, outputs, "weights") if need_spatial or need_temporal else None
+        groups = []
         if grad.numel() and any(needs):
-            num_neurons, outputs = spatial.shape[:2]
-            back = self.convolution(x, outputs, "data") if need_x or need_gate else None
-            learn = self.convolution(x, outputs, "weights") if need_spatial or need_temporal else None
-            costs, written = (back or learn).costs, set()
-            for group in group_samples(gate, neuron, num_neurons, positions_of(x), outputs, costs):
-                n = group.neuron
-                if back is not None:
-                    back.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
-                if learn is not None:
-                    totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
-                    learn.weight_gradient(grad, x, gate, group, *totals, add=n in written)
-                    written.add(n)
+            costs = (back or learn).costs
+            groups = group_samples(gate, neuron, num_neurons, positions_of(x), outputs, costs)
+        whole = [{}, {}]  # by operator: which neurons' gradients are written, and whether all channels are listed
+        for group in groups:
+            for written, listed in zip(whole, (group.spatial, group.temporal), strict=True):
+                written.setdefault(group.neuron, listed.numel() == x.shape[1])
+        dspatial = lazy_zeros(spatial.shape, spatial.dtype, x.device, whole[0]) if need_spatial else None
+        dtemporal = lazy_zeros(temporal.shape, temporal.dtype, x.device, whole[1]) if need_temporal else None
+        written = set()
+        for group in groups:
+            n = group.neuron
+            if back is not None:
+                back.data_gradient(grad, x, gate, group, spatial[n], temporal[n], dx, dgate)
+            if learn is not None:
+                totals = [None if total is None else total[n] for total in (dspatial, dtemporal)]
+                learn.weight_gradient(grad, x, gate, group, *totals, add=n in written)
+                written.add(n)
         return dx, dgate, dspatial, dtemporal
 
-    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
-        out = as_features(empty_ndhwc(z, mixing.shape[1]))
-        kernel = tuple(mixing.shape[3:])
-        if out.numel():
-            for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
-                panel = feature_panel(self, z, samples)
-                filters = kept_filters(self, mixing[index], None, panel, kernel)
-                filters = filters or weight_panel(self, mixing[index], None, panel)
-                mixed = convolution.forward(panel, filters, kernel)
-                out = self._scatter(mixed, out, samples)
-        return out
+    def mixing_way(self, z: Tensor, kernel: Kernel, step: str = "forward") -> GatedConvolution:
+        """How to convolve with a mixing kernel: one of 1x1x1 leaves fast convolution nothing to save."""
+        return self.direct if kernel == POINT else self.convolution(z, z.shape[1], step)
 
-    def _scatter(self, panel: Tensor, out: Tensor, samples: Tensor | None) -> Tensor:
-        """``out`` with ``panel`` as its ``samples``; the panel itself where it is the whole of it."""
-        if samples is None and panel.dtype == out.dtype:
-            return as_features(panel)
-        self.epilogue(panel, None, Epilogue(out, samples))
+    def mixing_conv3d(self, z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
+        out, kernel = as_features(empty_ndhwc(z, mixing.shape[1])), tuple(mixing.shape[3:])
+        if out.numel():
+            way = self.mixing_way(z, kernel)
+            for index, samples in samples_by_neuron(neuron, mixing.shape[0], positions_of(z)):
+                out = way.mix(z, samples, mixing[index], kernel, out)
         return out
 
     def mixing_conv3d_backward(
@@ -113,16 +103,18 @@ class GroupedBackend(Backend, Passes):
     ) -> tuple[Tensor | None, Tensor | None]:
         need_z, need_mixing = needs
         dz = as_features(empty_ndhwc(z, z.shape[1])) if need_z else None
-        dmixing = lazy_zeros(mixing.shape, mixing.dtype, z.device) if need_mixing else None
         kernel = tuple(mixing.shape[3:])
-        for index, samples in samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else ():
-            if need_z:
-                grad_ndhwc = feature_panel(self, grad, samples)
-                filters = weight_panel(self, mixing[index], None, grad_ndhwc)
-                dz = self._scatter(convolution.data_gradient(grad_ndhwc, filters, kernel), dz, samples)
-            if need_mixing:
-                panels = [gradient_panel(self, features, samples) for features in (z, grad)]
-                dmixing[index].copy_(convolution.weight_gradient(*panels, kernel))
+        back = self.mixing_way(z, kernel, "data") if need_z else None
+        learn = self.mixing_way(z, kernel, "weights") if need_mixing else None
+        chosen = samples_by_neuron(neuron, mixing.shape[0]) if grad.numel() else []
+        dmixing = None
+        if need_mixing:
+            dmixing = lazy_zeros(mixing.shape, mixing.dtype, z.device, {index: True for index, _ in chosen})
+        for index, samples in chosen:
+            if back is not None:
+                dz = back.mix_data_gradient(grad, samples, mixing[index], kernel, dz)
+            if learn is not None:
+                learn.mix_weight_gradient(grad, z, samples, kernel, dmixing[index])
         return dz, dmixing
 
     def frozen_layer(

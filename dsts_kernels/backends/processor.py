@@ -52,7 +52,7 @@ def why_not_library(dtype: torch.dtype) -> str | None:
         return "torch runs without oneDNN"
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     supported = getattr(torch.ops.mkldnn, name, None)
-    return None if supported is not None and supported() else f"oneDNN has no {_text(dtype)} here"
+    return None if supported is not None and supported() else f"oneDNN has no {name_of(dtype)} here"
 
 
 def _forward(x: Tensor, w: Tensor) -> None:
@@ -108,12 +108,12 @@ def _unit(dtype: torch.dtype) -> tuple[Unit | None, str]:
 
 def unit_of(dtype: torch.dtype) -> Unit | None:
     """What multiplies this dtype faster than float32; ``None`` where nothing does, and for the wide dtypes."""
-    if not _offers(dtype) or why_not_library(dtype) is not None:
+    if not offers(dtype) or why_not_library(dtype) is not None:
         return None
     return _unit(dtype)[0]
 
 
-def _offers(dtype: torch.dtype) -> bool:
+def offers(dtype: torch.dtype) -> bool:
     """Whether the chip has anything for this dtype: what most machines answer, and quickly."""
     return dtype in UNITS and any(offered().get(unit.name) for unit in UNITS[dtype])
 
@@ -132,10 +132,11 @@ def beats_fast_convolution(dtype: torch.dtype, step: str) -> bool:
 def describe(dtype: torch.dtype) -> str:
     """What there is for a half type, or why nothing: for reports."""
     missing = why_not_library(dtype)
-    if missing is None or not _offers(dtype):
+    if missing is None or not offers(dtype):
         return _unit(dtype)[1]
     return missing
 
 
-def _text(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """As users write it, without ``torch.``."""
     return str(dtype).removeprefix("torch.")

@@ -9,7 +9,6 @@ Float64 stays with :mod:`.direct`.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,15 +29,6 @@ if TYPE_CHECKING:
 SPATIAL_TILES: dict[int, int] = {} if _C is None else _C.winograd_tiles["spatial"]
 TEMPORAL_TILES: dict[int, int] = {} if _C is None else _C.winograd_tiles["temporal"]
 
-# What a point of a tile costs besides its product: its filter's transform, in rows of the product. On a 2-core AVX-512
-# machine the transform of 46 points took 1.25 ms where the product of 7168 rows in all took 16.
-FILTER_ROWS = 12
-
-
-def tiles_of(size: int, tiles: dict[int, int]) -> list[int]:
-    """The tiles to choose from: 1 for a size of 1, else the others."""
-    return [tile for tile in tiles if (tile == 1) == (size == 1)]
-
 
 @functools.cache
 def tile_sizes(batch: int, t: int, h: int, w: int) -> tuple[int, int, int]:
@@ -46,16 +36,7 @@ def tile_sizes(batch: int, t: int, h: int, w: int) -> tuple[int, int, int]:
 
     Large tiles save multiplications, small ones transforms of filters: the cheaper sum, the larger of equals.
     """
-
-    def spatial(tile: tuple[int, int]) -> tuple[int, int]:
-        rows = batch * t * -(-h // tile[0]) * -(-w // tile[1])
-        return SPATIAL_TILES[tile[0]] * SPATIAL_TILES[tile[1]] * (rows + FILTER_ROWS), -tile[0] * tile[1]
-
-    def temporal(tile: int) -> tuple[int, int]:
-        return TEMPORAL_TILES[tile] * (batch * h * w * -(-t // tile) + FILTER_ROWS), -tile
-
-    plane = min(itertools.product(tiles_of(h, SPATIAL_TILES), tiles_of(w, SPATIAL_TILES)), key=spatial)
-    return min(tiles_of(t, TEMPORAL_TILES), key=temporal), *plane
+    return tuple(_C.tile_sizes(batch, t, h, w))
 
 
 class Operator(NamedTuple):
@@ -188,6 +169,25 @@ class WinogradConvolution(GatedConvolution):
         self.kernels.winograd(x, *operators, Epilogue(z), samples)
         mixing = Operator(weights.mixing[neuron], outputs, blocked=True)
         self.kernels.winograd(z, *beside(mixing, tuple(options.mixing_kernel)), epilogue)
+
+    def mix(self, z: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, out: Tensor) -> Tensor:
+        operators = beside(Operator.forward(weight, None, None, kernel), kernel)
+        self.kernels.winograd(z, *operators, Epilogue(out, samples), samples)
+        return out
+
+    def mix_data_gradient(
+        self, grad: Tensor, samples: Tensor | None, weight: Tensor, kernel: Kernel, dz: Tensor
+    ) -> Tensor:
+        for some in in_calls(samples, grad.shape[0], positions_of(grad)):
+            operators = beside(Operator.data_gradient(weight, None, kernel), kernel)
+            self.kernels.winograd(grad, *operators, Epilogue(dz, some), some)
+        return dz
+
+    def mix_weight_gradient(
+        self, grad: Tensor, z: Tensor, samples: Tensor | None, kernel: Kernel, total: Tensor
+    ) -> None:
+        operators = beside(Operator.forward(total, None, None, kernel), kernel)
+        self.kernels.winograd_weight_gradient(z, grad, samples, *operators)
 
 
 def gated_operators(

@@ -6,9 +6,10 @@ Every file here is imported with the package, so that its op is in ``torch.ops``
 import importlib
 import pkgutil
 
-from .frozen_layer import frozen_layer
+from .frozen_layer import frozen_layer, frozen_layers
 from .gated_conv import gated_conv3d
 from .layout import to_memory_format
+from .live_layer import live_layer
 from .mixing_conv import mixing_conv3d
 from .relevance import collapse_scoring, relevance_scores
 from .route import Routed, route
@@ -21,7 +22,9 @@ __all__ = [
     "all_neurons_weight",
     "collapse_scoring",
     "frozen_layer",
+    "frozen_layers",
     "gated_conv3d",
+    "live_layer",
     "mixing_conv3d",
     "relevance_scores",
     "route",

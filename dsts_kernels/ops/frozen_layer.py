@@ -7,13 +7,15 @@ the next layer routes by while it does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..backends.base import FrozenOptions, FrozenWeights
-from ._library import PLAIN, define
+from ..backends.base import FrozenOptions, FrozenSource, FrozenWeights
+from ..backends.packing import BLOCKED
+from ._library import PLAIN, define, listened
 
 
 def _frozen_layer(
@@ -113,3 +115,42 @@ def frozen_layer(
         next_taps)``, ``neuron (B,)`` int64 and ``scores (B, N)``.
     """
     return frozen_layer_op(x, sums, skip, *weights, *options, backend)
+
+
+def frozen_layers(
+    x: Tensor,
+    layers: Sequence[FrozenSource],
+    *,
+    skip: bool,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    routing: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor] | None]:
+    """All layers of a frozen module, one after the other, and its skip connection.
+
+    One call of a backend that has all of it in one, where nothing listens; else :func:`frozen_layer` for each.
+
+    Args:
+        x: ``(B, C, T, H, W)``, on the device and in the dtype of the weights.
+        skip: add ``x`` to the last layer's activation.
+        memory_format: of the result, where ``x`` is not added, which has its own.
+        routing: whether anybody asks for neurons and scores.
+
+    Returns:
+        ``y (B, C, T, H, W)``, and of every layer ``neuron (B,)`` and ``scores (B, N)``; ``None`` where nobody asks.
+    """
+    if layers[0].packing in BLOCKED and not listened((x,)):
+        chosen = choose("frozen_layer", x.device, x.dtype, backend, x.shape)
+        y = torch.empty_like(x) if skip else torch.empty_like(x, memory_format=memory_format)
+        found = chosen.frozen_layers(x, x if skip else None, y, layers, routing)
+        if found is not None:
+            return y, *found
+    last = len(layers) - 1
+    h, sums, neurons, scores = x, None, [], []
+    for index, layer in enumerate(layers):
+        next_taps = 0 if index == last else layers[index + 1].taps
+        added = x if skip and index == last else None
+        h, sums, *found = frozen_layer(h, sums, added, layer.weights(), layer.options(next_taps), backend=backend)
+        neurons.append(found[0])
+        scores.append(found[1])
+    return h if skip else h.contiguous(memory_format=memory_format), neurons, scores

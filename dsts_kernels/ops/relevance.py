@@ -20,7 +20,8 @@ SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
 
 def spread(grad: Tensor, like: Tensor) -> Tensor:
     """``grad (N, C, taps)`` for every output of scoring kernels ``like``."""
-    return lazy_zeros(like.shape, like.dtype, like.device).copy_(grad.view(like[:, :1].shape).expand(like.shape))
+    total = lazy_zeros(like.shape, like.dtype, like.device, dict.fromkeys(range(like.shape[0]), True))
+    return total.copy_(grad.view(like[:, :1].shape).expand(like.shape))
 
 
 spread_op = define(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..backends.gpu import GpuBackend
+from ..backends.base import Backend
 from . import _checks
 from ._library import listened, tracked, without_autocast
 from .relevance import check_scoring, relevance_scores, spread, summed_over_outputs
@@ -30,7 +30,7 @@ class Routed(NamedTuple):
 
 
 class Fused(torch.autograd.Function):
-    """One launch forward and one backward, by a backend's kernels."""
+    """One launch forward and one backward on a GPU, by a backend's kernels; one step of autograd anywhere."""
 
     @staticmethod
     def forward(ctx, x, scoring, logits, noise, hard, gumbel, tau, reduction, backend):
@@ -82,13 +82,13 @@ def score_divisor(x: Tensor, scoring: Tensor, reduction: str) -> int:
     return scoring.shape[1] * x.shape[2:].numel() if reduction == "mean" else 1
 
 
-def fusing_backend(tensors: tuple[Tensor | None, ...], neurons: int, backend: str | None) -> GpuBackend | None:
+def fusing_backend(tensors: tuple[Tensor | None, ...], neurons: int, backend: str | None) -> Backend | None:
     """The backend that routes features, the first of ``tensors``, in one launch, where it may."""
     if torch.compiler.is_compiling() or not isinstance(tensors[0], Tensor) or listened(tensors, profiled=False):
         return None
     x = tensors[0]
     chosen = choose("tap_sums", x.device, x.dtype, backend, x.shape)
-    return chosen if isinstance(chosen, GpuBackend) and chosen.fuses_routing(x.shape[0], neurons) else None
+    return chosen if chosen.fuses_routing(x.shape[0], neurons) else None
 
 
 def in_one_launch(
@@ -100,7 +100,7 @@ def in_one_launch(
     gumbel: Tensor | None,
     tau: float,
     reduction: str,
-    chosen: GpuBackend,
+    chosen: Backend,
 ) -> Routed:
     """:func:`route` by the kernels of ``chosen``; the share comes wherever scores have a derivative."""
     _checks.features("x", x)

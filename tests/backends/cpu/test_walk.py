@@ -15,7 +15,7 @@ from dsts_kernels.routing import sample_draws
 
 from .support import _C
 
-MOST = 13  # frames from FusedDSTS.forward to the launcher, both counted: docs/design.md
+MOST = 14  # frames from FusedDSTS.forward to the launcher, both counted: docs/design.md
 KERNELS = (
     "semhash_forward",
     "semhash_backward",
@@ -25,9 +25,10 @@ KERNELS = (
     "gate_merge",
     "winograd",
     "winograd_weight_gradient",
+    "frozen_layers",
 )
 
-BACKWARD = {"semhash_backward": 5, "gate_merge": 7, "winograd": 7, "winograd_weight_gradient": 7, "epilogue": 7}
+BACKWARD = {"semhash_backward": 3, "gate_merge": 7, "winograd": 7, "winograd_weight_gradient": 7, "epilogue": 8}
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
         return run
 
-    monkeypatch.setattr(cpu, "_C", SimpleNamespace(**{name: spy(name) for name in KERNELS}))
+    spies = {name: spy(name) for name in KERNELS}
+    monkeypatch.setattr(cpu, "_C", SimpleNamespace(**spies, FrozenLayer=_C.FrozenLayer))
     return stacks
 
 
@@ -64,10 +66,12 @@ def test_from_the_module_to_a_kernel(walks, dtype, kernel):
     ):
         walks.clear()
         call(x)
-        assert {kernel, "tap_sums"} <= set(walks)
+        in_one = first.startswith("frozen") and kernel == "winograd"
+        assert set(walks) == {"frozen_layers"} if in_one else {kernel, "tap_sums"} <= set(walks)
         for name, stack in walks.items():
             walk = frames(stack, first)
-            assert walk[-1].endswith(f"cpu.py:{name.replace('semhash_forward', 'semhash_gate')}")
+            launcher = {"semhash_forward": "semhash_gate", "frozen_layers": "_run_frozen"}.get(name, name)
+            assert walk[-1].endswith(f"cpu.py:{launcher}")
             assert len(walk) <= MOST, walk
 
 
@@ -76,5 +80,8 @@ def test_from_autograd_to_a_kernel(walks):
     draws = sample_draws(3, 16, 2, 3)
     draws = draws._replace(gumbel=1e6 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).expand(3, 3, 2))
     FusedDSTS(16, num_neurons=2)(torch.randn(3, 16, 4, 7, 7).requires_grad_(), draws=draws).sum().backward()
-    found = {name: len(frames(stack, ":_gradients")) for name, stack in walks.items() if name in BACKWARD}
+    first = {"semhash_backward": "route.py:backward"}
+    found = {
+        name: len(frames(stack, first.get(name, ":_gradients"))) for name, stack in walks.items() if name in BACKWARD
+    }
     assert found == BACKWARD, walks
