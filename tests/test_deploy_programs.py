@@ -171,7 +171,8 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
     for options in LAYERS.values():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for size in ((7, 20, 3, 6, 9), (1, 20, 1, 1, 4), (3, 20, 9, 40, 40), (0, 20, 2, 3, 3)):
-                layer = pair(20, dtype, num_layers=1, **options)[1].eval().freeze().layers[0]
+                algorithm = "winograd" if dtype == torch.float16 else "auto"  # packed alike, and named otherwise
+                layer = pair(20, dtype, num_layers=1, **options)[1].eval().freeze(algorithm=algorithm).layers[0]
                 x = torch.randn(size).to(dtype)
                 sums = ops.tap_sums(x, layer.taps) if len(calls) % 2 else None
                 skip = None if len(calls) % 3 else x.to(memory_format=torch.channels_last_3d)
@@ -180,6 +181,7 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
         layer = pair(20, dtype, num_layers=1)[1].eval().freeze(algorithm=algorithm).layers[0]
         refused.append((torch.randn(1, 20, 2, 3, 3).to(dtype), None, None, *layer.weights(), *layer.options(0), None))
     refused += [(x[:, :19], *rest) for x, *rest in calls[:1]] + [(x.half(), *rest) for x, *rest in calls[:1]]
+    refused += [(*call[:3], call[3].repeat(1, 1, 2), *call[4:]) for call in calls[:1]]
     torch.save(calls, folder / "calls.pt")
     torch.save(refused, folder / "refused.pt")
     said = run_python(CALLED, folder, str(library)).splitlines()
@@ -191,6 +193,7 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
         "blocked, as freeze()",
         "x has shape [7, 19, 3, 6, 9]; wanted (B, 20",
         "wanted Float",
+        "scoring has 2 taps; wanted 1 or 9",
     )
     assert len(said) == len(wanted) and all(text in line for text, line in zip(wanted, said, strict=True)), said
 

@@ -11,11 +11,12 @@ _wanted: ContextVar[str] = ContextVar("dsts_kernels.use_algorithm", default="aut
 
 
 class use_algorithm:
-    """A block in which gated convolutions on CPUs run by ``name``: ``"auto"``, ``"direct"`` or ``"winograd"``.
+    """A block in which convolutions on CPUs run by ``name``: ``"auto"``, ``"direct"`` or ``"winograd"``.
 
-    It holds for its thread or asyncio task, for evaluation and training; a backward pass asks again, so call
-    ``backward()`` in the block too. Frozen modules of ``algorithm="auto"`` follow it; others were packed for one. On a
-    GPU every convolution is direct.
+    It holds for gated ones, and for mixing kernels but those of 1x1x1, which are products of matrices by any name; for
+    its thread or asyncio task; for evaluation and training. A backward pass asks again, so call ``backward()`` in the
+    block too. Frozen modules of ``algorithm="auto"`` follow it; others were packed for one. On a GPU every convolution
+    is direct.
 
     >>> with dsts_kernels.backends.use_algorithm("direct"):
     ...     z = dsts_kernels.functional.gated_conv3d(x, gate, neuron, spatial, temporal)
