@@ -112,7 +112,7 @@ class FrozenLayer(nn.Module):
         self.prepared = None
         self.num_neurons, _, self.taps = self.scoring.shape
         self.channels, self.starts = channel_lists(self.gate > 0.5)
-        self.stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
+        self._stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
 
     def fits(self, tensors: Mapping[str, Tensor | None], layout: Layout) -> bool:
         """Whether :meth:`write` can take these buffers: where all but values is the same, gates included."""
@@ -125,7 +125,7 @@ class FrozenLayer(nn.Module):
 
         return (
             self.layout == layout
-            and self.stamp == self._now()
+            and self._stamp == self._now()
             and all(same(self._buffers[name], tensors[name]) for name in BUFFERS)
             and torch.equal(self.gate > 0.5, tensors["gate"] > 0.5)
         )
@@ -135,7 +135,7 @@ class FrozenLayer(nn.Module):
         for name, now in self._buffers.items():
             if now is not None:
                 now.copy_(tensors[name])
-        self.stamp = self._now()
+        self._stamp = self._now()
 
     def _now(self) -> tuple:
         """Changes when somebody writes to the gates, or puts other buffers, or other memory, in place."""
@@ -190,7 +190,7 @@ class FrozenLayer(nn.Module):
                 self.starts.copy_(starts)
             else:
                 self.channels, self.starts = channels, starts
-        self.stamp = self._now()
+        self._stamp = self._now()
 
     def moved(self, fn: Callable[[Tensor], Tensor], new: Layout) -> dict[str, Tensor | None]:
         """The buffers as ``fn`` of :meth:`torch.nn.Module._apply` leaves them: it says where, ``new`` says which dtype.
@@ -226,7 +226,7 @@ class FrozenLayer(nn.Module):
                 self.put(relaid(self._buffers, math.prod(self.mixing_kernel), self.layout, new), new)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._now() != self.stamp and has_values(self.gate):
+        if self._now() != self._stamp and has_values(self.gate):
             self._settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -242,9 +242,9 @@ class FrozenLayer(nn.Module):
 
     def settled(self) -> object:
         """The stamp of the buffers as they are now, which kernels may see."""
-        if self._now() != self.stamp:
+        if self._now() != self._stamp:
             self._settle()
-        return self.stamp
+        return self._stamp
 
     def weights(self) -> FrozenWeights:
         """What kernels read, every index of it in range."""

@@ -25,6 +25,7 @@ from .routing import Draws, Routing, check_draws
 __all__ = ["Graphed", "Phase"]
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # of options, which a graph holds as they were
+NO_OPTIONS = ("training", "prepared")  # a phase says the one; the other is what a backend made of frozen weights
 DRAWN = ("noise_std", "hard_fraction")  # options that only draws depend on
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -280,11 +281,11 @@ def weights_of(module: nn.Module) -> Callable[[], list[Tensor | None]]:
 
 
 def options_of(part: nn.Module, left_out: tuple[str, ...]) -> tuple[tuple[str, ...], dict, Callable[[dict], tuple]]:
-    """Names of a part's options, its attributes, and what reads the ones from the other; ``training`` is a phase's."""
+    """Names of a part's options, its attributes, and what reads the ones from the other."""
     own = vars(part)
     names = tuple(
         name for name, value in own.items()
-        if type(value) in PLAIN and not name.startswith("_") and name not in ("training", *left_out)
+        if type(value) in PLAIN and not name.startswith("_") and name not in (*NO_OPTIONS, *left_out)
     )  # fmt: skip
     if len(names) < 2:
         return names, own, lambda attributes: tuple(attributes[name] for name in names)

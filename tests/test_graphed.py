@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsts_kernels import FusedDSTS, Routing
+from dsts_kernels import FusedDSTS, Routing, backends
 from dsts_kernels import graphed as graphed_module
 from dsts_kernels.routing import sample_draws
 
@@ -319,6 +319,16 @@ def test_frozen_weights(graphs):
     with pytest.raises(RuntimeError, match="its weights were moved or put in place of others"):
         graphed(x)
     assert kept
+
+
+def test_frozen_module_that_ran_by_itself(graphs):
+    """What a backend keeps of its weights from that call on is no option of it."""
+    fast, x = module().eval().float().freeze(), features().float()
+    graphed = fast.graphed(x)
+    with torch.no_grad():
+        assert torch.equal(fast(x), graphed(x))
+        assert torch.equal(fast(x), graphed(x))
+    assert fast.layers[0].prepared is not None or backends.choose("frozen_layer", x.device, x.dtype).name != "cpu"
 
 
 @pytest.mark.parametrize(
