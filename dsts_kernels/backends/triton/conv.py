@@ -194,7 +194,7 @@ def conv_kernel(
     work_tiles = dealt + tl.where(stop > begin, tile_last - tile_first + 1, 0)
     for work_tile in range(0, work_tiles):
         whole = work_tile < waves
-        if not UNIFORM:  # for registers' sake `waves` are not the whole ones: tiles are shared after them, or not at all
+        if not UNIFORM:  # to hold one number less: tiles are shared after `waves`, or not at all
             whole |= begin >= stop
         lengths, first, iterations, until = shared_iterations(
             plan, batch, per_sample, waves * programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, BK
