@@ -32,27 +32,35 @@ __device__ inline void scan(int* values, int n, int* scratch) {
   __syncthreads();
 }
 
+// From sm_90 on the loop of a convolution spilled registers with the choice in front of it. Launchers say so too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kChoosesWaves = false;
+#else
+constexpr bool kChoosesWaves = true;
+#endif
+
 struct Schedule {
   int num_ctas, waves, per_sample, split_tiles;
   int* starts;  // [num_ctas + 1], shared: where each CTA's range of the split tiles' iterations starts
   int* ends;    // [2 * num_ctas], shared: where each split tile's iterations end
 
   // All waves where CTAs then end nearly together, the busiest at most `idle_percent` of a mean tile above
-  // the mean; else `waves`, and always where `idle_percent` is negative.
+  // the mean; else `waves`, and always where `idle_percent` is negative or the chip has no choice.
   template <int THREADS, class Length>
   __device__ int dealt_waves(const Length& length, int tiles, int idle_percent, int* scratch) const {
-    if (idle_percent < 0) return waves;
+    if (!kChoosesWaves || idle_percent < 0) return waves;
     for (int q = threadIdx.x; q < num_ctas; q += THREADS) {
       int dealt = 0;
       for (int tile = q; tile < tiles; tile += num_ctas) dealt += length(tile / per_sample);
       ends[q] = dealt;
     }
     scan<THREADS>(ends, num_ctas, scratch);
-    const int64 total = ends[num_ctas - 1], idle = total * idle_percent * num_ctas / (int64{100} * tiles);
-    const int64 allowed = (total + idle) / num_ctas;
+    const int64 total = ends[num_ctas - 1];
     int* above = starts;
-    for (int q = threadIdx.x; q < num_ctas; q += THREADS)
-      above[q] = ends[q] - (q ? ends[q - 1] : 0) > allowed;
+    for (int q = threadIdx.x; q < num_ctas; q += THREADS) {
+      const int64 dealt = ends[q] - (q ? ends[q - 1] : 0);
+      above[q] = (dealt * num_ctas - total) * 100 * tiles > total * num_ctas * idle_percent;
+    }
     scan<THREADS>(above, num_ctas, scratch);
     const int dealt = above[num_ctas - 1] ? waves : ceil_div(tiles, num_ctas);
     __syncthreads();

@@ -81,7 +81,7 @@ def conv(
     """``extra`` bytes are read or written by the epilogue besides the output."""
     tile, per_sample, ctas = tile_of(case, chip), tiles_of(case).per_sample, conv_grid(case, chip, width, taps).num_ctas
     steps = [sample.steps for sample in samples]
-    deal = grids.deal(steps, per_sample, ctas)
+    deal = grids.deal(steps, per_sample, ctas, grids.cuda_idle_percent(chip.capability))
     resident = min(tile.per_sm, cdiv(ctas, chip.processors))
     rows = sum(steps) * tile.k if form == "packed" else sum(sample.rows for sample in samples)
     panel = sum(sample.columns for sample in samples) * case.positions * case.element

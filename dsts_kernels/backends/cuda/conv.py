@@ -93,7 +93,7 @@ def conv(
         sum_taps=sum_taps,
         num_ctas=grid.num_ctas,
         waves=grid.waves,
-        idle_percent=grids.idle_percent(),
+        idle_percent=grids.cuda_idle_percent(launch.chip(out.device).capability),
         vector_out=vector_rows(out, epilogue.skip),
         dtype=DTYPE_CODES[out.dtype],
         tf32=uses_tf32(out),

@@ -162,6 +162,11 @@ def idle_percent() -> int:
     return IDLE_PERCENT if switches.current().whole_waves else ALWAYS_SHARE
 
 
+def cuda_idle_percent(capability: int) -> int:
+    """:func:`idle_percent` of CUDA C++: from sm_90 on its loop has no register left for a choice (schedule.h)."""
+    return idle_percent() if capability < 90 else ALWAYS_SHARE
+
+
 def dealt_waves(steps: Sequence[int], per_sample: int, num_ctas: int, idle: int | None = None) -> int:
     """Waves of tiles that CTAs compute alone: all, so that nothing is shared, where CTAs then end nearly together.
 

@@ -173,12 +173,12 @@ def conv_kernel(
 
     # Its tile of every whole wave, then the tiles its range reaches into. Which they are is worked out anew for each:
     # kept, the vectors would take registers from the loop.
-    waves = dealt_waves(
+    whole_waves = dealt_waves(
         plan, batch, per_sample, waves, programs, width,
         UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, IDLE_PERCENT, BK,
     )  # fmt: skip
     starts, stops = iteration_ranges(
-        plan, batch, per_sample, waves, programs, width,
+        plan, batch, per_sample, whole_waves, programs, width,
         UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, PROGRAMS, MIN_K_BLOCKS, BK,
     )  # fmt: skip
     lengths, first, iterations, until = shared_iterations(
@@ -188,10 +188,14 @@ def conv_kernel(
     stop = tl.sum(tl.where(tl.arange(0, PROGRAMS) == pid, stops, 0), 0)
     tile_first, _ = tile_of(begin, lengths, first, iterations, until, batch, BATCH)
     tile_last, _ = tile_of(stop - 1, lengths, first, iterations, until, batch, BATCH)
-    dealt = tl.minimum(waves, tl.cdiv(batch * per_sample - pid, programs))  # none of a last wave that ends before it
+    if UNIFORM:
+        waves = whole_waves
+    dealt = tl.minimum(whole_waves, tl.cdiv(batch * per_sample - pid, programs))  # a last wave may end before it
     work_tiles = dealt + tl.where(stop > begin, tile_last - tile_first + 1, 0)
     for work_tile in range(0, work_tiles):
         whole = work_tile < waves
+        if not UNIFORM:  # to hold one number less: tiles are shared after `waves`, or not at all
+            whole |= begin >= stop
         lengths, first, iterations, until = shared_iterations(
             plan, batch, per_sample, waves * programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, BATCH, BK
         )

@@ -108,12 +108,16 @@ def dealt_waves(
     if IDLE_PERCENT != ALWAYS_SHARE:
         tiles = batch * per_sample
         every = tl.cdiv(tiles, programs)
-        whole = wave_iterations(
-            plan, tiles, per_sample, every, programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, BK
-        )
-        total = tl.sum(whole, 0)
-        allowed = (total + total * IDLE_PERCENT * programs // (100 * tiles.to(tl.int64))) // programs
-        waves = tl.where(tl.max(whole, 0) <= allowed, every, waves)
+        if UNIFORM:  # all tiles are alike
+            waves = tl.where((every * programs - tiles) * 100 <= programs * IDLE_PERCENT, every, waves)
+        else:
+            whole = wave_iterations(
+                plan, tiles, per_sample, every, programs, width, UNIFORM, SPATIAL_TAPS, TEMPORAL_TAPS, PROGRAMS, BK
+            )
+            total = tl.sum(whole, 0)
+            above = tl.max(whole, 0) * programs - total  # of all programs, were each the busiest
+            # Multiplied out: the compiler makes a call of a division by 64 bits, and a stack for it.
+            waves = tl.where(above * tiles * 100 <= total * programs * IDLE_PERCENT, every, waves)
     return waves
 
 

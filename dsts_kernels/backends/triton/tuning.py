@@ -296,7 +296,7 @@ def score_channels(neurons: int) -> int:
 
 def route_channels(neurons: int) -> int:
     """Channels (times taps) of a program that works out the gradients of a routing; ``neurons`` is a power of two."""
-    return max(16, min(64, 2048 // neurons))
+    return max(16, min(32, 2048 // neurons))
 
 
 def samples_at_once(batch: int, neurons: int) -> int:
