@@ -26,7 +26,7 @@ wheel:
 	$(PYTHON) -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
 
 clean:
-	rm -rf build dist *.egg-info dsts_kernels/_C.* dsts_kernels/_build.*
+	rm -rf build dist *.egg-info dsts_kernels/_C.*so dsts_kernels/_C.*pyd dsts_kernels/_build.*
 
 # Everything that needs a GPU; options in GPU, such as: make gpu GPU='--parts tests,bench --minutes 5'
 gpu:

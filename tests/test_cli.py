@@ -30,7 +30,7 @@ def test_info(capsys):
 
 @pytest.mark.parametrize("built", [True, False])
 def test_info_gives_a_reason_once(capsys, monkeypatch, built):
-    """No sentence of some length twice, with the native module or without it; the reason for its absence is there in full."""
+    """No sentence of some length twice; the reason why there is no native module stands there in full."""
     why = "the native module is not built (c++: fatal error: no seat is free)"
     if not built:
         missing = {"cpu": f"{why}; plain PyTorch runs instead", "cuda": f"{why}; DSTS_BUILD=cuda says why"}

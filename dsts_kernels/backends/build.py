@@ -11,14 +11,20 @@ import json
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  the native module runs on the OpenMP threads of torch, which must have been loaded before
 
-try:
-    _C = importlib.import_module("dsts_kernels._C")
-    _IMPORT_ERROR = None
-except ImportError as error:
-    _C, _IMPORT_ERROR = None, str(error)
+if TYPE_CHECKING:  # as _C.pyi says it
+    from .. import _C
+
+    _IMPORT_ERROR: str | None
+else:
+    try:  # beside this package, whatever that is called: a loader of kernels gives it a name of its own
+        _C = importlib.import_module("._C", __package__.rpartition(".")[0])
+        _IMPORT_ERROR = None
+    except ImportError as error:
+        _C, _IMPORT_ERROR = None, str(error)
 
 RECORD = Path(__file__).parents[1] / Path(f"_build{EXTENSION_SUFFIXES[0]}").with_suffix(".json").name
 NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
