@@ -27,14 +27,15 @@ else:
         _C, _IMPORT_ERROR = None, str(error)
 
 RECORD = Path(__file__).parents[1] / Path(f"_build{EXTENSION_SUFFIXES[0]}").with_suffix(".json").name
-NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
+UNIVERSAL = RECORD.with_name("_build.json")  # of files that are the same for every Python: hub_kernel.py writes it
+NOT_WANTED = ("DSTS_BUILD=none", "the universal variant of a hub kernel has none")  # as they are recorded
 
 
 @functools.cache
 def build_record() -> tuple[str, str]:
     """What the install built, and why nothing more: ``("cuda", "cpu" or "none", reason)``."""
     try:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        record = json.loads((RECORD if RECORD.exists() or not UNIVERSAL.exists() else UNIVERSAL).read_text("utf-8"))
         return record["build"], record["reason"]
     except FileNotFoundError:
         if _C is not None:
@@ -57,7 +58,7 @@ def why_no_module() -> str | None:
 
 def warn_if_missing() -> None:
     """One line on import where a native build was wanted and is not there: pip shows nothing of one that fails."""
-    if (why := why_no_module()) is not None and build_record() != ("none", NOT_WANTED):
+    if (why := why_no_module()) is not None and build_record()[1] not in NOT_WANTED:
         warnings.warn(
             f"dsts_kernels runs without its native kernels, through plain PyTorch: {why}. "
             "'python -m dsts_kernels info' says more; DSTS_BUILD=none at install silences this. pip keeps wheels that "
