@@ -43,6 +43,9 @@ assert_type(backends.available(), tuple[str, ...])
 assert_type(backends.explain("gated_conv3d", "cpu", torch.float32), str)
 with backends.use_backend("eager"):
     y = dsts(features)
+assert_type(y, Tensor)
+assert_type(layer(features, return_routing=True), tuple[Tensor, Routing])
+assert_type(frozen(features), Tensor)
 
 
 def neurons(routing: Routing, draws: Draws) -> tuple[Tensor, Tensor]:
