@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from . import packages
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "/nonexistent/nvcc"  # what CUDACXX names is taken, and only that: .ci/run's own install is the one with CUDA
 RECORD = "_build" + EXTENSION_SUFFIXES[0].removesuffix(".so") + ".json"
@@ -307,6 +309,31 @@ def test_a_strict_editable_install_is_whole(tree):
     assert len(list((tree / "build").glob(f"__editable__*/dsts_kernels/{RECORD}"))) == 1
 
 
+@pytest.mark.parametrize("system", ["Windows", "Darwin"])
+def test_other_systems_get_plain_pytorch(tree, tmp_path, system):
+    """No compiler is looked for, nothing fails, nobody is warned, and it is told; a build by name is tried."""
+    code = f"""
+import platform
+platform.system = lambda: {system!r}
+from setuptools import build_meta
+build_meta.build_wheel('..')"""
+    done = run_setup(tree, code, CXX="/nonexistent/c++")
+    assert done.returncode == 0 and "/nonexistent/c++" not in done.stdout, done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    reason = f"there are no native kernels for {system}; DSTS_BUILD=cpu tries to build them"
+    assert contents(wheel) == ("none", reason, False)
+    assert f"installing without native kernels: {reason}" in done.stdout
+    assert "/nonexistent/c++" in said(run_setup(tree, code, CXX="/nonexistent/c++", DSTS_BUILD="cpu"), "cpu")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    use = (
+        "import torch; from dsts_kernels import FusedDSTS, cli; "
+        "FusedDSTS(8, num_layers=1, num_neurons=2)(torch.randn(2, 8, 2, 3, 3)).sum().backward(); cli.main(['info'])"
+    )
+    done = run([sys.executable, "-W", "error", "-c", use], cwd=tmp_path / "installed")
+    assert done.returncode == 0 and reason in done.stdout, done.stdout
+
+
 def test_two_installs_at_once(tree):
     """The second waits, says so, and goes on when the first has ended."""
     fcntl = pytest.importorskip("fcntl")
@@ -373,6 +400,7 @@ def test_a_repaired_wheel_has_no_openmp_runtime(tree):
     done = run(make, cwd=tree, DSTS_BUILD="cpu", PATH=path)
     assert done.returncode == 0, done.stdout
     (wheel,) = (tree / "dist").glob("*manylinux*.whl")
+    packages.check_wheel(wheel)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tree.parent / "repaired")
         libraries = [name for name in archive.namelist() if ".so" in name]

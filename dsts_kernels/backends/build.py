@@ -28,7 +28,11 @@ else:
 
 RECORD = Path(__file__).parents[1] / Path(f"_build{EXTENSION_SUFFIXES[0]}").with_suffix(".json").name
 UNIVERSAL = RECORD.with_name("_build.json")  # of files that are the same for every Python: hub_kernel.py writes it
-NOT_WANTED = ("DSTS_BUILD=none", "the universal variant of a hub kernel has none")  # as they are recorded
+NOT_WANTED = (  # as they are recorded: nothing failed, so nobody is warned
+    "DSTS_BUILD=none",
+    "the universal variant of a hub kernel has none",
+    "there are no native kernels for ",
+)
 
 
 @functools.cache
@@ -58,7 +62,7 @@ def why_no_module() -> str | None:
 
 def warn_if_missing() -> None:
     """One line on import where a native build was wanted and is not there: pip shows nothing of one that fails."""
-    if (why := why_no_module()) is not None and build_record()[1] not in NOT_WANTED:
+    if (why := why_no_module()) is not None and not build_record()[1].startswith(NOT_WANTED):
         warnings.warn(
             f"dsts_kernels runs without its native kernels, through plain PyTorch: {why}. "
             "'python -m dsts_kernels info' says more; DSTS_BUILD=none at install silences this. pip keeps wheels that "
