@@ -1,5 +1,5 @@
-"""``python -m dsts_kernels``: ``info`` on what runs where, ``classify`` for videos, ``plot`` for checkpoints,
-``roofline`` for GPU times."""
+"""``python -m dsts_kernels``: ``info`` on what runs where, ``bench`` for times here, ``classify`` for videos, ``plot``
+for checkpoints, ``roofline`` for GPU times."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from . import __version__, backends, viz
 from .backends.build import build_details, build_record, why_no_module
+from .bench import command as benching
 from .classify import command as classifying
 from .learning import load_checkpoint
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report, summary
@@ -165,9 +166,13 @@ def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
     add_plot(plotting)
     classes = commands.add_parser("classify", help="name the class of videos, the neurons they activate, and the time")
     classifying.add_arguments(classes)
+    benches = commands.add_parser("bench", help="time the module here, beside the literal one and the best handwritten")
+    benching.add_arguments(benches, shape, count)
     given = parser.parse_args(arguments)
     if given.command == "classify":
         return classifying.classify(classes, given)
+    if given.command == "bench":
+        return benching.bench(benches, given), 0
     if given.command == "plot":
         return plot(plotting, given), 0
     return (info() if given.command == "info" else roofline(predicting, given)), 0
