@@ -110,7 +110,7 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
     add("--dtype", type=one_of(tuple(DTYPES)), default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
     add("--batch", type=count, default=8, help="samples (8)")
     add("--layers", type=count, default=3, help="layers of the module (3)")
-    add("--neurons", type=count, default=10, help="neurons a layer (10)")
+    add("--neurons", type=count, default=10, help="neurons in each layer (10)")
     add("--spatial-share", type=fraction, default=0.5, help="of a neuron's channels that are spatial (0.5)")
     add("--all", action="store_true", help="every launch of every step, with what bounds it")
 

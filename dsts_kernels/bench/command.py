@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import sys
 import time
@@ -78,6 +79,14 @@ def table_rows(problem: Problem, rows: Sequence[Row]) -> list[list[str]]:
     return cells
 
 
+def busy() -> str:
+    """A line where others keep the processors busy, so that times say little."""
+    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
+    if load <= 1.5 * cores:
+        return ""
+    return f"**The machine was busy** (load {load:.0f} on {cores} processors): do not rely on these times.\n"
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table that is aligned as text, too."""
     widths = [max(len(line[i]) for line in (COLUMNS, *lines)) for i in range(len(COLUMNS))]
@@ -125,7 +134,7 @@ def bench(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
         parser.error(str(error))
     finally:
         torch.set_num_threads(before)
-    notes = (
+    notes = busy() + (
         f"ms: median of {min(rounds)} to {max(rounds)} rounds in turns, random features; training is forward and "
         "backward.\nEach variant was compared with the literal module before it was timed."
     )

@@ -1,4 +1,4 @@
-"""Variants of one module on the same weights, features and draws: parity with the literal one first, then times in turns.
+"""Variants of one module on the same weights, features and draws: parity with the literal one, then times in turns.
 
 Variants take turns, so that what else the machine does falls on all alike. A time is the median over rounds.
 """
@@ -61,8 +61,8 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def literal_module(problem: Problem) -> reference.DSTS:
-    """Seeded weights that leave nothing trivial: about half of each neuron's channels are spatial, scores differ by about
-    one, and BatchNorm has statistics of the size that its operators produce."""
+    """Seeded weights that leave nothing trivial: about half of each neuron's channels are spatial, scores differ by
+    about one, and BatchNorm has statistics of the size that its operators produce."""
     torch.manual_seed(2022)
     options = {"num_layers": problem.layers, "num_neurons": problem.neurons}
     found = reference.DSTS(problem.channels, **options, dtype=problem.dtype, device=problem.device)
