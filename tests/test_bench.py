@@ -89,10 +89,10 @@ def test_command(capsys, monkeypatch):
 
 def test_defaults(capsys):
     """Both shapes of the paper, or with ``--quick`` the smaller; a device that is not there is one line."""
-    for quick, count in ((True, 1), (False, 2)):
+    for quick, shapes in ((True, 1), (False, 2)):
         given = main_options(quick)
         found = command.problems(given)
-        assert len(found) == count and all(p.neurons == 10 and p.channels == 1024 for p in found)
+        assert len(found) == shapes and all(p.neurons == 10 and p.channels == 1024 for p in found)
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--device", "meta"])
     assert stop.value.code == 2 and "device: got 'meta', wanted a device of this machine" in capsys.readouterr().err

@@ -31,6 +31,8 @@ OLDEST = next(re.search(r">=([0-9.]+)", line)[1] for line in PROJECT["dependenci
 OLDEST += ".0" * (2 - OLDEST.count("."))
 PINNED = ["-c", "constraints.txt"]
 RESULTS = ROOT / "docs/versions.json"
+PAGE = ROOT / "docs/versions.md"
+BEGIN, END = "<!-- table: python -m tests.versions --table -->", "<!-- end of table -->"
 COLUMNS = ("python", "torch", "triton", "machine", "system", "kernels", "tests", "date")
 
 ASK = """
@@ -163,12 +165,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(text: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the table of these results."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n\n" + table(rows) + "\n\n" + END + rest.split(END)[1]
+
+
 def save(path: Path, row: dict[str, Any]) -> None:
-    """Add a result; it takes the place of one with the same versions, machine, system and kernels."""
+    """Add a result, to the page too; it takes the place of one with the same versions, machine, system and kernels."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     same = ("python", "torch", "machine", "system", "kernels")
     rows = [old for old in rows if any(old[name] != row[name] for name in same)]
     path.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+    if path == RESULTS:
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), [*rows, row]), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

@@ -2,8 +2,8 @@
 
 The handwritten one is that of :mod:`dsts_kernels.bench.handwritten`, whose panels were laid out for a CPU. cuDNN's
 kernels in half precision want channel counts that are multiples of 8 and few distinct shapes, so folded lists are
-padded with channels of weight zero. It asks the host who chose which neuron; :class:`PickedEval` does not, so that it can
-be captured as a CUDA graph. Training is in :mod:`benchmarks.gpu.handwritten`.
+padded with channels of weight zero. It asks the host who chose which neuron; :class:`PickedEval` does not, so that
+it can be captured as a CUDA graph. Training is in :mod:`benchmarks.gpu.handwritten`.
 """
 
 from __future__ import annotations
