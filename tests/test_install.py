@@ -6,6 +6,7 @@ optimisation, for their speed: what is compiled is tested elsewhere.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -242,10 +243,13 @@ print("read" if read else "not read")
 
 
 def test_failed_build_leaves_no_stale_module(build_wheel):
-    """A native module of an earlier build is gone after one that gave none; both in the same tree."""
+    """A native module of an earlier build is gone after one that gave none; both in the same tree. A build says how far
+    it is, and at its end how long it took."""
     done, wheel = build_wheel(DSTS_BUILD="cpu")
     assert done.returncode == 0, done.stdout
     assert contents(wheel) == ("cpu", "DSTS_BUILD=cpu", True)
+    assert re.search(r"\[[0-9]+/[0-9]+\] (\S+, \S+ left|\S+ s): Building", done.stdout), done.stdout
+    assert re.search(r"dsts_kernels: the native module took [0-9.]+ (s|min)\n", done.stdout)
     done, wheel = build_wheel(CXX="/nonexistent/c++")
     assert done.returncode == 0 and contents(wheel)[2] is False
 
