@@ -57,7 +57,7 @@ def load_alone(module: Path) -> dict[str, Any]:
     code = (
         "import importlib.util, json, sys; sys.modules['torch'] = None\n"
         f"spec = importlib.util.spec_from_file_location('_C', {str(module)!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "print(json.dumps({**module.build_info(), 'runs': module.supported_isas()}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
