@@ -1,7 +1,7 @@
 # Each target is one command of README.md, CONTRIBUTING.md or docs/gpu.md.
 PYTHON ?= python3
 
-.PHONY: test versions lint bench sdist wheel clean gpu
+.PHONY: test versions lint bench sdist wheel hub clean gpu
 
 test:
 	$(PYTHON) -m pytest
@@ -25,8 +25,12 @@ wheel:
 	$(PYTHON) -m pip wheel . --no-deps -w build/wheel $(PIP)
 	$(PYTHON) -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
 
+# What the kernels library of Hugging Face loads: Triton and plain PyTorch, for every Python and torch.
+hub:
+	$(PYTHON) hub_kernel.py dist/hub
+
 clean:
-	rm -rf build dist *.egg-info dsts_kernels/_C.* dsts_kernels/_build.*
+	rm -rf build dist *.egg-info dsts_kernels/_C.*so dsts_kernels/_C.*pyd dsts_kernels/_build.*
 
 # Everything that needs a GPU; options in GPU, such as: make gpu GPU='--parts tests,bench --minutes 5'
 gpu:

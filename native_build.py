@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,11 +90,22 @@ def own_words(output: str) -> str:
     return head + (words if len(words) <= WORDS else words[:WORDS] + " ... (pip -v shows all)")
 
 
-def run(*command: str) -> None:
-    """Run a command whose output is shown as it comes, in English and in any bytes."""
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def progress(ninja: str) -> str:
+    """What ninja begins its lines with: steps of all, the time so far and, where it can tell, what is left."""
+    said = subprocess.run([ninja, "--version"], capture_output=True, text=True).stdout
+    version = tuple(int(part) for part in re.findall(r"[0-9]+", said)[:2])
+    return "[%f/%t] %w, %W left: " if version >= (1, 12) else "[%f/%t] %e s: "
+
+
+def run(*command: str, **more: str) -> None:
+    """Run a command whose output is shown as it comes, in English and in any bytes; ``more`` of environment."""
     said, encoding = [], sys.stdout.encoding or "utf-8"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "backslashreplace"}
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"}, **pipes) as process:
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C", **more}, **pipes) as process:
         for line in process.stdout:
             print(line.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
             said.append(line)
@@ -109,14 +121,17 @@ def build_module(cuda: str, base: Path) -> tuple[Path, str]:
     key = "|".join([str(ROOT), python, *(os.environ.get(name, "") for name in KEPT)])
     directory = base / f"cmake-{sys.implementation.cache_tag}-{zlib.crc32(key.encode()):08x}"
     cmake = tool("cmake", "CMAKE_BIN_DIR")
+    ninja = tool("ninja", "BIN_DIR")
     defines = [
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DDSTS_WITH_CUDA={cuda}",
     ]
     for old in directory.glob("_C*"):
         old.unlink()
+    began = time.monotonic()
     run(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(directory), *defines)
-    run(cmake, "--build", str(directory), "--target", "_C")
+    run(cmake, "--build", str(directory), "--target", "_C", NINJA_STATUS=progress(ninja))
+    print(f"dsts_kernels: the native module took {duration(time.monotonic() - began)}", flush=True)
     module = next(path for path in directory.glob("_C*") if path.suffix in (".so", ".pyd"))
     return module, (directory / "no_cuda.txt").read_text(encoding="utf-8")

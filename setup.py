@@ -1,13 +1,14 @@
 """Build of the package for one Python: the native module by ``native_build``, and a record of what came of it.
 
-``DSTS_BUILD`` says what is built: ``auto`` (default) builds what this machine can, CPU and CUDA kernels, and installs
-without those it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the install fails.
+``DSTS_BUILD`` says what is built: ``auto`` (default) builds what this machine can, CPU and CUDA kernels on Linux, and
+installs without those it cannot; ``none`` builds nothing; ``cpu`` or ``cuda`` must succeed or the install fails.
 ``DSTS_CUDA_ARCHS`` says for which GPUs, such as ``8.0;9.0``: a chip takes a minute of compiling or more on two cores.
 Everything else (sources, flags, instruction sets) is described in ``CMakeLists.txt``.
 """
 
 import json
 import os
+import platform
 import shutil
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -38,6 +39,8 @@ def chosen_build() -> str:
 def native(choice: str, base: Path) -> tuple[str, str, Path | None]:
     """What was built (``cuda``, ``cpu`` or ``none``), why nothing more, and the module."""
     reason = "DSTS_BUILD=none"
+    if choice == "auto" and platform.system() != "Linux":  # never tried there, and one thread without OpenMP would lose
+        return "none", f"there are no native kernels for {platform.system()}; DSTS_BUILD=cpu tries to build them", None
     # auto tries for both kinds of kernels, then for those of the CPU.
     for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}.get(choice, ()):
         try:

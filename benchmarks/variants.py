@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import HandwrittenEval, HandwrittenTrain, lazy_zeros
 from benchmarks.shapes import Problem
+from dsts_kernels.bench.handwritten import HandwrittenEval, HandwrittenTrain, lazy_zeros
 from dsts_kernels.reference import DSTS, Draws
 
 __all__ = [

@@ -11,7 +11,7 @@ from .gates import SemHashGate
 from .modules import DSTSLayer, FusedDSTS
 from .routing import Draws, Routing
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0.dev0"  # there alone: a build reads it here
 
 __all__ = [
     "DSTSLayer",

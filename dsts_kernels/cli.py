@@ -1,5 +1,5 @@
-"""``python -m dsts_kernels``: ``info`` on what runs where, ``classify`` for videos, ``plot`` for checkpoints,
-``roofline`` for GPU times."""
+"""``python -m dsts_kernels``: ``info`` on what runs where, ``bench`` for times here, ``classify`` for videos, ``plot``
+for checkpoints, ``roofline`` for GPU times."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 
 from . import __version__, backends, viz
 from .backends import processor
-from .backends.build import build_details
+from .backends.build import build_details, build_record, why_no_module
+from .bench import command as benching
 from .classify import command as classifying
 from .learning import load_checkpoint
-from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
+from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report, summary
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "half"),
@@ -34,6 +35,7 @@ ELEMENTS = 2**31
 def info() -> str:
     """A report for a bug tracker: every version that matters and the reason for everything that is missing."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    told = [build_record()[1], why_no_module() or ""]
     lines = [
         f"dsts_kernels  {__version__}",
         f"python        {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -47,13 +49,27 @@ def info() -> str:
     ]
     for name, backend in backends.BACKENDS.items():
         reason = backend.missing()
-        lines.append(f"  {name:<11} " + (f"can run ({backend.remark})" if reason is None else f"no: {reason}"))
+        lines.append(
+            f"  {name:<11} " + (f"can run ({backend.remark})" if reason is None else f"no: {again(reason, told)}")
+        )
+        told.append(reason or backend.remark)
     lines.append("")
     on_gpu = torch.cuda.is_available()
-    lines.append(backends.explain("gated_conv3d", "cuda" if on_gpu else "cpu", torch.float32))
+    explained = [backends.explain("gated_conv3d", "cuda" if on_gpu else "cpu", torch.float32)]
     if not on_gpu:
-        lines.append(backends.explain("gated_conv3d", "cpu", torch.bfloat16))
+        explained.append(backends.explain("gated_conv3d", "cpu", torch.bfloat16))
+    for text in explained:
+        head, *reasons = text.splitlines()
+        lines += [head, *(line for line in reasons if not any(known and known in line for known in told))]
     return "\n".join(lines)
+
+
+def again(reason: str, told: Sequence[str]) -> str:
+    """A reason without what was said before in full."""
+    for text in sorted(filter(None, told), key=len, reverse=True):
+        if text in reason:
+            return reason.replace(text, "as above" if text == reason else "see above")
+    return reason
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
@@ -101,8 +117,9 @@ def add_roofline(parser: argparse.ArgumentParser) -> None:
     add("--dtype", type=one_of(tuple(DTYPES)), default="bfloat16", help=f"{', '.join(DTYPES)} (bfloat16)")
     add("--batch", type=count, default=8, help="samples (8)")
     add("--layers", type=count, default=3, help="layers of the module (3)")
-    add("--neurons", type=count, default=10, help="neurons a layer (10)")
+    add("--neurons", type=count, default=10, help="neurons in each layer (10)")
     add("--spatial-share", type=fraction, default=0.5, help="of a neuron's channels that are spatial (0.5)")
+    add("--all", action="store_true", help="every launch of every step, with what bounds it")
 
 
 def roofline(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
@@ -117,7 +134,8 @@ def roofline(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
             parser.error(f"argument --shape: got {sizes} with --batch {given.batch}, wanted at most 2^31 elements")
         cases.append(case)
     chips = [CHIPS[name] for name in dict.fromkeys(given.chip or CHIPS)]
-    return report(cases, chips, tuple(STEPS) if given.step == "all" else (given.step,), given.backend)
+    steps = tuple(STEPS) if given.step == "all" else (given.step,)
+    return (report if given.all else summary)(cases, chips, steps, given.backend)
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +150,10 @@ def plot(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
         checkpoint = load_checkpoint(given.checkpoint)
         lines = [str(path) for path in viz.draw(checkpoint, directory)]
         if checkpoint.get("routing") is not None:
-            lines += ["", viz.information_text(viz.information_table(checkpoint["routing"]))]
+            rows = viz.information_table(checkpoint["routing"])
+            lines += ["", viz.information_text(rows)]
+            if (nothing := viz.learned_text(checkpoint["routing"], rows)) is not None:
+                lines += ["", nothing]
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     return "\n".join(lines)
@@ -141,19 +162,24 @@ def plot(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
 def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
     """What a command has to say, and its exit code; argparse's SystemExit for one that it does not know."""
     parser = argparse.ArgumentParser(prog="python -m dsts_kernels", description="Fused kernels for DSTS.")
+    parser.add_argument("--version", action="version", version=f"dsts_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, the native build, and backends with reasons")
     predicting = commands.add_parser(
-        "roofline", help="predict the milliseconds of every kernel launch from FLOP, bytes, tiles and waves"
+        "roofline", help="predict a step's milliseconds on GPUs from FLOP, bytes, tiles and waves of every launch"
     )
     add_roofline(predicting)
     plotting = commands.add_parser("plot", help="draw what neurons of a checkpoint learned: gates, routing, usage")
     add_plot(plotting)
     classes = commands.add_parser("classify", help="name the class of videos, the neurons they activate, and the time")
     classifying.add_arguments(classes)
+    benches = commands.add_parser("bench", help="time the module here, beside the literal one and the best handwritten")
+    benching.add_arguments(benches, shape, count)
     given = parser.parse_args(arguments)
     if given.command == "classify":
         return classifying.classify(classes, given)
+    if given.command == "bench":
+        return benching.bench(benches, given), 0
     if given.command == "plot":
         return plot(plotting, given), 0
     return (info() if given.command == "info" else roofline(predicting, given)), 0

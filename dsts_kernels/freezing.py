@@ -25,7 +25,7 @@ from .ops.relevance import SCORING_KERNELS
 
 NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)
 # Hooks that change no output: our own monitors count, FSDP's gather what must have been gathered by now.
-HARMLESS = ("dsts_kernels.", "torch.distributed.")
+HARMLESS = (f"{__package__}.", "torch.distributed.")
 RECOMPUTE = "torch.nn.utils."  # pruning, weight and spectral norm: such a hook sets the weight that forward reads
 
 

@@ -22,7 +22,7 @@ from .freezing import freeze_layer, read_source
 from .frozen_layer import FrozenLayer, dense, has_values, plain_tensors, relaid
 from .frozen_state import ALGORITHMS, BUFFERS, Description
 from .graphed import Graphed
-from .module_base import NotScripted, check_input, memory_format
+from .module_base import Routed, check_input, memory_format
 from .ops import _checks
 from .routing import Draws, Routing, check_draws
 
@@ -36,7 +36,7 @@ OLD_FILES = (
 )
 
 
-class FrozenDSTS(NotScripted):
+class FrozenDSTS(Routed):
     """A DSTS module for inference: same call as :class:`FusedDSTS`, no autograd, packed weights only.
 
     Made by :meth:`FusedDSTS.freeze` or :meth:`load`; independent of its source afterwards. It can be pickled,

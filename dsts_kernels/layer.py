@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .module_base import NotScripted, check_input
+from .module_base import Routed, check_input
 from .norm import normalize
 from .ops import _checks
 from .ops._library import listened
@@ -21,7 +21,7 @@ __all__ = ["DSTSLayer"]
 
 
 @takes_options
-class DSTSLayer(NotScripted):
+class DSTSLayer(Routed):
     """One DSTS layer: route each sample to a neuron, gate its channels, convolve, mix, normalise, activate.
 
     Args:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor, nn
 
 from .ops import _checks
 from .ops._library import autocast_on
+from .routing import Draws, Routing
 
-__all__ = ["NotScripted", "check_input", "memory_format"]
+__all__ = ["NotScripted", "Routed", "check_input", "memory_format"]
 
 
 class NotScripted(nn.Module):
@@ -19,6 +22,19 @@ class NotScripted(nn.Module):
             f"torch.jit.script: got {type(self).__name__}, which chooses its kernels as it runs; wanted "
             "torch.jit.trace, torch.export.export or torch.compile"
         )
+
+
+class Routed(NotScripted):
+    """What is called as the DSTS module is: for type checkers, as torch says "anything" of every module's call."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, x: Tensor, draws: Draws | None = None, return_routing: Literal[False] = False) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x: Tensor, draws: Draws | None = None, *, return_routing: Literal[True]
+        ) -> tuple[Tensor, Routing]: ...
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -12,7 +12,7 @@ from .backends import BACKENDS
 from .frozen import FrozenDSTS
 from .graphed import Graphed, weights_of
 from .layer import DSTSLayer
-from .module_base import NotScripted, check_input, memory_format
+from .module_base import Routed, check_input, memory_format
 from .ops import _checks
 from .options import LayerOptions, OptionKeywords, count, one_of, takes_options
 from .routing import Draws, Routing, check_draws, sample_draws
@@ -22,7 +22,7 @@ __all__ = ["DSTSLayer", "FusedDSTS"]
 
 
 @takes_options
-class FusedDSTS(TwoSided, NotScripted):
+class FusedDSTS(TwoSided, Routed):
     """The DSTS module: ``num_layers`` layers and a skip connection, same shape in and out.
 
     Args:

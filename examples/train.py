@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dsts_kernels import files
 from dsts_kernels.backbones import classification_loss
+from dsts_kernels.classify.classifier import usable
 from dsts_kernels.classify.config import CLASSIFIER
 from dsts_kernels.learning import (
     RoutingMonitor,
@@ -66,20 +67,52 @@ def cycled(loader: DataLoader) -> Iterator[list[Tensor]]:
         yield from loader
 
 
-def import_packages() -> None:
+PACKAGES = ("torchmetrics.classification", "torch.utils.tensorboard", "tqdm")
+
+
+def import_packages(options: argparse.Namespace) -> None:
     """What is needed later, now: before any work is done that would be lost.
 
     Raises:
-        ImportError: names the package.
+        ImportError: names what is missing, or does not load, and how to get it.
     """
-    for name in ("torchmetrics.classification", "torch.utils.tensorboard", "tqdm"):
+    packages = PACKAGES if options.data == "synthetic" else (*PACKAGES, "av")
+    missing = []
+    for name in packages:
         try:
             importlib.import_module(name)
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
-            raise ImportError(
-                f"{name}: cannot be imported ({error}), wanted: pip install -e '.[train]' -c constraints.txt; "
-                "where the error names torchvision, one made for the torch that is installed, or none"
-            ) from error
+            absent = getattr(error, "name", None)
+            if not isinstance(error, ModuleNotFoundError) or absent not in (name.split(".")[0], "tensorboard"):
+                raise ImportError(
+                    f"{name}: cannot be imported ({error}), wanted: pip install -e '.[train]' -c constraints.txt; "
+                    "where the error names torchvision, one made for the torch that is installed, or none"
+                ) from error
+            missing.append(absent)
+    if missing:
+        raise ImportError(
+            f"not installed: {', '.join(missing)}; wanted the extra train: pip install -e '.[train]' -c constraints.txt"
+        )
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Packages, device and threads, before any work.
+
+    Raises:
+        ImportError: a package is missing.
+        ValueError: no such device.
+    """
+    import_packages(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if "LOCAL_RANK" in os.environ and options.device.startswith("cuda"):
+        options.device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+    try:
+        found = usable(options.device)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
 
 
 class Trainer:
@@ -89,7 +122,6 @@ class Trainer:
         self.options = options
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(options.device)
-        import_packages()
         torch.manual_seed(options.seed)
         self.train_set, self.test_set = build_data(options)
         self.config = classifier_config(options, self.train_set.class_names)
@@ -179,7 +211,8 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.reset()
         began, seen = time.perf_counter(), []
-        with tqdm(total=self.steps, desc=f"epoch {self.epoch}", disable=self.rank > 0 or self.options.quiet) as bar:
+        unseen = self.rank > 0 or self.options.quiet or not sys.stderr.isatty()  # report() has a line for each epoch
+        with tqdm(total=self.steps, desc=f"epoch {self.epoch}", disable=unseen) as bar:
             for train_loss, val_loss in self.losses():
                 seen.append((train_loss, val_loss))
                 bar.update()
@@ -339,16 +372,10 @@ class Trainer:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if "LOCAL_RANK" in os.environ:
-        local = int(os.environ["LOCAL_RANK"])
-        cuda = options.device.startswith("cuda")
-        if cuda:
-            options.device = f"cuda:{local}"
-            torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if cuda else "gloo")
     try:
+        prepare(options)
+        if "LOCAL_RANK" in os.environ:
+            dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
         Trainer(options).fit()
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 
+from dsts_kernels import __version__, backends, cli
 from dsts_kernels.cli import main
+
+
+def test_version(capsys):
+    """``--version`` is the package's, and there alone in the sources."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"dsts_kernels {__version__}\n"
 
 
 def test_info(capsys):
@@ -18,6 +26,23 @@ def test_info(capsys):
     text = capsys.readouterr().out
     for part in ("dsts_kernels", torch.__version__, "native build", "cpu", "eager", "gated_conv3d on"):
         assert part in text
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_info_gives_a_reason_once(capsys, monkeypatch, built):
+    """No sentence of some length twice; the reason why there is no native module stands there in full."""
+    why = "the native module is not built (c++: fatal error: no seat is free)"
+    if not built:
+        missing = {"cpu": f"{why}; plain PyTorch runs instead", "cuda": f"{why}; DSTS_BUILD=cuda says why"}
+        for name, reason in missing.items():
+            monkeypatch.setattr(type(backends.BACKENDS[name]), "missing", lambda self, reason=reason: reason)
+        monkeypatch.setattr(cli, "build_details", lambda: {"native build": f"none: {why}"})
+        monkeypatch.setattr(cli, "why_no_module", lambda: why)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    told = [backend.missing() or backend.remark for backend in backends.BACKENDS.values()]
+    assert all(text.count(reason) <= 1 for reason in told if len(reason) > 30) and text.count(why) == (not built)
+    assert all(f"\n  {name:<11} " in text for name in backends.BACKENDS)
 
 
 def test_unknown_command(capsys):
@@ -43,6 +68,25 @@ def test_plot(capsys, tmp_path):
         assert lines[:3] == [str(out / "activation.png"), str(out / "information.json"), ""]
         assert lines[4].split()[:4] == ["0", "class", "1.000", "100.0%"]
         assert {path.name for path in out.iterdir()} == {"activation.png", "information.json"}
+
+
+@pytest.mark.needs("matplotlib")
+@pytest.mark.parametrize("kind", ["random", "one neuron", "learned"])
+def test_plot_of_nothing_learned(capsys, tmp_path, kind):
+    """Routing at random, or to one neuron, is told in words; routing that knows classes, in a layer, is not."""
+    label = torch.randint(5, (400,))
+    neuron = torch.randint(10, (3, 400))
+    if kind == "one neuron":
+        neuron = torch.full_like(neuron, 4)
+    if kind == "learned":
+        neuron[1] = torch.where(torch.rand(400) < 0.5, label, neuron[1])
+    names = [str(number) for number in range(5)]
+    routing = {"neuron": neuron, "label": label, "class_names": names}
+    routing |= {"attributes": {"side": label % 2}, "attribute_names": {"side": ["left", "right"]}}
+    torch.save(checkpoint(routing=routing), tmp_path / "last.pt")
+    assert main(["plot", str(tmp_path / "last.pt")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("nothing learned yet: neurons tell no more than chance does") == (kind != "learned")
 
 
 @pytest.mark.parametrize(

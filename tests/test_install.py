@@ -6,6 +6,7 @@ optimisation, for their speed: what is compiled is tested elsewhere.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from . import packages
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "/nonexistent/nvcc"  # what CUDACXX names is taken, and only that: .ci/run's own install is the one with CUDA
 RECORD = "_build" + EXTENSION_SUFFIXES[0].removesuffix(".so") + ".json"
 READ = ("DSTS_BUILD", "DSTS_CUDA_ARCHS", "CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
-LEFT_OUT = ("build", "dist", "runs", "_C.*", "_build.*", "*.egg-info", "__pycache__", ".*")
+LEFT_OUT = ("build", "dist", "runs", "_C.*.so", "_build.*", "*.egg-info", "__pycache__", ".*")
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,7 +72,7 @@ def contents(wheel):
     """(what was built, reason, whether the native module is in it) of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         record = json.loads(archive.read(f"dsts_kernels/{RECORD}"))
-        native = any(name.startswith("dsts_kernels/_C.") for name in archive.namelist())
+        native = any(name.startswith("dsts_kernels/_C.") and name.endswith(".so") for name in archive.namelist())
     return record["build"], record["reason"], native
 
 
@@ -240,10 +243,13 @@ print("read" if read else "not read")
 
 
 def test_failed_build_leaves_no_stale_module(build_wheel):
-    """A native module of an earlier build is gone after one that gave none; both in the same tree."""
+    """A native module of an earlier build is gone after one that gave none; both in the same tree. A build says how far
+    it is, and at its end how long it took."""
     done, wheel = build_wheel(DSTS_BUILD="cpu")
     assert done.returncode == 0, done.stdout
     assert contents(wheel) == ("cpu", "DSTS_BUILD=cpu", True)
+    assert re.search(r"\[[0-9]+/[0-9]+\] (\S+, \S+ left|\S+ s): Building", done.stdout), done.stdout
+    assert re.search(r"dsts_kernels: the native module took [0-9.]+ (s|min)\n", done.stdout)
     done, wheel = build_wheel(CXX="/nonexistent/c++")
     assert done.returncode == 0 and contents(wheel)[2] is False
 
@@ -282,7 +288,8 @@ def test_two_pythons_share_a_tree(tree, build_wheel):
         (package / name).write_text("here before")
     done = run_setup(tree, EDITABLE, DSTS_BUILD="none")
     assert done.returncode == 0, done.stdout
-    assert sorted(path.name for path in (*package.glob("_C*"), *package.glob("_build*"))) == sorted([*other, RECORD])
+    found = {path.name for path in (*package.glob("_C*"), *package.glob("_build*"))} - {"_C.pyi"}
+    assert found == {*other, RECORD}
     assert all((package / name).read_text() == "here before" for name in other)
     assert json.loads((package / RECORD).read_text()) == {"build": "none", "reason": "DSTS_BUILD=none"}
     _, wheel = build_wheel(DSTS_BUILD="none")
@@ -304,6 +311,31 @@ def test_a_strict_editable_install_is_whole(tree):
     done = run_setup(tree, EDITABLE.replace("{}", "{'editable_mode': 'strict'}"), DSTS_BUILD="none")
     assert done.returncode == 0, done.stdout
     assert len(list((tree / "build").glob(f"__editable__*/dsts_kernels/{RECORD}"))) == 1
+
+
+@pytest.mark.parametrize("system", ["Windows", "Darwin"])
+def test_other_systems_get_plain_pytorch(tree, tmp_path, system):
+    """No compiler is looked for, nothing fails, nobody is warned, and it is told; a build by name is tried."""
+    code = f"""
+import platform
+platform.system = lambda: {system!r}
+from setuptools import build_meta
+build_meta.build_wheel('..')"""
+    done = run_setup(tree, code, CXX="/nonexistent/c++")
+    assert done.returncode == 0 and "/nonexistent/c++" not in done.stdout, done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    reason = f"there are no native kernels for {system}; DSTS_BUILD=cpu tries to build them"
+    assert contents(wheel) == ("none", reason, False)
+    assert f"installing without native kernels: {reason}" in done.stdout
+    assert "/nonexistent/c++" in said(run_setup(tree, code, CXX="/nonexistent/c++", DSTS_BUILD="cpu"), "cpu")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    use = (
+        "import torch; from dsts_kernels import FusedDSTS, cli; "
+        "FusedDSTS(8, num_layers=1, num_neurons=2)(torch.randn(2, 8, 2, 3, 3)).sum().backward(); cli.main(['info'])"
+    )
+    done = run([sys.executable, "-W", "error", "-c", use], cwd=tmp_path / "installed")
+    assert done.returncode == 0 and reason in done.stdout, done.stdout
 
 
 def test_two_installs_at_once(tree):
@@ -372,6 +404,7 @@ def test_a_repaired_wheel_has_no_openmp_runtime(tree):
     done = run(make, cwd=tree, DSTS_BUILD="cpu", PATH=path)
     assert done.returncode == 0, done.stdout
     (wheel,) = (tree / "dist").glob("*manylinux*.whl")
+    packages.check_wheel(wheel)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tree.parent / "repaired")
         libraries = [name for name in archive.namelist() if ".so" in name]

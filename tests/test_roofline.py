@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -275,7 +277,7 @@ def test_conv_grid_is_the_launchers(case, name, batch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_command(name, capsys):
     """Every launch and every chip, headed as predictions."""
-    assert main(["roofline", "--shape", name]) == 0
+    assert main(["roofline", "--shape", name, "--all"]) == 0
     text = capsys.readouterr().out
     sizes = "x".join(map(str, (8, SHAPES[name][0], *SHAPES[name][1])))
     assert text.startswith("PREDICTIONS, NOT MEASUREMENTS") and "SASS" in text
@@ -293,10 +295,39 @@ def test_command(name, capsys):
     assert max(map(len, text.splitlines())) < 180
 
 
+def test_summary(capsys):
+    """A dozen lines: a row for each chip with the sums that ``--all`` has, and what was measured, as its file says."""
+    assert main(["roofline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 15 and max(map(len, lines)) < 180 and lines[0].startswith("PREDICTIONS, NOT MEASUREMENTS")
+    assert main(["roofline", "--all"]) == 0
+    sums = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sum: ")]
+    steps = len(SHAPES) * len(STEPS)
+    for place, chip in enumerate(CHIPS.values()):
+        (row,) = (line for line in lines if line.startswith(f"{chip.title} "))
+        assert all(
+            line.split(" of kernels, ")[1].split(" in a CUDA graph")[0] in row for line in sums[place :: len(CHIPS)]
+        )
+        assert len(sums[place :: len(CHIPS)]) == steps
+
+
+def test_summary_says_what_was_measured(capsys):
+    """Milliseconds of the results that the repository keeps."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks/results/h100.json"
+    assert main(["roofline"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    rows = {(r["mode"], r["shape"], r["variant"]): r["ms"] for r in json.loads(path.read_text())["rows"]}
+    tpn, swin = "tpn 8x1024x8x16x16", "swin 8x1024x16x7x7"
+    frozen = [rows["evaluation", shape, "frozen triton"] for shape in (tpn, swin)]
+    step = [rows["training", shape, "fused triton"] for shape in (tpn, swin)]
+    assert f"a frozen module {frozen[0]:.2f} ms (tpn) and {frozen[1]:.2f} ms (swin)" in text
+    assert f"a training step {step[0]:.1f} and {step[1]:.1f} ms" in text
+
+
 def test_command_options(capsys):
     """Options reach the tables, one step and one chip are enough, and equal ones count once."""
     options = "--shape 96x4x14x14 --chip A100 --chip a100 --step frozen --batch 3 --layers 2 --neurons 7"
-    assert main(["roofline", *options.split(), "--dtype", "tf32", "--spatial-share", "0.25"]) == 0
+    assert main(["roofline", "--all", *options.split(), "--dtype", "tf32", "--spatial-share", "0.25"]) == 0
     text = capsys.readouterr().out
     assert (
         "frozen  3x96x4x14x14 tf32 on A100 SXM4, triton: 2 layers, 7 neurons, 25% of channels spatial (predicted)"
@@ -309,7 +340,7 @@ def test_command_backend(capsys):
     """Of a chip that runs both backends either can be had; an old one has no choice."""
     for wanted, found in (("cuda", "cuda"), ("triton", "triton")):
         options = f"--shape swin --chip h100 --chip t4 --step frozen --backend {wanted}"
-        assert main(["roofline", *options.split()]) == 0
+        assert main(["roofline", "--all", *options.split()]) == 0
         text = capsys.readouterr().out
         assert f"on H100 SXM5, {found}: 3 layers" in text and "on T4, cuda: 3 layers" in text
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import HandwrittenEval, HandwrittenTrain
 from benchmarks.report.machine import describe
 from benchmarks.variants import training_step
 from dsts_kernels import FusedDSTS
+from dsts_kernels.bench.handwritten import HandwrittenEval, HandwrittenTrain
 from dsts_kernels.reference import DSTS, Draws
 from dsts_kernels.testing import relative_error
 

@@ -1,9 +1,9 @@
 """Baselines of evaluation as a good engineer runs them on a GPU: autocast to half, channels-last, lists padded.
 
-The handwritten one is that of :mod:`benchmarks.baselines`, whose panels were laid out for a CPU. cuDNN's kernels in
-half precision want channel counts that are multiples of 8 and few distinct shapes, so folded lists are padded with
-channels of weight zero. It asks the host who chose which neuron; :class:`PickedEval` does not, so that it can be
-captured as a CUDA graph. Training is in :mod:`benchmarks.gpu.handwritten`.
+The handwritten one is that of :mod:`dsts_kernels.bench.handwritten`, whose panels were laid out for a CPU. cuDNN's
+kernels in half precision want channel counts that are multiples of 8 and few distinct shapes, so folded lists are
+padded with channels of weight zero. It asks the host who chose which neuron; :class:`PickedEval` does not, so that
+it can be captured as a CUDA graph. Training is in :mod:`benchmarks.gpu.handwritten`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines import FoldedLayer, HandwrittenEval, collapsed_scores
 from benchmarks.gpu.handwritten import MULTIPLE, SPATIAL, TEMPORAL, pick, side_by_side
+from dsts_kernels.bench.handwritten import FoldedLayer, HandwrittenEval, collapsed_scores
 from dsts_kernels.reference import DSTS
 
 __all__ = ["AutocastDSTS", "PickedEval", "padded"]

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from benchmarks import RESULTS
-from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu.baselines import AutocastDSTS, PickedEval, padded
 from benchmarks.gpu.handwritten import BY_SAMPLE, GROUPINGS, GpuTrain
 from benchmarks.gpu.ops import OP_NEEDS, OPS, cycling, op_rows, route_rows
@@ -41,6 +40,7 @@ from benchmarks.gpu.workload import TRAINING_BATCH, Workload
 from benchmarks.report import tables
 from benchmarks.shapes import Problem
 from benchmarks.variants import adopt, build
+from dsts_kernels.bench.handwritten import HandwrittenEval
 
 SETUP_SECONDS = 15.0  # the two rates, weights, features and oracles
 SECONDS = 470.0

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from benchmarks.baselines import collapsed_scores, require_paper_configuration
+from dsts_kernels.bench.handwritten import collapsed_scores, require_paper_configuration
 from dsts_kernels.reference import DSTS, DSTSLayer, Routing, gate_values, score_dtype
 
 __all__ = ["BY_SAMPLE", "GROUPINGS", "MULTIPLE", "SPATIAL", "TEMPORAL", "GpuTrain", "pick", "side_by_side"]

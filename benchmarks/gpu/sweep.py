@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import RESULTS
-from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu import rules
 from benchmarks.gpu.baselines import padded
 from benchmarks.gpu.handwritten import GROUPINGS, GpuTrain
@@ -40,6 +39,7 @@ from benchmarks.report import machine
 from benchmarks.shapes import NAMED_SHAPES, Problem
 from benchmarks.variants import adopt, build, training_step
 from dsts_kernels.backends import BACKENDS
+from dsts_kernels.bench.handwritten import HandwrittenEval
 from dsts_kernels.reference import DSTS, Draws
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)

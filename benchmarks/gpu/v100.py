@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
-from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu.baselines import padded
 from benchmarks.gpu.bench import autocast
 from benchmarks.gpu.record import Bench, describe
@@ -24,6 +23,7 @@ from benchmarks.gpu.rows import evaluation_rows, graph_rows
 from benchmarks.gpu.workload import Workload
 from benchmarks.report.tables import TITLES, heading
 from benchmarks.variants import build
+from dsts_kernels.bench.handwritten import HandwrittenEval
 from dsts_kernels.roofline import CHIPS, SHAPES, Case, report
 from dsts_kernels.roofline.tables import table
 

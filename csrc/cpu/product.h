@@ -19,6 +19,9 @@ constexpr int tile_rows(int blocks) { return blocks == 4 ? 6 : blocks == 3 ? 8 :
 #elif defined(__AVX2__)
 constexpr int kMaxBlocks = 1;  // 12 accumulators of 16 registers
 constexpr int tile_rows(int) { return 6; }
+#elif defined(__aarch64__)
+constexpr int kMaxBlocks = 1;  // 24 accumulators, 4 columns of B, 2 of A: 32 registers
+constexpr int tile_rows(int) { return 6; }
 #else
 constexpr int kMaxBlocks = 1;  // 8 accumulators of 16 registers
 constexpr int tile_rows(int) { return 2; }

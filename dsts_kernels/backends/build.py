@@ -11,24 +11,35 @@ import json
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  the native module runs on the OpenMP threads of torch, which must have been loaded before
 
-try:
-    _C = importlib.import_module("dsts_kernels._C")
-    _IMPORT_ERROR = None
-except ImportError as error:
-    _C, _IMPORT_ERROR = None, str(error)
+if TYPE_CHECKING:  # as _C.pyi says it
+    from .. import _C
+
+    _IMPORT_ERROR: str | None
+else:
+    try:  # beside this package, whatever that is called: a loader of kernels gives it a name of its own
+        _C = importlib.import_module("._C", __package__.rpartition(".")[0])
+        _IMPORT_ERROR = None
+    except ImportError as error:
+        _C, _IMPORT_ERROR = None, str(error)
 
 RECORD = Path(__file__).parents[1] / Path(f"_build{EXTENSION_SUFFIXES[0]}").with_suffix(".json").name
-NOT_WANTED = "DSTS_BUILD=none"  # as setup.py records it
+UNIVERSAL = RECORD.with_name("_build.json")  # of files that are the same for every Python: hub_kernel.py writes it
+NOT_WANTED = (  # as they are recorded: nothing failed, so nobody is warned
+    "DSTS_BUILD=none",
+    "the universal variant of a hub kernel has none",
+    "there are no native kernels for ",
+)
 
 
 @functools.cache
 def build_record() -> tuple[str, str]:
     """What the install built, and why nothing more: ``("cuda", "cpu" or "none", reason)``."""
     try:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        record = json.loads((RECORD if RECORD.exists() or not UNIVERSAL.exists() else UNIVERSAL).read_text("utf-8"))
         return record["build"], record["reason"]
     except FileNotFoundError:
         if _C is not None:
@@ -51,7 +62,7 @@ def why_no_module() -> str | None:
 
 def warn_if_missing() -> None:
     """One line on import where a native build was wanted and is not there: pip shows nothing of one that fails."""
-    if (why := why_no_module()) is not None and build_record() != ("none", NOT_WANTED):
+    if (why := why_no_module()) is not None and not build_record()[1].startswith(NOT_WANTED):
         warnings.warn(
             f"dsts_kernels runs without its native kernels, through plain PyTorch: {why}. "
             "'python -m dsts_kernels info' says more; DSTS_BUILD=none at install silences this. pip keeps wheels that "

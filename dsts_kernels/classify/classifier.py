@@ -264,9 +264,20 @@ def watch(parent: nn.Module, child: str) -> Watched:
 
 
 def usable(device: torch.device | str) -> torch.device:
-    """A device of this machine, or an error that says so."""
+    """A device of this machine that holds values, or an error that says so."""
     try:
-        return torch.empty(0, device=device).device
+        found = torch.device(device)
+        if found.type == "meta":
+            raise TypeError("it holds no values")
+        if found.type == "cuda":  # asked without a tensor, which would take memory on the first GPU for every process
+            if not torch.cuda.is_available():
+                raise RuntimeError(
+                    "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+                )
+            if found.index is not None and found.index >= torch.cuda.device_count():
+                raise RuntimeError(f"torch finds {torch.cuda.device_count()}")
+            return found
+        return torch.empty(0, device=found).device
     except (AssertionError, RuntimeError, TypeError) as error:  # torch without CUDA raises the first
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: got {str(device)!r}, wanted a device of this machine ({reason})") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..backends import choose
 
-LIBRARY = torch.library.Library("dsts_kernels", "DEF")
+# "dsts_kernels", unless a loader of kernels gave the package another name, as it may hold several versions.
+NAMESPACE = re.sub(r"\W", "_", __package__.rpartition(".")[0])
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 PLAIN = (Tensor, Parameter)
 NO_DERIVATIVE = "NoDerivative"  # how autograd's nodes of ops without one are called: learning.second_order asks
 
@@ -165,11 +168,11 @@ def define(
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
-    torch.library.register_fake(f"dsts_kernels::{name}", fake, lib=LIBRARY)
-    packet = getattr(torch.ops.dsts_kernels, name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
     pick = operator.itemgetter(*names.values()) if len(names) > 1 else lambda args: args[:1]
     functions = _register_autograd(name, packet.default, run, pick, derivative, differentiable)
-    torch.library.register_vmap(f"dsts_kernels::{name}", _by_slices(packet.default), lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _by_slices(packet.default), lib=LIBRARY)
     if flops is not None:
         FLOPS[packet] = flops
     return Op(packet.default, run, pick, functions)
@@ -231,7 +234,7 @@ def _register_autograd(
         args += defaults[len(args) :]  # the dispatcher leaves out what is as the schema has it
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                f"dsts_kernels::{name}: got a torch.func transform of the registered op, as of an exported module; "
+                f"{NAMESPACE}::{name}: got a torch.func transform of the registered op, as of an exported module; "
                 "wanted one of dsts_kernels.functional or of the module itself"
             )
         return seen.apply(*args) if tracked(tensors(args)) else below(*args)
@@ -248,7 +251,7 @@ def _refused(name: str) -> Derivative:
 
     def backward(ctx, *gradients):
         raise NotImplementedError(
-            f"dsts_kernels::{name} has no derivative: got a backward pass through it, as for a second derivative; "
+            f"{NAMESPACE}::{name} has no derivative: got a backward pass through it, as for a second derivative; "
             "wanted first derivatives only (the literal dsts_kernels.reference.DSTS has second ones)"
         )
 
@@ -279,7 +282,7 @@ def _steps(name: str, derivative: Derivative) -> dict[str, staticmethod]:
 
     def jvp(ctx, *tangents):
         raise NotImplementedError(
-            f"dsts_kernels::{name} has no forward-mode derivative: got a tangent (torch.func.jvp, jacfwd or "
+            f"{NAMESPACE}::{name} has no forward-mode derivative: got a tangent (torch.func.jvp, jacfwd or "
             "torch.autograd.forward_ad), wanted reverse mode (torch.func.grad, vjp, jacrev or backward)"
         )
 

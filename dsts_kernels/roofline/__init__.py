@@ -10,7 +10,7 @@ them for ``python -m dsts_kernels roofline``.
 from .cases import SHAPES, Case, folded_flop, literal_flop
 from .chips import BACKENDS, CHIPS, Chip, Launch, Prediction, predict
 from .steps import STEPS, frozen_step, training_step
-from .tables import Total, report, total
+from .tables import Total, report, summary, total
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +27,7 @@ __all__ = [
     "literal_flop",
     "predict",
     "report",
+    "summary",
     "total",
     "training_step",
 ]

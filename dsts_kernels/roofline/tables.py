@@ -24,6 +24,10 @@ to        the same with everything that the cycle model assumes unfavourable
 graph     all launches with {GAP_US:g} us between them; launched: one by one, by a host that takes {HOST_US:g} us for
           each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py
 alone     useful products at that share of the peak (Triton), at the peak (CUDA)"""
+MEASURED = """\
+Measured so far: on an H100 alone (bfloat16, batch 8, Triton, torch 2.11, earlier kernels), one by one: a frozen module
+1.43 ms (tpn) and 0.86 ms (swin), a training step 17.6 and 19.9 ms. docs/performance.md says more;
+'make gpu' measures yours."""
 OLD = (
     "{}: kernels of the CUDA backend, which have not run on it; in {}. Cycles: dsts_kernels/roofline/counted.py, by\n"
     "the model in dsts_kernels/roofline/multiprocessor.py, which knows neither clocks under load nor instruction caches"
@@ -167,3 +171,27 @@ def report(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], w
         dtypes = sorted({dtype_name(run_on(case, old[0])) for case in cases})
         blocks.append(OLD.format(", ".join(chip.title for chip in old), " and ".join(dtypes)))
     return "\n\n".join(blocks)
+
+
+def summary(cases: Sequence[Case], chips: Sequence[Chip], steps: Sequence[str], wanted: str | None = None) -> str:
+    """One row for each chip: milliseconds of each step and shape as a CUDA graph; what was measured; how to see more.
+
+    Arguments are those of :func:`report`.
+    """
+    columns = list(itertools.product(steps, cases))
+    head = ["milliseconds in a CUDA graph", "backend", "dtype", *(f"{step} {label(case)}" for step, case in columns)]
+    rows = []
+    for chip in chips:
+        backend, on_chip = backend_on(chip, wanted), [run_on(case, chip) for _, case in columns]
+        sums = [
+            total(STEPS[step](case, chip, backend), case.kind, chip)
+            for (step, _), case in zip(columns, on_chip, strict=True)
+        ]
+        rows.append([chip.title, backend, dtype_name(on_chip[0]), *map(span, sums)])
+    first = cases[0]
+    about = (
+        "PREDICTIONS, NOT MEASUREMENTS: FLOP, bytes, tiles and waves of every launch of a step; "
+        f"{first.layers} layers, {first.neurons} neurons, {first.share:.0%} of channels spatial"
+    )
+    more = "--all lists every launch with what bounds it; --chip, --shape, --step, --dtype and --batch choose."
+    return "\n".join([about, "", table(head, rows), "", MEASURED, more])

@@ -13,6 +13,7 @@ from .measures import (
     gate_shares,
     information_table,
     information_text,
+    learned_text,
     mutual_information,
     shuffled_information,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "gate_shares",
     "information_table",
     "information_text",
+    "learned_text",
     "mutual_information",
     "plot_activation",
     "plot_classification",

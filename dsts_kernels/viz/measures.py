@@ -23,6 +23,7 @@ __all__ = [
     "gate_shares",
     "information_table",
     "information_text",
+    "learned_text",
     "mutual_information",
     "shuffled_information",
 ]
@@ -219,3 +220,37 @@ def information_text(rows: Sequence[Mapping[str, Any]]) -> str:
         numbers = f"{row['bits']:>6.3f}  {row['share']:>10.1%}  {row['shuffled_bits']:>13.3f}"
         lines.append(f"{row['layer']:>5}  {row['attribute']:<{width}}  {numbers}")
     return "\n".join(lines)
+
+
+CHANCE = 0.01  # below it chance no longer explains what a table says
+
+
+def learned_text(routing: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """One line where routing tells nothing yet: all that neurons say of classes and attributes chance says, too.
+
+    Bits times twice the samples are distributed as chi-squared where attribute and neuron are independent. Rows are
+    scaled to what shuffled samples give, as small samples go beyond it, and tested at :data:`CHANCE` over all rows.
+
+    Args:
+        routing: see the module.
+        rows: of :func:`information_table`.
+
+    Returns:
+        The line, or ``None`` where some layer tells more than chance.
+    """
+    routing = check_routing(routing)
+    found = attributes(routing)
+    for row in rows:
+        attribute, neuron = found[row["attribute"]][0], routing["neuron"][row["layer"]]
+        freedom = (attribute.unique().numel() - 1) * (neuron.unique().numel() - 1)
+        if freedom == 0 or row["shuffled_bits"] <= 0:
+            continue
+        squared = torch.tensor(freedom * row["bits"] / row["shuffled_bits"], dtype=torch.float64, device="cpu")
+        half = torch.tensor(freedom / 2, dtype=torch.float64, device="cpu")
+        if float(torch.special.gammaincc(half, squared / 2)) * len(rows) < CHANCE:
+            return None
+    most = max(rows, key=lambda row: row["bits"])
+    return (
+        f"nothing learned yet: neurons tell no more than chance does (at most {most['bits']:.3f} bits, of "
+        f"{most['attribute']!r} in layer {most['layer']}; shuffled samples give {most['shuffled_bits']:.3f})"
+    )

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.baselines import HandwrittenEval, lazy_zeros
 from benchmarks.parity import TOLERANCES, evaluation_oracle, relative_error, training_errors, training_oracle
 from benchmarks.shapes import Problem
 from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.bench.handwritten import HandwrittenEval, lazy_zeros
 from dsts_kernels.reference import DSTS, Draws
 
 CPU, DTYPE = torch.device("cpu"), torch.float64

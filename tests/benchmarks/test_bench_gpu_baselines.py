@@ -7,13 +7,13 @@ import functools
 import pytest
 import torch
 
-from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu import handwritten
 from benchmarks.gpu.baselines import PickedEval, padded
 from benchmarks.gpu.handwritten import BY_SAMPLE, GROUPINGS, GpuTrain
 from benchmarks.parity import TOLERANCES, evaluation_oracle, relative_error, training_errors, training_oracle
 from benchmarks.shapes import Problem
 from benchmarks.variants import adopt, build, make_draws, make_reference
+from dsts_kernels.bench.handwritten import HandwrittenEval
 from dsts_kernels.reference import DSTS, Draws
 
 CPU, DTYPE = torch.device("cpu"), torch.float64

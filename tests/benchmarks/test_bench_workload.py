@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.baselines import HandwrittenEval
 from benchmarks.gpu.baselines import padded
 from benchmarks.gpu.workload import Workload, gpu_backends, half_precision
 from benchmarks.margins import MARGIN, margins, separate_draws, separate_features
 from benchmarks.parity import relative_error
 from benchmarks.shapes import Problem
 from benchmarks.variants import build, make_draws, make_reference
+from dsts_kernels.bench.handwritten import HandwrittenEval
 from dsts_kernels.reference import DSTS, Draws
 
 CPU = torch.device("cpu")

@@ -216,6 +216,41 @@ def test_a_package_that_does_not_import_is_told_first(tmp_path, capsys, monkeypa
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_missing_extra_is_one_line(tmp_path, capsys, monkeypatch):
+    """All that is missing at once, and how to get it; nothing was made."""
+    monkeypatch.setattr(train, "PACKAGES", ("no_package_a.part", "tqdm", "no_package_b"))
+    assert train.main([*TOY, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: not installed: no_package_a, no_package_b; wanted the extra train: "
+        "pip install -e '.[train]' -c constraints.txt\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch, device):
+    """Before data are made, also under torchrun, where each process has a device of its own."""
+    monkeypatch.setattr(train, "Trainer", None)
+    for rank in (None, "1"):
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert train.main([*TOY, "--out", str(tmp_path / "run"), "--device", device]) == 2
+        error = capsys.readouterr().err
+        given = "cuda:1" if rank and device.startswith("cuda") else device
+        assert error.startswith(f"error: --device: got '{given}', wanted a device of this machine (")
+        assert error.count("\n") == 1
+
+
+def test_a_log_has_one_line_for_each_epoch(tmp_path, capsys):
+    """Where nobody watches there is no bar."""
+    assert train.main([o for o in TOY if o != "--quiet"] + ["--epochs", "2", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    lines = [line for line in told.out.splitlines() if line]
+    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1"] and told.err == ""
+
+
 @pytest.mark.parametrize(
     "options",
     [TPN, [*TPN, "--aux-head", "--learning", "joint"], [*TPN, "--where", "backbone.layer2.0", "--literal"]],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from dsts_kernels.reference import DSTS, DSTSLayer, score_dtype
+from ..reference import DSTS, DSTSLayer, score_dtype
 
 __all__ = ["HandwrittenEval", "HandwrittenTrain"]
 
