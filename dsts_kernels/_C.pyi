@@ -29,11 +29,20 @@ class Tiles(TypedDict):
     spatial: dict[int, int]
     temporal: dict[int, int]
 
+class Units(TypedDict):
+    amx_bf16: bool
+    amx_fp16: bool
+    amx_int8: bool
+    avx512_bf16: bool
+    avx512_vnni: bool
+    refused: str
+
 dtypes: dict[str, int]
 winograd_tiles: Tiles
 
 def build_info() -> BuildInfo: ...
 def supported_isas() -> list[str]: ...
+def units() -> Units: ...
 def get_isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def semhash_forward(
@@ -81,6 +90,48 @@ def winograd_weight_gradient(
     temporal: Operator | None,
     add: bool,
     tiles: tuple[int, int, int],
+    threads: int,
+    stage_seconds: Tensor | None,
+) -> None: ...
+
+class FrozenLayer:
+    def __init__(
+        self,
+        scoring: Tensor,
+        channels: Tensor,
+        starts: Tensor,
+        filters: Tensor,
+        bias: Tensor | None,
+        mixing: Tensor | None,
+        score_elements: int,
+        mixing_kernel: tuple[int, int, int],
+        relu: bool,
+    ) -> None: ...
+
+def frozen_layers(
+    layers: list[FrozenLayer],
+    x: Tensor,
+    sums: Tensor | None,
+    skip: Tensor | None,
+    y: Tensor,
+    next_sums: Tensor | None,
+    neuron: Tensor | None,
+    scores: Tensor | None,
+    threads: int,
+    stage_seconds: Tensor | None,
+) -> None: ...
+def tile_sizes(batch: int, t: int, h: int, w: int) -> tuple[int, int, int]: ...
+def live_layer(
+    x: Tensor,
+    scoring: Tensor,
+    divisor: float,
+    logits: Tensor,
+    spatial: Tensor,
+    temporal: Tensor,
+    z: Tensor,
+    neuron: Tensor,
+    scores: Tensor,
+    gate: Tensor,
     threads: int,
     stage_seconds: Tensor | None,
 ) -> None: ...

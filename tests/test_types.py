@@ -28,21 +28,26 @@ def values(body: list[ast.stmt]) -> set[str]:
     return {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
 
 
+def arguments(call) -> list[str]:
+    """Names that pybind11 writes into a docstring; of a method, with ``self``."""
+    (signature,) = re.findall(rf"^{call.__name__}\((.*)\) -> ", call.__doc__, re.MULTILINE)
+    return re.findall(r"(\w+): ", signature)
+
+
 def class_body(name: str) -> list[ast.stmt]:
     return next(node.body for node in STUB.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 @pytest.mark.skipif(_C is None, reason="the native module is not built")
 def test_the_stub_has_what_the_module_has():
-    """Every function with its arguments in order, as pybind11 writes them into a docstring, and every value."""
+    """Every function and class with its arguments in order, as pybind11 writes them into a docstring; every value."""
     named = [name for name in dir(_C) if not name.startswith("_")]
-    found = {}
-    for name in named:
-        if callable(getattr(_C, name)):
-            (signature,) = re.findall(rf"^{name}\((.*)\) -> ", getattr(_C, name).__doc__, re.MULTILINE)
-            found[name] = re.findall(r"(\w+): ", signature)
-    assert functions(STUB.body) == found
-    assert values(STUB.body) | {"cuda"} == set(named) - set(found) | {"cuda"}
+    calls = [name for name in named if inspect.isroutine(getattr(_C, name))]
+    classes = [name for name in named if inspect.isclass(getattr(_C, name))]
+    assert functions(STUB.body) == {name: arguments(getattr(_C, name)) for name in calls}
+    for name in classes:
+        assert functions(class_body(name))["__init__"][1:] == arguments(getattr(_C, name).__init__)[1:]
+    assert values(STUB.body) | {"cuda"} == set(named) - {*calls, *classes} | {"cuda"}
 
 
 @pytest.mark.skipif(_C is None or _C.build_info()["cuda"] is None, reason="built without CUDA kernels")
@@ -54,10 +59,10 @@ def test_the_stub_has_what_cuda_has():
 
 
 @pytest.mark.skipif(_C is None, reason="the native module is not built")
-@pytest.mark.parametrize("name", ["BuildInfo", "CudaInfo", "Tiles"])
+@pytest.mark.parametrize("name", ["BuildInfo", "CudaInfo", "Tiles", "Units"])
 def test_the_stub_has_the_keys_of_dictionaries(name):
     info = _C.build_info()
-    given = {"BuildInfo": info, "CudaInfo": info["cuda"], "Tiles": _C.winograd_tiles}[name]
+    given = {"BuildInfo": info, "CudaInfo": info["cuda"], "Tiles": _C.winograd_tiles, "Units": _C.units()}[name]
     if given is None:
         pytest.skip("built without CUDA kernels")
     assert values(class_body(name)) == set(given)
