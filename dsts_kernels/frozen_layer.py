@@ -63,9 +63,9 @@ def relaid(tensors: Mapping[str, Tensor | None], taps: int, old: Layout, new: La
 class FrozenLayer(nn.Module):
     """The packed weights of one layer: see :class:`~dsts_kernels.backends.base.FrozenWeights`.
 
-    Buffers: ``scoring (N, C, taps)`` (with a centre one tap more) and ``bias (N, O)`` in float32 (float64 in float64), ``gate (N, C)`` float32 of 0
-    and 1, ``filters`` flat and ``mixing (N, packed)`` (or ``None``) in the module's dtype. Beside them ``channels`` and
-    ``starts``, which follow from the gates.
+    Buffers: ``scoring (N, C, taps)`` (with a centre one tap more) and ``bias (N, O)`` in float32 (float64 in float64),
+    ``gate (N, C)`` float32 of 0 and 1, ``filters`` flat and ``mixing (N, packed)`` (or ``None``) in the module's dtype.
+    Beside them ``channels`` and ``starts``, which follow from the gates.
     """
 
     channels: Tensor

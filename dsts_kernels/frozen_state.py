@@ -91,9 +91,10 @@ def encode(about: Description) -> Tensor:
     """A description as a flat uint8 tensor on the CPU."""
     number = FORMAT if any(layer.centered for layer in about.layers) else 1
     fields = {"format": number, **about._asdict(), "dtype": str(about.dtype).removeprefix("torch.")}
-    fields["layers"] = [
-        {name: value for name, value in layer._asdict().items() if name != "centered" or value} for layer in about.layers
-    ]
+    fields["layers"] = [layer._asdict() for layer in about.layers]
+    for own in fields["layers"]:
+        if not own["centered"]:
+            del own["centered"]
     text = json.dumps(fields).encode().ljust(ROOM * (1 + len(about.layers)))
     return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 

@@ -60,7 +60,8 @@ class DSTSLayer(LayerState):
         self.score_reduction, self.gumbel_tau = chosen.score_reduction, chosen.gumbel_tau
         self.routing_gradient, self.gumbel_scale = chosen.routing_gradient, chosen.gumbel_scale
         self.score_center, self.center_in_training = chosen.score_center, chosen.center_in_training
-        self.center_momentum, self.gate_offset, self.backend = chosen.center_momentum, chosen.gate_offset, chosen.backend
+        self.center_momentum, self.gate_offset = chosen.center_momentum, chosen.gate_offset
+        self.backend = chosen.backend
         self._noise_at_start = self.noise_std, self.gumbel_scale
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _checks.FLOATS))}")

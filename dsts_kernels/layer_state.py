@@ -1,4 +1,4 @@
-"""What a layer's state holds beside its parameters: the centre of its scores, and noise that was changed since the start.
+"""What a layer's state holds beside its parameters: the centre of its scores, and noise that was changed meanwhile.
 
 States with and without either load. A state of a layer that has neither is what it always was, key by key.
 """

@@ -46,7 +46,7 @@ class FrozenWeights(NamedTuple):
 
 
 def taps_of(scoring: Tensor) -> int:
-    """Taps of the scoring kernels that ``scoring (N, C, taps)`` was collapsed from: 1 or 9, without that of a centre."""
+    """Taps of the kernels that ``scoring (N, C, taps)`` was collapsed from: 1 or 9, without that of a centre."""
     return 9 if scoring.shape[2] > 2 else 1
 
 
