@@ -6,7 +6,7 @@ import argparse
 
 from torch.utils.data import Dataset
 
-from dsts_kernels.data import SyntheticDives
+from dsts_kernels.data import Symmetries, SyntheticDives
 
 DATA = ("synthetic", "diving48", "finegym")
 TEST_SEED = 1_000_003  # of the synthetic test set: the same for every training seed
@@ -23,6 +23,7 @@ def build_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         shape = {"frames": options.frames, "size": options.size, "noise": options.noise}
         shape |= {"mean": options.mean, "std": options.std}
         train = SyntheticDives(options.clips, seed=options.seed, **shape)
+        train = Symmetries(train, seed=options.seed) if options.augment else train
         return train, SyntheticDives(options.test_clips, seed=TEST_SEED, **shape)
     from dsts_kernels.data.clips import VideoClips
 

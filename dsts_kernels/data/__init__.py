@@ -3,6 +3,7 @@
 from .annotations import Annotations, Clip, read_diving48, read_finegym
 from .clips import VideoClips
 from .sampling import ClipSampling, Window
+from .symmetries import Symmetries
 from .synthetic import SyntheticDives
 from .transforms import EvalTransform, TrainTransform
 from .video import Extent, VideoError, decode, extent, frame_indices, probe
@@ -13,6 +14,7 @@ __all__ = [
     "ClipSampling",
     "EvalTransform",
     "Extent",
+    "Symmetries",
     "SyntheticDives",
     "TrainTransform",
     "VideoClips",

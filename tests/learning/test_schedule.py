@@ -91,7 +91,7 @@ def test_changed_noise_travels_in_a_state():
     for bad in (torch.ones(3), torch.tensor([1.0, -1.0]), torch.tensor([math.nan, 1.0]), "0.5"):
         with pytest.raises(RuntimeError, match=r"layers.1.noise: got .*, wanted noise_std and gumbel_scale"):
             dsts.load_state_dict(state | {"layers.1.noise": bad})
-    with pytest.raises(ValueError, match="gumbel_scale: got -1.0, wanted a finite number at least 0"):
+    with pytest.raises(ValueError, match=r"gumbel_scale: got -1\.0, wanted a finite number at least 0"):
         dsts.set_noise(gumbel_scale=-1)
     with pytest.raises(TypeError, match="noise_std: got str"):
         dsts.set_noise(noise_std="1")
