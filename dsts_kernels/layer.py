@@ -150,7 +150,8 @@ class DSTSLayer(LayerState):
             draws = Draws(*(field[0] for field in sampled))
 
         noise, hard, gumbel = draws if self.training else (None, None, None)
-        subtracts = self.center is not None and (self.center_in_training or not self.training)
+        center = self.center if self.score_center else None
+        subtracts = center is not None and (self.center_in_training or not self.training)
         routed = ops.route(
             x,
             self.scoring,
@@ -158,16 +159,16 @@ class DSTSLayer(LayerState):
             noise=noise,
             hard=hard,
             gumbel=gumbel,
-            center=self.center if subtracts else None,
+            center=center if subtracts else None,
             tau=self.gumbel_tau,
             reduction=self.score_reduction,
             share=self.training and self.routing_gradient == "selected",
             backend=self.backend,
         )
         neuron, scores, gate, _ = routed
-        if self.training and self.center is not None:
-            away = scores.detach() if subtracts else scores.detach() - self.center
-            follow(self.center, self.center_batches, away, self.score_center, self.center_momentum)
+        if center is not None and self.training:
+            away = scores.detach() if subtracts else scores.detach() - center
+            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
         operators = self.spatial, self.temporal, self.mixing
         z = self._operate(x, gate, neuron, operators)
         if self.training and scores.requires_grad:
