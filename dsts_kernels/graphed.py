@@ -21,6 +21,7 @@ from .backends.base import accumulate_dtype
 from .backends.gpu.features import on_device
 from .ops import _checks
 from .ops._library import autocast_on
+from .ops.over_processes import alone
 from .routing import Draws, Routing, check_draws
 
 __all__ = ["Graphed", "Phase"]
@@ -339,9 +340,9 @@ def waits(backend: object) -> str | None:
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module, sample: Tensor) -> Iterator[None]:
-    """A block whose passes leave buffers and generators as they were, and that makes tensors of no mode."""
+    """A block whose passes leave buffers, generators and other processes as they were; its tensors are of no mode."""
     device = sample.device
-    with torch.inference_mode(False), torch.no_grad(), on_device(sample):
+    with torch.inference_mode(False), torch.no_grad(), on_device(sample), alone():
         written = [b for part in module.modules() if part.training for b in part._buffers.values() if b is not None]
         before = [buffer.clone() for buffer in written]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from dsts_kernels import Draws, FusedDSTS, Routing
 from dsts_kernels.learning import RoutingMonitor
+from dsts_kernels.ops import over_processes
 from dsts_kernels.routing import sample_draws
 
 from .learning.support import Net, batch, everything, learner, same
+from .support.frozen import one_process
 from .support.graphs import stand_in
 from .support.modules import enliven
 
@@ -135,6 +137,20 @@ def test_a_centre_within_the_graph(graphs, in_training):
     x = features()
     with torch.no_grad():
         assert torch.equal(mine.eval().graphed(x)(x), plain.eval()(x))
+
+
+def test_capturing_asks_no_other_process(graphs, monkeypatch):
+    """A phase may be met first within DDP's forward pass, where a pass would add up over processes."""
+
+    def asked() -> None:
+        raise AssertionError("another process was asked")
+
+    dsts, x = module(score_center=True), features()
+    with one_process():
+        monkeypatch.setattr(over_processes, "group_of_pass", asked)
+        dsts.graphed(x)
+        with pytest.raises(AssertionError, match="another process was asked"):
+            dsts(x)
 
 
 def test_capturing_leaves_no_trace(graphs):

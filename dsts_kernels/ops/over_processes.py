@@ -6,12 +6,33 @@ An op, so that compilers leave the question alone.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ._library import define
+
+
+class _Quiet(threading.local):
+    alone = False
+
+
+_quiet = _Quiet()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A block of this thread that asks no other process: while a CUDA graph is captured, in which none could answer."""
+    before, _quiet.alone = _quiet.alone, True
+    try:
+        yield
+    finally:
+        _quiet.alone = before
 
 
 def group_of_pass() -> dist.ProcessGroup | None:
@@ -21,7 +42,7 @@ def group_of_pass() -> dist.ProcessGroup | None:
 
 
 def _sum(own: Tensor) -> Tensor:
-    total, group = own.clone(), group_of_pass()
+    total, group = own.clone(), None if _quiet.alone else group_of_pass()
     if group is not None:
         dist.all_reduce(total, group=group)
     return total
