@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_layer(
         cpu::tap_sums({features_of("x", x), sums.data_ptr(), static_cast<int>(taps), at::get_num_threads()}));
   Tensor scores = at::linear(sums.flatten(1), (centered ? scoring.narrow(2, 0, taps) : scoring).flatten(1));
   if (score_elements * positions > 1) scores = scores.div(score_elements * positions);
-  if (centered) scores = scores + scoring.select(1, 0).select(1, taps);
+  if (centered) scores = scores.add(scoring.select(1, 0).select(1, taps));
   const Tensor neuron = scores.argmax(1);
 
   Tensor y = skip ? at::empty_like(*skip) : empty_features(x, B, O, x.scalar_type());

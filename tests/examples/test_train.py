@@ -166,11 +166,17 @@ def test_resumed_with_options_of_ours(tmp_path):
     assert_same(comparable(resumed), comparable(alone))
     assert resumed["learner_steps"] == alone["learner_steps"] == resumed["schedule"]["done"] == 18
     assert Classifier.load(tmp_path / "b" / "checkpoint.pt").config.dsts["score_center"] == "balance"
-    older = {k: v for k, v in half.items() if k not in ("learner_steps", "schedule")}
-    older["options"] = {k: v for k, v in half["options"].items() if k != "noise_shape"}
-    save_checkpoint(tmp_path / "older.pt", older)
-    with pytest.raises(KeyError, match="schedule"):  # it had none to resume, and says so
-        train.Trainer(train.parse([*TOY, "--out", str(tmp_path), *options])).load(tmp_path / "older.pt")
+
+
+def test_a_checkpoint_of_before_resumes(tmp_path):
+    """One that a version without these options wrote, which has neither their names nor their states."""
+    run(tmp_path, "--epochs", "1")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    before = {k: v for k, v in state.items() if k not in ("learner_steps", "schedule")}
+    names = ("score_center", "center_momentum", "gumbel_scale", "warm_up", "both_ways", "init", "augment", "noise_wait")
+    before["options"] = {k: v for k, v in state["options"].items() if k not in names} | {"epochs": 2}
+    save_checkpoint(tmp_path / "checkpoint.pt", before)
+    assert run(tmp_path, "--epochs", "2", "--resume")["epoch"] == 1
 
 
 def test_same_seed_same_run(tmp_path):
