@@ -76,7 +76,9 @@ def _once_more(ctx, gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]
 
 def less_center(gumbel: Tensor | None, center: Tensor, batch: int) -> Tensor:
     """``(B, N)``: kernels add Gumbel noise to scores and choose by the sum, so a centre goes there, with its sign."""
-    return (-center).expand(batch, -1) if gumbel is None else gumbel.to(center.dtype) - center
+    if gumbel is None:
+        return (-center).expand(batch, -1)
+    return _checks.shaped("gumbel", gumbel, (batch, len(center)), _checks.FLOATS).to(center.dtype) - center
 
 
 def score_divisor(x: Tensor, scoring: Tensor, reduction: str) -> int:
