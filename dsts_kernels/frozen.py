@@ -240,7 +240,7 @@ class FrozenDSTS(NotScripted):
         def weights() -> list[Tensor | None]:
             return [t for layer in self.layers for t in (layer.gate, *layer.weights())]
 
-        return Graphed(self, sample, None, return_routing, static_output, weights, lambda x: None)
+        return Graphed(self, sample, None, return_routing, static_output, weights, lambda x: None, "frozen_layer")
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, num_neurons={self.num_neurons}, skip={self.skip}, dtype={self.dtype}"

@@ -39,6 +39,7 @@ class Phase(NamedTuple):
     trained: tuple[bool, ...]  # which parameters get a gradient; none where autograd is off
     features: bool  # whether the features get one
     autocast: torch.dtype | None
+    precision: str  # of float32 products
     backend: str
 
 
@@ -48,34 +49,52 @@ class Capture:
     def __init__(self, replay: Callable[..., tuple[Tensor, ...]], trained: list[nn.Parameter], given: int) -> None:
         self.replay, self.trained, self.given = replay, trained, given
         self.passes = 0
+        self.went_back = 0  # the last pass that did
         self.gradients: list[int | None] = []  # addresses of the graph's gradients of `trained`
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs in memory of the graph; ``inputs`` are features and draws."""
         self.passes += 1
+        self._move_gradients()
         outputs = self.replay(*inputs, *self.trained)
         node = next((output.grad_fn for output in outputs if output.grad_fn is not None), None)
         if node is not None:
-            mine, is_leaf = self.passes, inputs[0].requires_grad and inputs[0].is_leaf
+            x, mine = inputs[0], self.passes
+            keeps = x.requires_grad and (x.is_leaf or x.retains_grad)
             node.register_prehook(lambda gradients: self._before(mine))
-            node.register_hook(lambda gradients, _: self._after(gradients, is_leaf))
+            node.register_hook(lambda gradients, _: self._after(gradients, keeps))
         return outputs
 
+    def _move_gradients(self) -> None:
+        """Out of memory that a replay is about to write, forward or backward: the two graphs share theirs.
+
+        Autograd takes the first gradient of a parameter over as it is, where the graph left it.
+        """
+        for p, address in zip(self.trained, self.gradients, strict=False):
+            if p.grad is not None and p.grad.data_ptr() == address:
+                p.grad = p.grad.clone()
+
     def _before(self, mine: int) -> None:
-        """Before a backward graph is replayed: its activations are still there, and nobody's gradient is in its way."""
+        """Before a backward graph is replayed: its activations are still there, and nobody's gradient is in its way.
+
+        A replay gives the memory of activations away as it goes on.
+        """
         if mine != self.passes:
             raise RuntimeError(
                 f"backward: got the graph's pass {mine} after its pass {self.passes} went forward, wanted each pass "
                 "backward before the next goes forward: a graph keeps the activations of one pass"
             )
-        # Autograd takes the first gradient over as it is, in memory that the replay is about to write.
-        for p, address in zip(self.trained, self.gradients, strict=False):
-            if p.grad is not None and p.grad.data_ptr() == address:
-                p.grad = p.grad.clone()
+        if mine == self.went_back:
+            raise RuntimeError(
+                f"backward: got the graph's pass {mine} a second time, wanted each pass backward once, without "
+                "retain_graph: the first time used its activations up"
+            )
+        self.went_back = mine
+        self._move_gradients()
 
-    def _after(self, gradients: tuple[Tensor | None, ...], is_leaf: bool) -> tuple[Tensor | None, ...] | None:
+    def _after(self, gradients: tuple[Tensor | None, ...], keeps: bool) -> tuple[Tensor | None, ...] | None:
         self.gradients = [None if g is None else g.data_ptr() for g in gradients[self.given :]]
-        if not is_leaf or gradients[0] is None:
+        if not keeps or gradients[0] is None:
             return None
         return (gradients[0].clone(), *gradients[1:])  # x.grad outlives the pass
 
@@ -100,13 +119,14 @@ class Graphed:
     ``DistributedDataParallel`` wraps the model afterwards: its all-reduces stay outside the graphs, and run when the
     backward graph has ended.
 
-    **Order**: each pass goes backward before the next of its phase goes forward. Gradients lie in memory of the graph
-    until its next backward pass: ``clone()`` what is kept of ``torch.autograd.grad``; ``.grad`` is safe.
+    **Order**: each pass goes backward once, before the next of its phase goes forward. Gradients lie in memory of the
+    graph until its next pass: ``clone()`` what is kept of ``torch.autograd.grad``; ``.grad`` is safe.
 
     Raises:
         RuntimeError: a module that is not on a CUDA device, or whose ops do not all run on a GPU backend; one with
             hooks; weights that were moved or put in place of others, or an option that was changed, since the capture;
-            a pass backward after another went forward; ``torch.compile``, which makes graphs of its own.
+            a pass backward after another went forward, or a second time; ``torch.compile``, which makes graphs of its
+            own.
         TypeError, ValueError: a sample or features of another kind, shape, dtype or device; routing or draws that
             were not captured. All before any replay.
     """
@@ -120,14 +140,15 @@ class Graphed:
         static_output: bool,
         weights: Callable[[], list[Tensor | None]],
         sample_draws: Callable[..., Draws | None],
+        op: str = "gated_conv3d",
     ) -> None:
         """``weights`` are the tensors that graphs read in place; ``sample_draws`` makes what a phase draws of features,
-        and of tensors for :data:`SCALES` where a graph draws."""
-        refuse(module, sample)
+        and of tensors for :data:`SCALES` where a graph draws; ``op`` is the one whose backend is the module's."""
+        refuse(module, sample, op)
         if draws is not None:
             one = module.layers[0]
             draws = check_draws(draws, (len(module.layers), sample.shape[0]), one.in_channels, one.num_neurons, sample)
-        self.module, self.return_routing, self.static_output = module, return_routing, static_output
+        self.module, self.return_routing, self.static_output, self.op = module, return_routing, static_output, op
         self._weights, self._sample_draws = weights, sample_draws
         self._sample = sample.detach().clone()
         self._draws = None if draws is None else Draws(*(field.detach().clone() for field in draws))
@@ -225,7 +246,8 @@ class Graphed:
             tuple(p.requires_grad for p in self._parameters) if tracked else (),
             tracked and x.requires_grad,
             autocast,
-            choose("gated_conv3d", x.device, dtype, asked).name,
+            torch.get_float32_matmul_precision(),
+            choose(self.op, x.device, dtype, asked, x.shape).name,
         )
 
     def _now(self) -> tuple:
@@ -247,7 +269,7 @@ class Graphed:
 
     def _capture(self, phase: Phase) -> Capture:
         """Capture a phase on copies of the sample, which are the memory that its graphs read."""
-        refuse(self.module, self._sample)
+        refuse(self.module, self._sample, self.op)
         if phase.autocast is not None:
             around = lambda: torch.autocast(self._sample.device.type, phase.autocast, cache_enabled=False)  # noqa: E731
         else:
@@ -292,8 +314,8 @@ def options_of(part: nn.Module, left_out: tuple[str, ...]) -> tuple[tuple[str, .
     return names, own, operator.itemgetter(*names)
 
 
-def refuse(module: nn.Module, sample: Tensor) -> None:
-    """Refuse a module or a sample that graphs cannot be captured of.
+def refuse(module: nn.Module, sample: Tensor, op: str) -> None:
+    """Refuse a module or a sample that graphs cannot be captured of; ``op`` says by which backend it runs.
 
     Raises:
         RuntimeError, TypeError, ValueError: as :class:`Graphed` says.
@@ -323,7 +345,7 @@ def refuse(module: nn.Module, sample: Tensor) -> None:
             )
         if not hasattr(part, "backend"):
             continue
-        chosen = choose("gated_conv3d", sample.device, computed, part.backend)
+        chosen = choose(op, sample.device, computed, part.backend, sample.shape)
         if reason := waits(chosen):
             raise RuntimeError(f"graphed(sample): got the backend {chosen.name!r}, {reason}")
 
@@ -335,7 +357,7 @@ def no_graphs(device: torch.device) -> str | None:
 
 def waits(backend: object) -> str | None:
     """Why a graph cannot hold what ``backend`` does; ``None`` where it can."""
-    return None if isinstance(backend, GpuBackend) else "which waits for the device; wanted 'triton' or 'cuda'"
+    return None if isinstance(backend, GpuBackend) else "which waits for the device; wanted backend='triton' or 'cuda'"
 
 
 @contextlib.contextmanager
@@ -345,8 +367,10 @@ def undisturbed(module: nn.Module, sample: Tensor) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), on_device(sample), alone():
         written = [b for part in module.modules() if part.training for b in part._buffers.values() if b is not None]
         before = [buffer.clone() for buffer in written]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        for buffer, old in zip(written, before, strict=True):
-            buffer.copy_(old)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                with torch.autocast(device.type, enabled=False):
+                    yield
+        finally:  # a capture may run out of memory
+            for buffer, old in zip(written, before, strict=True):
+                buffer.copy_(old)

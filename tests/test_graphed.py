@@ -1,4 +1,7 @@
-"""``graphed`` on a CPU, with graphs stood in for: the module's results, and errors instead of another's memory."""
+"""``graphed`` on a CPU, with graphs stood in for: the module's results, and errors instead of another's memory.
+
+What it refuses from the start is in ``test_graphed_refused.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsts_kernels import Draws, FusedDSTS, Routing
-from dsts_kernels.learning import RoutingMonitor
+from dsts_kernels import FusedDSTS, Routing
+from dsts_kernels import graphed as graphed_module
 from dsts_kernels.ops import over_processes
 from dsts_kernels.routing import sample_draws
 
 from .learning.support import Net, batch, everything, learner, same
 from .support.frozen import one_process
-from .support.graphs import stand_in
-from .support.modules import enliven
-
-SIZE = (4, 6, 2, 3, 3)
+from .support.graphs import SIZE, draws, features, module, stand_in
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     stand_in(monkeypatch)
-
-
-def module(**options: object) -> FusedDSTS:
-    dsts = FusedDSTS(6, dtype=torch.float64, **dict(num_layers=2, num_neurons=3) | options)
-    enliven(dsts)
-    return dsts
-
-
-def features(**options: object) -> Tensor:
-    return torch.randn(SIZE, dtype=torch.float64, **options)
-
-
-def draws() -> Draws:
-    return sample_draws(4, 6, 3, 2, dtype=torch.float64)
 
 
 def gradients(dsts: nn.Module) -> list[Tensor]:
@@ -162,6 +148,21 @@ def test_capturing_leaves_no_trace(graphs):
     assert same(before, [*everything(dsts), *gradients(dsts), x.detach(), x.grad])
 
 
+def test_a_capture_that_fails_leaves_no_trace(graphs, monkeypatch):
+    """As one that runs out of memory after a warm-up pass: statistics as before, and no capture."""
+    dsts, x = module(), features()
+    graphed, before = dsts.graphed(x), [b.clone() for b in dsts.buffers()]
+
+    def fail(run, sample_args, **options):
+        run(*sample_args)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(x.requires_grad_())
+    assert same(list(dsts.buffers()), before) and len(graphed.phases) == 1
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradient_accumulation(graphs, set_to_none):
     """Autograd keeps a first gradient in the graph's own memory: the next replay must not be added to itself."""
@@ -187,6 +188,62 @@ def test_order_of_passes(graphs):
     assert all(p.grad is None for p in dsts.parameters())
     second.sum().backward()
     assert len(gradients(dsts)) == len(list(dsts.parameters()))
+
+
+def test_a_pass_goes_backward_once(graphs):
+    """The backward graph uses activations up: a second replay would give gradients of something else."""
+    dsts, x = module(), features(requires_grad=True)
+    y = dsts.graphed(x)(x)
+    y.sum().backward(retain_graph=True)
+    before = gradients(dsts)
+    with pytest.raises(RuntimeError, match="backward: got the graph's pass 1 a second time, wanted each pass backward"):
+        y.sum().backward()
+    assert same(gradients(dsts), before)
+
+
+def test_gradients_that_are_kept(graphs):
+    """Of features, leaves or not, and of parameters: later passes leave them alone."""
+    plain = module()
+    mine = copy.deepcopy(plain)
+    sample, first, second, drawn = features(requires_grad=True), features(), features(), draws()
+    graphed, kept = mine.graphed(sample, draws=drawn), []
+    for dsts, call in ((plain, plain), (mine, graphed)):
+        leaf, inner = first.clone().requires_grad_(), first.clone().requires_grad_() * 2
+        inner.retain_grad()
+        for x in (leaf, inner):
+            call(x, drawn).square().sum().backward()
+        call(second.requires_grad_(), drawn)
+        kept.append([leaf.grad, inner.grad, *gradients(dsts)])
+    assert same(*kept)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
+def test_the_backend_of_its_size(graphs, monkeypatch, frozen):
+    """What was measured faster by size is asked for the op and the features that will run."""
+    asked, original = [], graphed_module.choose
+
+    def spy(op, device, dtype, requested=None, size=None):
+        asked.append((op, size))
+        return original(op, device, dtype, requested, size)
+
+    monkeypatch.setattr(graphed_module, "choose", spy)
+    dsts = module().eval()
+    dsts = dsts.freeze() if frozen else dsts
+    dsts.graphed(features())(features())
+    assert set(asked) == {("frozen_layer" if frozen else "gated_conv3d", torch.Size(SIZE))}
+
+
+def test_precision_of_float32_products(graphs):
+    """A graph holds the products that it was captured with; another precision is another phase."""
+    dsts, x = module().eval(), features()
+    graphed, before = dsts.graphed(x), torch.get_float32_matmul_precision()
+    try:
+        for precision, count in (("high", 2), ("highest", 2), ("high", 2)):
+            torch.set_float32_matmul_precision(precision)
+            graphed(x)
+            assert len(graphed.phases) == count
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_upstream_downstream(graphs):
@@ -334,101 +391,3 @@ def test_changed_options(graphs, name, value, of):
         graphed(x)
     setattr(part, name, old)
     graphed(x)
-
-
-CALLS = {
-    "shape": (lambda x: ((x[:3],), {}), r"x: got a tensor of shape \(3, 6, .*, wanted the sample's shape \(4, 6, 2, 3"),
-    "size": (lambda x: ((x[..., :2],), {}), r"x: got a tensor of shape \(4, 6, 2, 3, 2\), .* graphed\(sample\) again"),
-    "dtype": (lambda x: ((x.float(),), {}), r"x: got .*torch.float32, wanted the sample's shape .*, torch.float64"),
-    "device": (lambda x: ((x.to("meta"),), {}), "x: got a tensor on meta, wanted cpu, where the graphs are"),
-    "no-tensor": (lambda x: ((None,), {}), "x: got NoneType None, wanted the sample's shape"),
-    "routing": (
-        lambda x: ((x,), {"return_routing": True}),
-        "return_routing: got True, wanted False for graphs without",
-    ),
-    "draws": (lambda x: ((x, draws()), {}), "draws: got some for graphs that draw by themselves, wanted None"),
-}
-
-
-@pytest.mark.parametrize("call, match", CALLS.values(), ids=CALLS)
-def test_bad_calls(graphs, call, match):
-    dsts, x = module(), features()
-    graphed = dsts.graphed(x)
-    args, kwargs = call(x)
-    with pytest.raises(ValueError, match=match):
-        graphed(*args, **kwargs)
-
-
-def test_bad_draws(graphs):
-    """Draws of another shape, as the module says it."""
-    dsts, x = module(), features()
-    graphed = dsts.graphed(x, draws=draws())
-    with pytest.raises(ValueError, match=r"draws.noise: got .*, wanted shape \(2, 4, 6\)"):
-        graphed(x, draws()._replace(noise=torch.zeros(2, 3, 6, dtype=torch.float64)))
-    with pytest.raises(ValueError, match=r"draws.gumbel: got .*, wanted shape \(2, 4, 3\)"):
-        dsts.graphed(x, draws=draws()._replace(gumbel=torch.zeros(2, 4, 5, dtype=torch.float64)))
-
-
-SAMPLES = {
-    "four-dimensions": (lambda x: x[0], ValueError, "sample: got .*, wanted 5 dimensions"),
-    "channels": (lambda x: x[:, :5], ValueError, "sample: got .*, wanted 6 channels in dimension 1"),
-    "empty": (lambda x: x[:0], ValueError, r"sample: got .*\(0, 6, .*, wanted a batch of at least 1"),
-    "dtype": (lambda x: x.float(), TypeError, "sample: got .*float32, wanted torch.float64, the module's dtype"),
-    "device": (lambda x: x.to("meta"), ValueError, "sample: got a tensor on meta, wanted cpu, where the module is"),
-    "no-tensor": (lambda x: None, TypeError, "sample: got NoneType None, wanted a floating tensor"),
-}
-
-
-@pytest.mark.parametrize("change, error, match", SAMPLES.values(), ids=SAMPLES)
-@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
-def test_bad_samples(graphs, change, error, match, frozen):
-    dsts = module().eval()
-    with pytest.raises(error, match=match):
-        (dsts.freeze() if frozen else dsts).graphed(change(features()))
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
-def test_on_a_cpu(frozen):
-    """Nothing stood in for: there are no CUDA graphs here."""
-    dsts = module().eval()
-    with pytest.raises(RuntimeError, match=r"graphed\(sample\): got a module on cpu, wanted one on a CUDA device"):
-        (dsts.freeze() if frozen else dsts).graphed(features())
-
-
-def test_backend_that_waits(graphs, monkeypatch):
-    """Plain PyTorch asks the device how samples group: no graph holds that."""
-    monkeypatch.undo()
-    monkeypatch.setattr("dsts_kernels.graphed.no_graphs", lambda device: None)
-    with pytest.raises(RuntimeError, match=r"graphed\(sample\): got the backend 'eager', which waits for the device"):
-        module(backend="eager").graphed(features())
-
-
-def test_hooks(graphs):
-    """A hook on a layer would be called at the capture alone; one on the module is called by the module."""
-    dsts, x = module(), features()
-    with RoutingMonitor(dsts):
-        with pytest.raises(RuntimeError, match=r"graphed\(sample\): got hooks on 'layers.0', which graphs would not"):
-            dsts.graphed(x)
-    seen = []
-    dsts.register_forward_hook(lambda *args: seen.append(args))
-    dsts.forward = dsts.graphed(x)
-    dsts(x)
-    assert len(seen) == 1
-
-
-def test_momentum_of_none(graphs):
-    dsts = module()
-    dsts.layers[1].norm.momentum = None
-    with pytest.raises(RuntimeError, match=r"got layers.1.norm with momentum None, .*, wanted a number"):
-        dsts.graphed(features())
-    dsts.eval().graphed(features())
-
-
-def test_neither_copied_nor_compiled(graphs):
-    """Graphs are of this process: a copy says what to do, and so does torch.compile."""
-    dsts, x = module().eval(), features()
-    dsts.forward = dsts.graphed(x)
-    with pytest.raises(TypeError, match="graphed: got a copy or a pickle of CUDA graphs, wanted the module: del"):
-        copy.deepcopy(dsts)
-    with pytest.raises(Exception, match="mode='reduce-overhead' makes CUDA graphs of its own"):
-        torch.compile(dsts.forward, backend="eager", fullgraph=True)(x)

@@ -36,5 +36,5 @@ def test_each_way_is_faster_than_the_one_before(shape, chip):
 
 
 def test_table():
-    """A line for every way, chip and shape, in the docs as it is printed."""
+    """A line for every way, chip and shape."""
     assert len(markdown().splitlines()) == 2 + 2 * 2 * len(WAYS)

@@ -66,14 +66,20 @@ WHERE: dict[str, Where] = {
     "fuse_routing": Where(("training", "evaluation", "training graph", "evaluation graph")),
     "keep_counters": Where(("training", "evaluation", "training graph")),
     "remember_launches": Where(("training", "evaluation", "frozen")),
+    "record_calls": Where(("training", "evaluation", "frozen")),
     "whole_waves": Where(("training graph", "frozen graph")),
     "flat_norm": Where(("training graph",)),
     "keep_lists": Where(("training", "training graph")),
+    "read_filters": Where(("evaluation graph",)),
     "keep_filters": Where(("training graph",)),
 }
 """By switch; one that is not here is timed in four modes at both of the paper's shapes."""
 AFTER = {"gluon_conv": "benchmarks.gpu.first_run"}
 """Switches that are timed only if they are named, and what is to be run before: a kernel that hangs would end all."""
+
+
+UNNAMED = ("plain_where_faster",)
+"""Switches of how a backend is chosen, which show only in a module that names none."""
 
 
 class Case(NamedTuple):
@@ -86,16 +92,20 @@ class Case(NamedTuple):
 
 
 def cases(changes: Sequence[str] | None = None) -> list[Case]:
-    """Every case of these changes, of all but :data:`AFTER` if ``None``; shape by shape, so that what is late is the
-    second shape."""
+    """Every case of these changes, of all but :data:`AFTER` if ``None``.
+
+    What is on by default first, for a kernel that faults ends all that follows; then shape by shape, so that what is
+    late is the second shape.
+    """
     names = changes or [field.name for field in dataclasses.fields(Switches) if field.name not in AFTER]
     found = [
         Case(name, mode, shape)
         for name in names
         for mode, shape in itertools.product(WHERE.get(name, Where()).modes, WHERE.get(name, Where()).shapes)
     ]
-    shapes = list(dict.fromkeys(case.shape for case in found))
-    return sorted(found, key=lambda case: (shapes.index(case.shape), names.index(case.change)))
+    shapes, usual = list(dict.fromkeys(case.shape for case in found)), Switches()
+    order = lambda case: (not getattr(usual, case.change), shapes.index(case.shape), names.index(case.change))  # noqa: E731
+    return sorted(found, key=order)
 
 
 class Side:
@@ -105,9 +115,10 @@ class Side:
         self.work, self.shape, self.changes = work, shape, changes
         self.kind, _, graph = mode.partition(" ")
         self.training = self.kind == "training"
+        named = None if changes.keys() & set(UNNAMED) else backend
         with switched(**changes):
             variant, step = ("frozen", "evaluation") if self.kind == "frozen" else ("fused", self.kind)
-            self.module = build(variant, step, work.problem(shape, TRAINING_BATCH), work.half, backend)
+            self.module = build(variant, step, work.problem(shape, TRAINING_BATCH), work.half, named)
             if self.training:
                 restore_statistics(self.module, work.half)
             self.inputs = [x.detach().requires_grad_(self.training) for x in work.inputs(shape, TRAINING_BATCH)]

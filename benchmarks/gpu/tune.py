@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.gpu.record import describe
-from benchmarks.gpu.timing import NOT_RUN, slug, time_steps
+from benchmarks.gpu.timing import NOT_RUN, require_gpu, slug, time_steps
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.triton import tuning
@@ -143,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tiles-<device>.json")
     parser.add_argument("--commit", help="written beside the numbers where the files are no git checkout")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("tiles are measured on a CUDA GPU, and torch finds none")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = require_gpu()
     if (reason := BACKENDS["triton"].why_not("frozen_layer", device, torch.float32)) is not None:
         print(f"not measured: triton: {reason}")
         return NOT_RUN

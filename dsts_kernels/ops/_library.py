@@ -159,8 +159,8 @@ def define(
         # Beneath the op autograd and autocast would otherwise still see the calls inside.
         if torch.is_grad_enabled() or autocast_on(args[0]):
             with torch.no_grad(), without_autocast(args[0]):
-                return call(*args, **keeping)
-        return call(*args, **keeping)
+                return call(*args, *keeping.values())
+        return call(*args, *keeping.values())
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")

@@ -37,7 +37,7 @@ class Fused(torch.autograd.Function):
         ctx.tau, ctx.reduction, ctx.backend = tau, reduction, backend
         ctx.divisor = score_divisor(x, scoring, reduction)
         collapsed = summed_over_outputs(scoring).contiguous()
-        found = backend.kernels.route(x, collapsed, logits, noise, hard, gumbel, ctx.divisor, tau, True)
+        found = backend.route(x, collapsed, logits, noise, hard, gumbel, ctx.divisor, tau, True)
         neuron, scores, gate, share, sums = found
         ctx.save_for_backward(x, scoring, logits, noise, hard, gumbel, neuron, scores, collapsed, sums)
         need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
@@ -51,8 +51,11 @@ class Fused(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
             return (*_once_more(ctx, gradients), *(None,) * 6)
         x, scoring, logits, noise, _, gumbel, neuron, scores, collapsed, sums = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        dsums, dcollapsed, dlogits = ctx.backend.kernels.route_backward(
+        dscores, dgate, dshare = gradients
+        chosen = dscores is not None or dshare is not None  # else somebody used the gates alone
+        need_x, need_scoring, need_logits = ctx.needs_input_grad[:3]
+        needs = need_x and chosen, need_scoring and chosen, need_logits and dgate is not None
+        dsums, dcollapsed, dlogits = ctx.backend.route_backward(
             gradients, scores, gumbel, neuron, sums, collapsed, logits, noise, ctx.divisor, ctx.tau, needs
         )
         dx = None if dsums is None else spread_over_positions(dsums, x.shape, x.dtype)
@@ -91,7 +94,7 @@ def fusing_backend(tensors: tuple[Tensor | None, ...], neurons: int, backend: st
     if torch.compiler.is_compiling() or not isinstance(tensors[0], Tensor) or listened(tensors, profiled=False):
         return None
     x = tensors[0]
-    chosen = choose("tap_sums", x.device, x.dtype, backend)
+    chosen = choose("tap_sums", x.device, x.dtype, backend, x.shape)
     return chosen if isinstance(chosen, GpuBackend) and chosen.fuses_routing(x.shape[0], neurons) else None
 
 
@@ -123,7 +126,7 @@ def in_one_launch(
     with without_autocast(x):
         collapsed = summed_over_outputs(scoring).contiguous()
     divisor = score_divisor(x, scoring, reduction)
-    neuron, scores, gate, *_ = chosen.kernels.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
+    neuron, scores, gate, *_ = chosen.route(x, collapsed, logits, noise, hard, gumbel, divisor, tau, False)
     return Routed(neuron, scores, gate, None)
 
 

@@ -189,6 +189,11 @@ def choice_backward(case: Case, chip: Chip) -> list[Launch]:
     ]
 
 
+def gate_sums(case: Case, chip: Chip) -> Launch:
+    """The gates' gradient, added up over tiles."""
+    return library("gate gradient summed", 0, 2)
+
+
 def counters() -> list[Launch]:
     """What a convolution's counters cost before it."""
     return [library("arrival counters", 0)]

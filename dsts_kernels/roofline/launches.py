@@ -144,8 +144,15 @@ def choice_backward(case: Case, chip: Chip) -> list[Launch]:
     return [one, library("scoring gradient spread", 2.0 * matrices, 2)]
 
 
+def gate_sums(case: Case, chip: Chip) -> Launch:
+    """The gates' gradient, added up over boxes."""
+    boxes = box_rows(case, tile_for("data_gradient", case, chip).m)[0]
+    ctas = case.batch * cdiv(case.channels, tuning.gate_channels(case.channels))
+    return little("gate_sums", case, chip, ctas, case.batch * (boxes + 1), 1 + boxes)
+
+
 def counters() -> list[Launch]:
-    """What a convolution's counters cost before it: nothing, as each leaves them zero."""
+    """What a convolution's counters cost before it: nothing on the default stream, as each leaves them zero."""
     return []
 
 

@@ -80,7 +80,7 @@ def training_backward(case: Case, chip: Chip, run: ModuleType) -> list[Launch]:
         run.weight_gradient(case, chip, False),
         *run.padding(case, chip, x),
         run.data_gradient(case, chip),
-        library("gate gradient summed", 0, 2),
+        run.gate_sums(case, chip),
         little("list_channels union", case, chip, case.slots, case.batch + 2 * case.slots, 4),
         run.gather("gather_panel", case, chip, union, cdiv(c, block), 2.0 * case.batch * c * FLOAT),
         *run.padding(case, chip, x),

@@ -24,6 +24,17 @@ def test_a_block_ends():
     assert current() is before
 
 
+def test_the_same_switches_are_the_same_object():
+    """What is kept by switches is found again in a later block, and not made anew in each."""
+    found = []
+    for _ in range(2):
+        with switched(plain_where_faster=False) as inside, switched(keep_lists=False) as within:
+            found.append((inside, within))
+    assert found[0][0] is found[1][0] and found[0][1] is found[1][1] and found[0][0] is not found[0][1]
+    with switched() as inside:
+        assert inside is current()
+
+
 def test_other_threads_see_a_block():
     """Autograd's threads run the backward pass of whoever holds the block."""
     seen = []

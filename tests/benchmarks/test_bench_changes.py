@@ -47,6 +47,12 @@ def test_every_switch_has_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cases([CHANGE]) == [Case(CHANGE, "frozen", "small")]
 
 
+def test_what_is_off_by_default_comes_last() -> None:
+    """A fault of a kernel that no GPU ran would end the process, and with it whatever follows."""
+    on = [getattr(Switches(), case.change) for case in cases()]
+    assert True in on and False in on and on == sorted(on, reverse=True)
+
+
 def test_all_cases_fit_into_eight_minutes() -> None:
     """Where they do not, changes.WHERE has to say in which modes a change may matter."""
     assert len(cases()) * changes.CASE_NEEDS <= changes.SECONDS < 480
@@ -86,6 +92,13 @@ def test_each_side_runs_under_its_switch(work: Workload, quick: None, monkeypatc
     measure(Case(CHANGE, "evaluation", "tpn"), work, "eager", 1)
     for ways in seen.values():
         assert ways.count("built") == len(work.inputs("tpn", 8)) and ways.count("run") > 3
+
+
+def test_a_switch_of_the_choice_is_timed_where_it_is_asked(work: Workload) -> None:
+    """A module that names its backend asks nobody, so both sides would be the same."""
+    for change, backend in ((CHANGE, None), ("keep_lists", "eager")):
+        side = Side(work, "eager", "evaluation", "tpn", {change: True})
+        assert {layer.backend for layer in side.module.layers} == {backend}
 
 
 def test_sides_that_differ_are_not_timed(work: Workload, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,17 @@ def test_gradient_accumulation(gpu_backend):
         assert same(*found)
 
 
+def test_a_pass_goes_backward_once(gpu_backend):
+    """The backward graph has given its activations' memory away; gradients of the first time stay as they are."""
+    dsts = module(gpu_backend)
+    y = dsts.graphed(features())(features())
+    y.sum().backward(retain_graph=True)
+    before = [p.grad.clone() for p in dsts.parameters()]
+    with pytest.raises(RuntimeError, match="backward: got the graph's pass 1 a second time"):
+        y.sum().backward()
+    assert same([p.grad for p in dsts.parameters()], before)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["fused", "frozen"])
 def test_evaluation(gpu_backend, frozen):
     """Features that choose other neurons, in both memory formats of the sample; results outlive later replays."""

@@ -2,7 +2,8 @@
 
 A replay runs the captured function again. As in a graph, inputs, outputs and gradients lie in memory that every replay
 writes, activations of one pass are kept, and what Python decided at the capture is not asked again: a function that
-would now take another way gives an error.
+would now take another way gives an error. Forward and backward graph share memory: what the one had given back at its
+capture is the other's, so a forward replay writes over gradients, and a backward replay over activations.
 """
 
 from __future__ import annotations
@@ -13,7 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsts_kernels import graphed
+from dsts_kernels import Draws, FusedDSTS, graphed
+from dsts_kernels.routing import sample_draws
+
+from .modules import enliven
+
+SIZE = (4, 6, 2, 3, 3)
+
+
+def module(**options: object) -> FusedDSTS:
+    dsts = FusedDSTS(6, dtype=torch.float64, **dict(num_layers=2, num_neurons=3) | options)
+    enliven(dsts)
+    return dsts
+
+
+def features(**options: object) -> Tensor:
+    return torch.randn(SIZE, dtype=torch.float64, **options)
+
+
+def draws() -> Draws:
+    return sample_draws(4, 6, 3, 2, dtype=torch.float64)
 
 
 class Static:
@@ -29,6 +49,7 @@ class Static:
             self.gradients = self.differentiate([torch.zeros_like(t) for t in self.live])
         self.outputs = [t.detach().clone() for t in self.live]
         self.gradients = [None if g is None else g.clone() for g in self.gradients]
+        self.spent = False  # activations, by a backward replay
 
     def run(self) -> None:
         with torch.set_grad_enabled(self.with_grad):
@@ -58,6 +79,10 @@ def make_graphed_callables(
                 if mine.data_ptr() != theirs.data_ptr():
                     mine.copy_(theirs)
             static.run()
+            static.spent = False
+            for gradient in static.gradients:
+                if gradient is not None:
+                    gradient.fill_(float("nan"))
             for mine, theirs in zip(static.outputs, static.live, strict=True):
                 mine.copy_(theirs.detach())
             return tuple(t.detach() for t in static.outputs)
@@ -71,7 +96,8 @@ def make_graphed_callables(
             for mine, theirs in zip(static.gradients, found, strict=True):
                 assert (mine is None) == (theirs is None)
                 if mine is not None:
-                    mine.copy_(theirs)
+                    mine.copy_(theirs).mul_(float("nan") if static.spent else 1)
+            static.spent = True
             mine = iter(static.gradients)
             wanted = [next(mine) if t.requires_grad else None for t in static.inputs]
             return tuple(None if g is None else g.detach() for g in wanted)

@@ -11,7 +11,13 @@ from . import launch
 from .launch import address, round_up
 
 
-def pack_filters(weights: list[Tensor], neuron_of: Tensor, dtype: torch.dtype, by_channel: bool) -> Tensor:
+def pack_filters(
+    weights: list[Tensor],
+    neuron_of: Tensor,
+    dtype: torch.dtype,
+    by_channel: bool,
+    read: tuple[Tensor, Groups] | None = None,  # every channel is written, whoever reads it
+) -> Tensor:
     outputs, channels = weights[0].shape[1:3]
     taps = [weight[0, 0, 0].numel() for weight in weights]
     pitch = round_up(outputs if by_channel else channels, dtype)

@@ -23,7 +23,9 @@ from .mixing_conv import MixingConv
 
 __all__ = ["GpuBackend", "Kernels"]
 
-FUSED_CHOICES = 4096  # samples times neurons: its backward kernel goes through the samples one after the other
+# Most samples times neurons of a choice in one launch, whose backward kernel goes through the samples one after the
+# other; and most neurons, of which that kernel has three tiles of 16 channels in registers: 96 a thread.
+FUSED_CHOICES, FUSED_NEURONS = 4096, 256
 
 
 class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
@@ -39,7 +41,16 @@ class GpuBackend(GatedConv, MixingConv, FrozenLayer, Backend):
 
     def fuses_routing(self, batch: int, neurons: int) -> bool:
         """Whether the choice and its gradients are a launch each: small ones are, where a backend has the kernels."""
-        return batch * neurons <= FUSED_CHOICES and switches.current().fuse_routing and hasattr(self.kernels, "route")
+        small = batch * neurons <= FUSED_CHOICES and neurons <= FUSED_NEURONS
+        return small and switches.current().fuse_routing and hasattr(self.kernels, "route")
+
+    def route(self, *args: object) -> tuple[Tensor | None, ...]:
+        """The choice in one launch: see :class:`.kernels.FusedRouting`, where :meth:`fuses_routing`."""
+        return self.kernels.route(*args)
+
+    def route_backward(self, *args: object) -> tuple[Tensor | None, ...]:
+        """All gradients of the choice, likewise."""
+        return self.kernels.route_backward(*args)
 
     def tap_sums(self, x: Tensor, taps: int) -> Tensor:
         return self.kernels.partial_tap_sums(x, taps).sum(1)

@@ -14,9 +14,14 @@ from .grids import INT32
 SPATIAL = (1, 3, 3)  # the kernel of a spatial operator
 
 
+HERE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Launches go to the device of ``x``, on its current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():  # asking costs less than entering
+        return HERE
+    return torch.cuda.device(x.device)
 
 
 # Every launch asks these, and few kinds of features come: answers are kept by sizes and strides.

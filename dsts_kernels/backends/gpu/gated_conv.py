@@ -28,11 +28,9 @@ class Kept(NamedTuple):
 
     def tensors(self, needs: Sequence[bool]) -> list[Tensor]:
         """What a backward pass uses that computes gradients of ``needs`` (x, gate, neuron, spatial, temporal)."""
-        switch = switches.current()
-        if not (any(needs) and switch.keep_lists):
+        if not (any(needs) and switches.current().keep_lists):
             return []
-        filters = [self.filters] if switch.keep_filters and (needs[0] or needs[1]) else []
-        return [*self.groups, self.lists.order, self.lists.plans, *filters]
+        return [*self.groups, self.lists.order, self.lists.plans, *([self.filters] if keeps_filters(needs) else [])]
 
     @classmethod
     def read(cls, tensors: Sequence[Tensor]) -> Kept:
@@ -42,6 +40,12 @@ class Kept(NamedTuple):
         count = len(Groups._fields)
         order, plans, *filters = tensors[count:]
         return cls(Groups(*tensors[:count]), Lists(order, plans, None), *filters)
+
+
+def keeps_filters(needs: Sequence[bool]) -> bool:
+    """Whether a backward pass for gradients of ``needs`` takes the filters of its forward pass."""
+    switch = switches.current()
+    return any(needs) and switch.keep_lists and switch.keep_filters and (needs[0] or needs[1])
 
 
 class GatedConv:
@@ -66,7 +70,9 @@ class GatedConv:
             groups = kernels.group_samples(neuron, neurons)
             lists = kernels.list_channels(gate, groups, False, block_k)
             panel = kernels.gather_panel(x, gate, neuron, neurons, None, lists, width)
-            filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True)
+            whole = keeps_filters(needs) or not switches.current().read_filters  # a data gradient reads every channel
+            read = None if whole else (gate, groups)
+            filters = kernels.pack_filters([spatial, temporal], groups.neuron_of, x.dtype, True, read)
             grid = kernels.conv_grid(x, outputs, channels + block_k, TAPS, 0)
             kernels.conv(panel, filters, "listed", lists.plans, out, grid, order=lists.order, k_channels=channels)
         return out, Kept(groups, lists, filters).tensors(needs)

@@ -86,8 +86,13 @@ class Kernels(Protocol):
         neuron_of: Tensor,  # (S,) int32
         dtype: torch.dtype,
         by_channel: bool,
+        read: tuple[Tensor, Groups] | None = None,
     ) -> Tensor:
-        """Filters of the chosen neurons, ``(S * taps, C, O)`` or ``(S * taps, O, C)``, every kernel's taps."""
+        """Filters of the chosen neurons, ``(S * taps, C, O)`` or ``(S * taps, O, C)``, every kernel's taps.
+
+        ``read``, gates ``(B, C)`` and their samples' groups, says that of a spatial and a temporal operator only
+        channels will be read that a sample of the neuron lists: others need not be written.
+        """
 
     def unpack_filters(
         self,
@@ -202,7 +207,10 @@ class FusedRouting(Protocol):
         tau: float,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where not needed."""
+        """Gradients of tap sums ``(B, C, taps)``, ``scoring`` and ``logits``, each ``None`` where not needed.
+
+        ``logits`` need a gradient of gates.
+        """
 
 
 def _names(protocol: type) -> set[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # found without comparing: the same values are the same object (switched)
 class Switches:
     """One field a change; ``False`` is how it was before."""
 
@@ -43,10 +43,15 @@ class Switches:
     """Scores, Gumbel noise, choice, share and gates are one launch of Triton, and their gradients another."""
 
     keep_counters: bool = True
-    """In Triton a convolution's counters stay zero from launch to launch, and no launch fills them."""
+    """In Triton a convolution's counters stay zero from launch to launch, and on the default stream no launch fills
+    them."""
 
     remember_launches: bool = True
     """In Triton the compiled kernel of an earlier launch of the same kind is taken again."""
+
+    record_calls: bool = True
+    """In Triton all launches of an op are done again as an earlier call of the same kind did them
+    (:mod:`..triton.recorded`); it takes ``remember_launches``."""
 
     whole_waves: bool = True
     """A convolution whose CTAs end nearly together without it shares no tiles (:func:`.grids.dealt_waves`)."""
@@ -56,13 +61,18 @@ class Switches:
     (:mod:`dsts_kernels.norm`)."""
 
     keep_lists: bool = True
-    """A backward pass takes groups and lists of its forward pass instead of making them again."""
+    """A backward pass takes groups and lists of its forward pass instead of making them again. Without it
+    filters are not kept either, since groups say where they lie."""
+
+    read_filters: bool = True
+    """Where no gradient reads more, Triton lays out filters of those channels that a sample of the neuron reads."""
 
     keep_filters: bool = True
     """A backward pass takes filters as its forward pass laid them out: ``12*C*O`` numbers for each neuron chosen."""
 
 
 _current = Switches()
+_known = {astuple(_current): _current}  # by values, so that what is kept by switches is found again
 
 
 def current() -> Switches:
@@ -87,7 +97,8 @@ def switched(**changes: bool) -> Iterator[Switches]:
             raise TypeError(f"switched: got {name!r}, wanted one of {', '.join(names)}")
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, wanted True or False")
-    before, _current = _current, replace(_current, **changes)
+    before, wanted = _current, replace(_current, **changes)
+    _current = _known.setdefault(astuple(wanted), wanted)
     try:
         yield _current
     finally:

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -20,7 +21,8 @@ from ..gpu import GpuBackend, Kernels, dtypes
 from ..gpu.measured import capability
 from .gluon import plan
 
-HELPERS = ("common", "epilogue", "gluon", "launch", "schedule", "tuning")  # all others: kernels and their launchers
+# All others are kernels and their launchers.
+HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "recorder", "schedule", "tuning")
 LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 
@@ -82,3 +84,23 @@ class TritonBackend(GpuBackend):
     @property
     def kernels(self) -> Kernels:
         return load("kernels")
+
+
+def _recorded(name: str) -> Callable:
+    """A method of every GPU backend, by an earlier call of the same kind."""
+    method = getattr(GpuBackend, name)
+
+    @functools.wraps(method)
+    def op(self: TritonBackend, *args: object) -> object:
+        return load("recorded").call(name, method, self, *args)
+
+    return op
+
+
+RECORDED = (
+    "frozen_layer", "gated_conv3d", "gated_conv3d_keeping", "gated_conv3d_backward", "mixing_conv3d",
+    "mixing_conv3d_backward", "route", "route_backward",
+)  # fmt: skip
+if os.environ.get("TRITON_INTERPRET") != "1":  # which compiles nothing, so that there is nothing to do again
+    for _name in RECORDED:
+        setattr(TritonBackend, _name, _recorded(_name))

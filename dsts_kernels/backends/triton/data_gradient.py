@@ -102,7 +102,7 @@ def data_gradient_kernel(
     gate,  # [B, C]
     x,  # [B, C, T, H, W] with the strides of dx
     dx,  # [B, C, T, H, W], or None where only gates train
-    dgate,  # [B, boxes, C] float32, added up over boxes afterwards, or None where gates are frozen
+    dgate,  # [B, boxes, C] float32, added up over boxes by gate_sums_kernel, or None where gates are frozen
     size,
     stride,
     channels,
@@ -171,6 +171,37 @@ def data_gradient_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["boxes"])
+def gate_sums_kernel(
+    parts,  # [B, boxes, C] float32
+    dgate,  # [B, C]
+    boxes,
+    channels,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of gates, added up over the boxes of positions in order."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for box in range(0, boxes):
+        total += tl.load(parts + (b * boxes + box) * channels + c, mask=c < channels, other=0.0)
+    tl.store(dgate + b * channels + c, total.to(dgate.dtype.element_ty), mask=c < channels)
+
+
+@launch.remembered
+def sums_launch(batch: int, boxes: int, channels: int) -> launch.Launch:
+    block = tuning.gate_channels(channels)
+    return launch.Launch((batch, cdiv(channels, block)), (boxes, channels), BLOCK=block)
+
+
+def gate_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """``parts (B, boxes, C)`` added up: ``(B, C)`` in ``dtype``."""
+    b, boxes, c = parts.shape
+    dgate = torch.empty((b, c), dtype=dtype, device=parts.device)
+    launch.start(gate_sums_kernel, sums_launch(b, boxes, c), (parts, dgate))
+    return dgate
+
+
 @launch.remembered
 def gradient_launch(
     shape: torch.Size,
@@ -219,12 +250,12 @@ def data_gradient(
         x = torch.empty_like(dx).copy_(x)
     like = x if dx is None else dx
     boxes = box.tiles(*size)
-    dgate = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
+    parts = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
     g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
     f, tma_filters = launch.described(filters, (1, tile.n, tile.k), tile.tma and need_gate)
     one = gradient_launch(
         x.shape, like.stride(), outputs, tile, box, (tma_grad, tma_filters),
         features.needs_int64(like, grad_ndhwc), launch.precision(x.dtype),
     )  # fmt: skip
-    launch.start(data_gradient_kernel, one, (g, f, lists.order, lists.plans, gate, x, dx, dgate))
-    return dx, None if dgate is None else dgate.sum(1).to(gate.dtype)
+    launch.start(data_gradient_kernel, one, (g, f, lists.order, lists.plans, gate, x, dx, parts))
+    return dx, None if parts is None else gate_sums(parts, gate.dtype)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,19 @@ from ..gpu.grids import Box, next_power
 from . import tuning
 from .gluon import plan
 
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
 _runtime = knobs.runtime
+
+
+class Current(threading.local):
+    """What this thread is at: backward passes run in threads of autograd's own."""
+
+    recorder: Recorder | None = None  # that watches the call
+
+
+current = Current()
 
 
 @functools.cache
@@ -92,11 +105,12 @@ def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """Of dense memory, in boxes of ``block``."""
     if tensor.is_meta or chip(tensor.device)[0] == tuning.INTERPRETER:  # which reads the tensor itself
         return TensorDescriptor(tensor, list(tensor.shape), dense_strides(tensor.shape), list(block))
-    return _descriptor(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
+    return described_at(tensor.data_ptr(), tensor.dtype, tensor.shape, block)
 
 
 @functools.lru_cache(maxsize=1024)  # making one checks every side of it; memory comes back at the same addresses
-def _descriptor(address: int, dtype: torch.dtype, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+def described_at(address: int, dtype: torch.dtype, shape: torch.Size, block: tuple[int, ...]) -> TensorDescriptor:
+    """:func:`descriptor` of memory at an address."""
     return TensorDescriptor(Address(address, dtype), list(shape), dense_strides(shape), list(block))
 
 
@@ -130,24 +144,32 @@ class Launch:
 remembered = functools.lru_cache(maxsize=1024, typed=True)
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # by stream: launches of one come after one another
+_counters: dict[torch.device, Tensor] = {}  # of the default stream, whose launches come after one another
 
 
 def zeroed(count: int, device: torch.device) -> Tensor:
     """At least ``count`` int32 that are zero, for a kernel that leaves them so, on the current stream of ``device``.
 
-    Kept from launch to launch, which saves a fill before each. Graphs get memory of their own, as they are replayed
-    beside what else their stream does.
+    Kept from launch to launch, which saves a fill before each, for the default stream alone. On others somebody may be
+    making a graph, which is replayed beside what else its stream does, or may be warming up for one in the graph's
+    memory: Inductor's CUDA graphs refuse an allocation that outlives the call.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not switches.current().keep_counters or (
+        device.type == "cuda" and torch._C._cuda_getCurrentRawStream(device.index) != 0
+    ):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    found = _counters.get((device, stream))
-    if found is None or found.shape[0] < count or not switches.current().keep_counters:
+    found = _counters.get(device)
+    if found is None or found.shape[0] < count:
         with torch.inference_mode(False):
-            found = torch.zeros(next_power(count), dtype=torch.int32, device=device)
-        _counters[device, stream] = found
+            found = _counters[device] = torch.zeros(next_power(count), dtype=torch.int32, device=device)
+    if current.recorder is not None:
+        current.recorder.takes_counters(found, count)
     return found
+
+
+def is_apart(x: Tensor) -> bool:
+    """Whether launches on ``x`` go into a CUDA graph, or nowhere: a meta tensor."""
+    return torch.cuda.is_current_stream_capturing() if x.is_cuda else x.is_meta
 
 
 def key_of(device: int, kinds: list) -> tuple:
@@ -164,7 +186,11 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
     Args:
         tensors: the kernel's first arguments: tensors, tensor descriptors, ``None``.
     """
-    if type(kernel) is not JITFunction or watched() or not switches.current().remember_launches:
+    recorder = current.recorder
+    listened = recorder is None and watched()  # which listens itself
+    if not isinstance(kernel, JITFunction) or listened or not switches.current().remember_launches:
+        if recorder is not None:
+            recorder.refuse(f"{kernel} is not launched in a way that is remembered")
         kernel[launch.grid](*tensors, *launch.numbers, **launch.constants)
         return
     arguments, kinds = [], []
@@ -184,11 +210,15 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
     key = key_of(device, kinds)
     found = launch.compiled.get(key)
     if found is None or found.kernel is not kernel:
-        launch.compiled[key] = compiled_for(kernel, launch, tensors)
-        return
-    _, run, function, metadata, rest = found
-    x, y, z = (*launch.grid, 1, 1)[:3]
-    run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *rest)
+        found, known = compiled_for(kernel, launch, tensors), False
+        launch.compiled[key] = found
+    else:
+        _, run, function, metadata, rest = found
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *rest)
+        known = True
+    if recorder is not None:
+        recorder.launched(found, known, launch.grid, tensors)
 
 
 def compiled_for(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> Compiled:

@@ -6,11 +6,14 @@ while they are on their way; and takes the listed channels from shared memory. T
 are written. Every access to features and panels is whole lines.
 
 Off by default (:attr:`..gpu.switches.Switches.gluon_gather`), as no GPU has run it: tests run its compiled code on the
-CPU. :mod:`.route` has the same launch without Gluon.
+CPU. :mod:`.route_and_gather` has the same launch without Gluon.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,7 +39,7 @@ def choose_neuron(
     BC: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """As :func:`.route.choose_neuron`: ``argmax`` of sample ``b``'s scores as torch has it, never out of range."""
+    """As :func:`.route_and_gather.choose_neuron`: sample ``b``'s ``argmax`` as torch has it, never out of range."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     n = gl.arange(0, NEURONS, gl.SliceLayout(1, LAYOUT))
     products = gl.zeros([NEURONS, BC], gl.float32, LAYOUT)
@@ -132,7 +135,7 @@ def route_and_gather_rows_kernel(
     BK: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """As :func:`.route.route_and_gather_kernel`; axis 0 of the grid is samples, axis 1 shares a sample's positions."""
+    """As :func:`.route_and_gather.route_and_gather_kernel`; axis 0 of the grid is samples, axis 1 shares positions."""
     MANY: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [1, WARPS], [1, 0])  # columns
     FEW: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
     # Multiples of a vector, so that the compiler knows them to be.
@@ -209,41 +212,46 @@ def positions_at_once(x: Tensor) -> int:
     return grids.whole_positions(channels_held(x) * x.element_size())
 
 
+@launch.remembered
+def rows_launch(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    routing: tuple[int, int, int, float],
+    sizes: tuple[int, int, int],
+    vector: int,
+    rows: int,
+    channels: int,
+    processors: int,
+) -> launch.Launch:
+    """``routing`` are parts of the sums, taps, neurons and the divisor of scores; ``sizes`` the panel's width, counters
+    and the K block; ``rows`` of ``channels`` are in shared memory at once, in vectors of ``vector``."""
+    b, c, positions = shape[0], shape[1], math.prod(shape[2:])
+    (stride_b, *_, stride_w), _ = features.strides_for_kernels(shape, strides)
+    (parts, taps, neurons, divisor), (width, counters, block_k) = routing, sizes
+    lanes = grids.next_power(neurons)
+    return launch.Launch(
+        grids.gather_grid(b, positions, 0, processors, rows),
+        (
+            parts, taps, neurons, divisor, c // vector, positions, stride_b // vector, stride_w // vector, width,
+            counters,
+        ),
+        NEURONS=lanes, BC=max(128, tuning.score_channels(lanes)), BP=rows, CHANNELS=channels, BK=block_k, WARPS=WARPS,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
 def route_and_gather_rows(
     x: Tensor,  # (B, C, T, H, W)
-    arguments: tuple[object, ...],  # of the kernel, from sums to arrival_counters
-    parts: int,
+    arguments: tuple[Tensor, ...],  # of the kernel, from sums to arrival_counters
     taps: int,
-    neurons: int,
     divisor: float,
-    width: int,
-    counters: int,
     block_k: int,
 ) -> None:
     """Launch it: fills panel, plan, neuron, scores, and zeroes the counters."""
-    b, c, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
-    (stride_b, *_, stride_w), _ = features.kernel_strides(x)
-    vector = 16 // x.element_size()
-    rows, lanes = positions_at_once(x), grids.next_power(neurons)
-    grid = grids.gather_grid(b, positions, 0, launch.chip(x.device)[1], rows)
-    route_and_gather_rows_kernel[grid](
-        x,
-        *arguments,
-        parts,
-        taps,
-        neurons,
-        divisor,
-        c // vector,
-        positions,
-        stride_b // vector,
-        stride_w // vector,
-        width,
-        counters,
-        NEURONS=lanes,
-        BC=max(128, tuning.score_channels(lanes)),
-        BP=rows,
-        CHANNELS=channels_held(x),
-        BK=block_k,
-        WARPS=WARPS,
-        num_warps=WARPS,
-    )
+    sums, *_, panel, _, _, scores, counters = arguments
+    one = rows_launch(
+        x.shape, x.stride(), (sums.shape[1], taps, scores.shape[1], divisor),
+        (panel.shape[-1], counters.shape[0], block_k), 16 // x.element_size(), positions_at_once(x), channels_held(x),
+        launch.chip(x.device)[1],
+    )  # fmt: skip
+    launch.start(route_and_gather_rows_kernel, one, (x, *arguments))

@@ -26,6 +26,7 @@ KINDS = {"half": 2, "tf32": 4, "ieee": 4}  # of products, with the bytes of an e
 FILTER_TILE = 64  # outputs, and elements of channels and taps, of a program that lays filters out
 LIST_CHANNELS = 1024  # of a program that lists channels, at a time
 SEMHASH_CHANNELS, SEMHASH_BACKWARD_CHANNELS = 1024, 256  # of a program that works gates out, and their gradient
+GATE_CHANNELS = 256  # of a program that adds up parts of gates' gradients
 
 
 class SumTile(NamedTuple):
@@ -192,6 +193,11 @@ def is_forced(kernel: str) -> bool:
     return kernel in _forced
 
 
+def any_forced() -> bool:
+    """Whether :func:`forced` names any."""
+    return bool(_forced)
+
+
 def architecture_of(capability: tuple[int, int]) -> str:
     """The family whose tiles a device of this compute capability runs."""
     return "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
@@ -276,6 +282,11 @@ def filter_tiles(outputs: int, channels: int, taps: int) -> int:
 def semhash_channels(channels: int, backward: bool = False) -> int:
     """Channels of a program."""
     return min(SEMHASH_BACKWARD_CHANNELS if backward else SEMHASH_CHANNELS, next_power(channels))
+
+
+def gate_channels(channels: int) -> int:
+    """Channels of a program that adds up parts of gates' gradients."""
+    return min(GATE_CHANNELS, next_power(channels))
 
 
 def score_channels(neurons: int) -> int:

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.lists import panel_width
 from dsts_kernels.backends.packing import tile_channels
+from dsts_kernels.testing import assert_close
 
 from ...support.gathered import ROUTED, check_route_and_gather
 from ...support.gathered import lists_of as plain_lists
-from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, hard_gate
-from ...support.stand_ins import KERNELS, dtypes, emulated
+from ...support.inputs import GATES, LAYOUTS, SIZE, TILES, gated_inputs, hard_gate
+from ...support.stand_ins import BACKEND, KERNELS, dtypes, emulated
 
 pytestmark = emulated
 
@@ -172,3 +174,38 @@ def test_filters_there_and_back(outputs, channels, by_channel, dtype):
                 for slot, n in enumerate((1, 3)):
                     wanted[n, :, (own[slot] & bit) == 0] = 0
             assert torch.equal(back, wanted)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("outputs, channels", [(5, 3), (40, 33), (24, 136)])
+def test_filters_of_channels_that_are_read(outputs, channels, gates):
+    """Those that any sample of the slot reads, by each operator; Triton leaves all others as they are."""
+    spatial, temporal = torch.randn(4, outputs, channels, 1, 3, 3), torch.randn(4, outputs, channels, 3, 1, 1)
+    gate, groups = GATES[gates](4, channels), KERNELS.group_samples(torch.tensor([3, 1, 3, 8]), 4)
+    every = KERNELS.pack_filters([spatial, temporal], groups.neuron_of, torch.float32, True)
+    found = KERNELS.pack_filters([spatial, temporal], groups.neuron_of, torch.float32, True, (gate, groups))
+    every, found = (t.view(4, 12, *t.shape[1:])[..., :outputs] for t in (every, found))
+    for slot, samples in enumerate(([1], [0, 2])):
+        for operator, unread in ((slice(0, 9), 0.0), (slice(9, 12), 1.0)):
+            read = (gate[samples] != unread).any(0)
+            assert torch.equal(found[slot, operator][:, read], every[slot, operator][:, read])
+            if BACKEND.name == "triton":
+                assert found[slot, operator][:, ~read].isnan().all()
+
+
+def test_an_evaluation_lays_out_what_it_reads(monkeypatch):
+    """Without a gradient that reads more; outputs are those of all filters, whatever lies in the others."""
+    inputs, original, given = gated_inputs(3, 24, 13, neuron=[2, 0, 2]), KERNELS.pack_filters, []
+
+    def pack(*args):
+        given.append(len(args) > 4 and args[4] is not None)
+        return original(*args)
+
+    wanted = BACKENDS["eager"].gated_conv3d(*(t.double() if t.is_floating_point() else t for t in inputs))
+    monkeypatch.setattr(KERNELS, "pack_filters", pack)
+    for needs in ((), (False,) * 5, (True, False, False, False, False), (False, True, False, False, False)):
+        out, _ = BACKEND.gated_conv3d_keeping(*inputs, needs)
+        assert_close(out, wanted)
+    out, _ = BACKEND.gated_conv3d_keeping(*inputs, (False, False, False, True, True))
+    assert_close(out, wanted)
+    assert given == [True, True, False, False, True]

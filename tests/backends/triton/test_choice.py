@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,8 +51,7 @@ def test_fused_is_composed(batch, channels, neurons, kernel, reduction, drawn, d
     """Neurons, scores, gates, shares and all gradients, of each set of inputs that may train."""
     tensors = inputs(batch, channels, neurons, kernel, dtype)
     draws = sample_draws(batch, channels, neurons, 1)
-    noise = draws.noise[0].to(dtype).float()  # as the ops round it
-    options = dict(noise=noise, hard=draws.hard[0], gumbel=draws.gumbel[0], tau=0.7) if drawn else {}
+    options = dict(noise=draws.noise[0], hard=draws.hard[0], gumbel=draws.gumbel[0], tau=0.7) if drawn else {}
     options["reduction"] = reduction
     for needs in ((), INPUTS, ("x",), ("scoring",), ("logits",)):
         spies = [spy_on(monkeypatch, "route_kernel"), spy_on(monkeypatch, "semhash_kernel")]
@@ -65,8 +66,23 @@ def test_fused_is_composed(batch, channels, neurons, kernel, reduction, drawn, d
                 assert_close(found, wanted, factor=4)
 
 
+def test_noise_is_rounded_as_the_ops_do():
+    """Draws are float32 beside half logits: unrounded, hard gates at 0 would be 1."""
+    tensors, found = inputs(2, 20, 3, (1, 1, 1), torch.float16), []
+    tensors["logits"] = torch.linspace(-2, -1, 20).half().expand(3, 20).contiguous()
+    noise = 1e-5 - tensors["logits"][:2].float()
+    for fused in (True, False):
+        leaves = {name: t.detach().requires_grad_(name == "logits") for name, t in tensors.items()}
+        with switched(fuse_routing=fused):
+            gate = ops.route(**leaves, noise=noise, backend="triton").gate
+        found.append((gate.detach(), *torch.autograd.grad(gate.sum(), leaves["logits"])))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not found[0][0].any()
+
+
 def test_gradients_of_some_results():
-    """Of scores alone, gates alone, shares alone: what nobody used costs nothing, and is no garbage."""
+    """Of scores alone, gates alone, shares alone: what nobody used has none, as an optimizer's decay must know."""
     tensors = inputs(4, 20, 3, (1, 1, 1), torch.float32)
     draws = sample_draws(4, 20, 3, 1)
     options = dict(noise=draws.noise[0], hard=draws.hard[0], gumbel=draws.gumbel[0], backend="triton", share=True)
@@ -77,9 +93,11 @@ def test_gradients_of_some_results():
             with switched(fuse_routing=fused):
                 y = getattr(ops.route(**leaves, **options), which)
             loss = (y * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum()
-            found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
+            found.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
         for mine, theirs in zip(*found, strict=True):
-            assert_close(mine, theirs, factor=4)
+            assert (mine is None) == (theirs is None), which
+            if mine is not None:
+                assert_close(mine, theirs, factor=4)
 
 
 def test_second_derivatives():
@@ -132,6 +150,14 @@ def test_bad_arguments(change, error, match):
         ops.route(**inputs(4, 20, 3, (1, 1, 1), torch.float32) | change, backend="triton")
 
 
+def test_choices_that_are_large():
+    """Too many for one launch: neurons for a thread's registers, or samples one after the other."""
+    from dsts_kernels.backends import BACKENDS
+
+    fits = BACKENDS["triton"].fuses_routing
+    assert fits(16, 256) and fits(409, 10) and not fits(1, 257) and not fits(410, 10)
+
+
 def test_counters_are_zero_again(monkeypatch):
     """Convolutions leave their counters as they found them, so that the next one fills none."""
     from dsts_kernels.ops import mixing_conv3d
@@ -144,5 +170,29 @@ def test_counters_are_zero_again(monkeypatch):
     assert torch.equal(mixing_conv3d(z, neuron, mixing, backend="triton"), first)
     assert next(iter(launch._counters.values())) is kept and not kept.any()
     with switched(keep_counters=False):
+        assert launch.zeroed(4, z.device) is not launch.zeroed(4, z.device)
         assert torch.equal(mixing_conv3d(z, neuron, mixing, backend="triton"), first)
-    assert next(iter(launch._counters.values())) is not kept
+
+
+def test_counters_of_the_default_stream_alone(monkeypatch):
+    """On another stream somebody may be warming up for a graph: nothing that is made there outlives its launch."""
+    device, stream = torch.device("cuda", 0), [0]
+    plain = torch.zeros
+    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(torch, "zeros", lambda *args, device, **kwargs: plain(*args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0], raising=False)
+    assert launch.zeroed(9, device) is launch.zeroed(9, device)
+    kept = dict(launch._counters)
+    stream[0] = 77
+    assert launch.zeroed(9, device) is not launch.zeroed(9, device)
+    assert launch._counters == kept
+
+
+def test_measured_by_size(monkeypatch):
+    """The choice in one launch is asked for at the features' size: where plain PyTorch was faster, it is not taken."""
+    module, asked = importlib.import_module("dsts_kernels.ops.route"), []
+    original = module.choose
+    monkeypatch.setattr(module, "choose", lambda *args: asked.append(args[4:]) or original(*args))
+    ops.route(**inputs(4, 20, 3, (1, 1, 1), torch.float32), backend="triton")
+    assert asked == [(torch.Size((4, 20, 2, 3, 4)),)]

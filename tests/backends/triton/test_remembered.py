@@ -7,9 +7,8 @@ that. A launch under a key that is too coarse would run another specialization, 
 from __future__ import annotations
 
 import functools
-import importlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,25 +16,27 @@ import torch
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.switches import switched
-from dsts_kernels.backends.triton import LAUNCHERS, load
-from dsts_kernels.routing import sample_draws
+from dsts_kernels.backends.triton import load
 
-from ...support.inputs import LAYOUTS, gated_inputs
-from ...support.targets import INTERPRETED, require_triton
+from .compiling import (
+    MODULES,
+    REMEMBERED,
+    STREAM,
+    Driver,
+    all_cases,
+    forget_launches,
+    launch,
+    specialization,
+    tl,
+    triton,
+)
 
-if INTERPRETED:
-    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
-require_triton()
-tl, triton = map(importlib.import_module, ("triton.language", "triton"))
-launch = load("launch")
-MODULES = [load(name) for name in LAUNCHERS]
-REMEMBERED = [
-    (module, name, function)
-    for module in MODULES
-    for name, function in vars(module).items()
-    if name.endswith("_launch") and function.__module__ == module.__name__
-]
-DEVICE, STREAM = 3, 77
+
+@pytest.fixture(autouse=True)
+def not_recorded() -> Iterator[None]:
+    """Every launch by itself: test_recorded.py has whole calls."""
+    with switched(record_calls=False):
+        yield
 
 
 @triton.jit
@@ -46,35 +47,6 @@ def one_kernel(x, channels, BLOCK: tl.constexpr):
 @triton.jit
 def another_kernel(x, channels, BLOCK: tl.constexpr):
     tl.store(x + 1, channels)
-
-
-class Driver:
-    """Of a device that is not there."""
-
-    device = DEVICE
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        assert device == self.device
-        return STREAM
-
-
-@functools.cache
-def binder_of(kernel: object) -> Callable:
-    """What Triton reads a specialization off, for compute capability 9.0."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    return create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-
-
-def specialization(kernel: object, args: tuple, constants: dict) -> str:
-    """What Triton compiles for these arguments: types, alignment, constants and options."""
-    _, found, options = binder_of(kernel)(*args, **constants)
-    return f"{kernel.__name__}: {found} {sorted(options.items())}"
 
 
 class Compiler:
@@ -90,8 +62,7 @@ class Compiler:
         monkeypatch.setattr(launch, "chip", functools.cache(lambda device: ("sm_90", 132)))
         self.problems: list[tuple] = []
         original = launch.start
-        for module, name, function in REMEMBERED:
-            monkeypatch.setattr(module, name, launch.remembered(function.__wrapped__))
+        forget_launches(monkeypatch)
 
         def start(kernel: object, one: object, tensors: tuple) -> None:
             self.asked = (kernel, one.grid, (*tensors, *one.numbers), one.constants)
@@ -125,58 +96,6 @@ def compiler(monkeypatch) -> Iterator[Compiler]:
     yield Compiler(monkeypatch)
 
 
-def shifted(t: torch.Tensor) -> torch.Tensor:
-    """The same values, one element away from where memory is aligned."""
-    storage = t.new_empty(t.numel() + 1)[1:]
-    return storage.as_strided(t.shape, t.stride()).copy_(t) if t.is_contiguous() else storage.view(t.shape).copy_(t)
-
-
-def everything(channels: int, outputs: int, size: tuple[int, int, int], batch: int, dtype: torch.dtype, change) -> None:
-    """Every op of the backend, forward and backward."""
-    backend, kernels = BACKENDS["triton"], load("kernels")
-    x, gate, neuron, spatial, temporal = gated_inputs(batch, channels, outputs, size, dtype)
-    x, gate, spatial = change(x), change(gate), change(spatial)
-    draws = sample_draws(batch, channels, 3, 1)
-    noise, hard, gumbel = (field[0] for field in draws)
-    scoring = torch.zeros(3, channels, 1)
-    for drawn in ((None, None, None), (noise, hard, gumbel)):
-        kernels.route(x, scoring, gate[:1].expand(3, -1).contiguous(), *drawn, 1, 1.0, True)
-    scores, sums, grads = torch.zeros(batch, 3), torch.zeros(batch, channels), (torch.zeros(batch, 3), gate, gate[:, 0])
-    for gradients in (grads, (None, *grads[1:])):
-        kernels.route_backward(
-            gradients, scores, gumbel, neuron, sums, scoring, gate[:1].expand(3, -1).contiguous(), noise, 1, 1.0,
-            (True, True, True),
-        )  # fmt: skip
-    for taps in (1, 9):
-        backend.tap_sums(x, taps)
-    for noise, hard in ((None, None), (draws.noise[0], draws.hard[0])):
-        backend.semhash_gate(gate, None, noise, hard)
-        backend.semhash_gate_backward(gate, gate, torch.zeros(batch, dtype=torch.int64), noise)
-    y = backend.gated_conv3d(x, gate, neuron, spatial, temporal)
-    for needs in ([True] * 4, [True, False, False, False], [False, False, True, False]):
-        backend.gated_conv3d_backward(y, x, gate, neuron, spatial, temporal, needs)
-    for kernel in ((1, 1, 1), (1, 3, 3)):
-        mixing = torch.zeros(3, outputs, outputs, *kernel, dtype=dtype)
-        backend.mixing_conv3d(y, neuron, mixing)
-        backend.mixing_conv3d_backward(y, y, neuron, mixing, [True, True])
-
-
-CASES = [
-    (channels, outputs, size, batch, dtype, layout)
-    for channels, outputs in ((16, 24), (17, 16), (1, 1))
-    for size, batch in (((2, 4, 4), 3), ((1, 1, 1), 1), ((2, 4, 4), 16))
-    for dtype in (torch.float32, torch.bfloat16)
-    for layout in (*LAYOUTS, "shifted")
-]
-
-
-def all_cases() -> None:
-    for channels, outputs, size, batch, dtype, layout in CASES:
-        change = shifted if layout == "shifted" else LAYOUTS[layout]
-        of_features = change if change is shifted else lambda t, change=change: change(t) if t.dim() == 5 else t
-        everything(channels, outputs, size, batch, dtype, of_features)
-
-
 def test_what_runs_is_what_triton_would_run(compiler):
     """Every kernel, dtypes, channels, sizes and alignments in turns, twice: compiled at most once, and run rightly."""
     all_cases()
@@ -207,6 +126,24 @@ def test_a_frozen_module(compiler, monkeypatch):
     assert {text.partition(":")[0] for text in compiler.run} == {
         "tap_sums_kernel", "route_and_gather_kernel", "conv_kernel",
     }  # fmt: skip
+
+
+def test_the_gather_in_gluon(compiler, monkeypatch):
+    """Gluon's kernel likewise, of two dtypes in turns."""
+    rows = load("route_rows")
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda self, op, device, dtype: None)
+    kinds = torch.float32, torch.bfloat16
+    modules = [FusedDSTS(16, num_neurons=3, dtype=dtype).eval().freeze(backend="triton") for dtype in kinds]
+    with switched(gluon_gather=True, record_calls=False):
+        for size in ((2, 16, 2, 4, 4), (2, 16, 2, 4, 5), (2, 16, 2, 4, 4)):
+            for fast in modules:
+                x = torch.zeros(size, dtype=fast.dtype).contiguous(memory_format=torch.channels_last_3d)
+                if (reason := rows.why_not(x)) is not None:
+                    pytest.skip(reason)
+                fast(x)
+    assert not compiler.wrong, compiler.wrong[0]
+    assert any("route_and_gather_rows_kernel" in text for text in compiler.run)
+    assert sum("route_and_gather_rows_kernel" in text for text in compiler.compiled) <= 4
 
 
 def test_what_is_remembered_of_a_problem(compiler, monkeypatch):
@@ -270,9 +207,9 @@ def test_box_of_a_descriptor(compiler):
 
 def test_descriptors_keep_no_memory_alive():
     """Those that are kept know addresses; a tensor that is gone leaves its memory to others."""
-    launch._descriptor.cache_clear()
+    launch.described_at.cache_clear()
     panel = torch.zeros(64, 64)
-    found = launch._descriptor(panel.data_ptr(), panel.dtype, panel.shape, (16, 32))
+    found = launch.described_at(panel.data_ptr(), panel.dtype, panel.shape, (16, 32))
     assert found.base.data_ptr() == panel.data_ptr() and found.base.dtype == panel.dtype
     gone = weakref.ref(panel)
     del panel

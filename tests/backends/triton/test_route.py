@@ -8,7 +8,7 @@ import torch
 from .support import MODULES, interpreted, tl, triton
 
 pytestmark = interpreted
-choose_neuron = MODULES["route"].choose_neuron
+choose_neuron = MODULES["route_and_gather"].choose_neuron
 
 
 @triton.jit
