@@ -9,7 +9,7 @@ from typing import Any
 from dsts_kernels.backbones import BACKBONES
 from dsts_kernels.classify import ClassifierConfig
 from dsts_kernels.data import ClipSampling
-from examples.data import DATA
+from dsts_kernels.data.named import DATA
 
 OWN = None  # what the registry says of the backbone
 

@@ -10,11 +10,13 @@ from .checkpoint import draw, find_gates
 from .clips import plot_classification
 from .measures import (
     activation,
+    gate_band,
     gate_shares,
     information_table,
     information_text,
     mutual_information,
     shuffled_information,
+    sign_flips,
 )
 from .specialization import plot_activation, plot_examples, plot_gates
 from .training import plot_saturation, plot_usage
@@ -23,6 +25,7 @@ __all__ = [
     "activation",
     "draw",
     "find_gates",
+    "gate_band",
     "gate_shares",
     "information_table",
     "information_text",
@@ -34,4 +37,5 @@ __all__ = [
     "plot_saturation",
     "plot_usage",
     "shuffled_information",
+    "sign_flips",
 ]
