@@ -11,7 +11,7 @@ Classes of the first two groups differ in space alone (rows or columns; checker 
 time; those of the others in time alone (fast or slow; fast or half), whatever their pattern in space. Which glyph is
 shown, the signs, the shift in time and contrasts tell nothing.
 
-What follows, by construction, for features that have a channel a glyph and a cue (:class:`GlyphDetector`, what a model
+What follows, by construction (noise, the rounding of pixels and padding at the border apart), for features that have a channel a glyph and a cue (:class:`GlyphDetector`, what a model
 of single cells can see), pooled over all positions at the end as a video classifier does:
 
 - Features alone tell the group and no more: half of each pattern is positive. Accuracy 1/2.
@@ -122,12 +122,11 @@ class SyntheticCells(Dataset):
         generator = torch.Generator("cpu").manual_seed(seed)
         self.attributes = draw_attributes(self.labels, generator)
         blocks = torch.arange(count, device="cpu").split(CHUNK)
-        self.clips = torch.cat(
-            [
-                draw_cells({k: v[block] for k, v in self.attributes.items()}, frames, size, noise, generator)
-                for block in blocks
-            ]
+        drawn = (
+            draw_cells({k: v[block] for k, v in self.attributes.items()}, frames, size, noise, generator)
+            for block in blocks
         )
+        self.clips = torch.cat([(pixels * 255).round().to(torch.uint8) for pixels in drawn])
 
     @property
     def num_classes(self) -> int:
@@ -159,7 +158,7 @@ def draw_attributes(labels: Tensor, generator: torch.Generator) -> dict[str, Ten
 def draw_cells(
     attributes: dict[str, Tensor], frames: int, size: int, noise: float, generator: torch.Generator
 ) -> Tensor:
-    """Clips ``(B, frames, size, size)`` uint8 of attributes ``(B,)``, on the CPU."""
+    """Clips ``(B, frames, size, size)`` of attributes ``(B,)``, on the CPU: pixels of 0 to 1, not rounded."""
     batch, side = len(attributes["group"]), size // CELL
 
     def uniform(low: float, high: float) -> Tensor:
@@ -175,7 +174,7 @@ def draw_cells(
     clips = clips * uniform(0.75, 1.25) * CONTRAST
     clips = clips + cue.repeat(1, side, side)[:, None] * uniform(0.75, 1.25) * CUE_CONTRAST + uniform(0.4, 0.6)
     clips = clips + torch.randn(clips.shape, generator=generator, device="cpu") * noise
-    return (clips.clamp(0, 1) * 255).round().to(torch.uint8)
+    return clips.clamp(0, 1)
 
 
 class GlyphDetector(nn.Module):

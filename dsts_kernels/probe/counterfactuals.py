@@ -213,9 +213,7 @@ def _best_single(runs: _Runs, neuron: Tensor, layers: Sequence[int], generator: 
     From the most used neurons on, a layer at a time takes its best neuron while the others keep theirs. Chosen on the
     clips that it is counted on, the best would look better than it is.
     """
-    used = [
-        int(own.bincount(minlength=part.num_neurons).argmax()) for own, part in zip(neuron, runs.layers, strict=True)
-    ]
+    used = [int(own.bincount().argmax()) for own in neuron]
     seen: dict[tuple[int, ...], Tensor] = {}
 
     def right(chosen: list[int]) -> Tensor:

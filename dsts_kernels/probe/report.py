@@ -119,9 +119,8 @@ def _rows_text(rows: Iterable[Counterfactual]) -> list[str]:
         interval = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
         drawn = f"{100 * min(row.draws):.1f} to {100 * max(row.draws):.1f}" if len(row.draws) > 1 else ""
         said = "costs" if row.costs else ""
-        lines.append(
-            f"{row.name:<20}  {100 * row.accuracy:>7.1f}  {100 * row.cost:>+6.1f}  {interval:>15}  {said:<5}  {drawn}".rstrip()
-        )
+        numbers = f"{100 * row.accuracy:>7.1f}  {100 * row.cost:>+6.1f}"
+        lines.append(f"{row.name:<20}  {numbers}  {interval:>15}  {said:<5}  {drawn}".rstrip())
     return lines
 
 

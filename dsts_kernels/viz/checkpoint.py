@@ -78,8 +78,9 @@ def draw(checkpoint: Mapping[str, Any], directory: str | Path) -> list[Path]:
 
     Args:
         checkpoint: ``model`` gives ``gates.png`` (``gates-NAME.png`` where there are several DSTS modules), with
-            ``gates_at_start`` also where they began; ``routing`` gives ``activation.png``, ``information.json`` (rows of :func:`information_table`) and, with ``frames``,
-            ``examples.png``; ``history`` gives ``usage.png`` and ``saturation.png``.
+            ``gates_at_start`` also where they began; ``routing`` gives ``activation.png``, ``information.json`` (rows
+            of :func:`information_table`) and, with ``frames``, ``examples.png``; ``history`` gives ``usage.png`` and
+            ``saturation.png``.
         directory: where to; made if it is missing.
 
     Returns:

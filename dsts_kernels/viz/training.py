@@ -106,8 +106,8 @@ def plot_usage(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Share of samples that choose each neuron, over training: a panel a layer, areas stacked from neuron 0 up.
 
     Args:
-        history: see the module; needs ``usage``. Where ``test_usage`` is recorded it has a row of its own: noise spreads
-            training clips over neurons that evaluation never takes.
+        history: see the module; needs ``usage``. Where ``test_usage`` is recorded it has a row of its own: noise
+            spreads training clips over neurons that evaluation never takes.
 
     Returns:
         A matplotlib figure.
