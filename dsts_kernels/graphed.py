@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import GpuBackend, choose
+from .backends.base import accumulate_dtype
 from .backends.gpu.features import on_device
 from .ops import _checks
 from .ops._library import autocast_on
@@ -25,7 +26,8 @@ from .routing import Draws, Routing, check_draws
 __all__ = ["Graphed", "Phase"]
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # of options, which a graph holds as they were
-DRAWN = ("noise_std", "hard_fraction")  # options that only draws depend on
+SCALES = ("noise_std", "gumbel_scale")  # options that graphs which draw read from memory
+DRAWN = (*SCALES, "hard_fraction")  # options that only draws depend on
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,8 +87,10 @@ class Graphed:
     evaluation, which parameters get a gradient, autograd on or off, autocast, backend) has a capture of its own, made
     when the phase is first met, which keeps the memory of its activations and gradients.
 
-    **Randomness** is drawn in the graph, anew in each replay, from torch's generator; a capture with ``draws`` takes
-    them as inputs instead, and draws before the graph where none are given. Capturing leaves generators, BatchNorm's
+    **Randomness** is drawn in the graph, anew in each replay, from torch's generator, with the ``noise_std`` and
+    ``gumbel_scale`` of that moment; a capture with ``draws`` takes them as inputs instead, and draws before the graph
+    where none are given. A centre of scores (``score_center``) is that of this process alone, as no graph asks others:
+    :func:`dsts_kernels.learning.average_centers` once a step. Capturing leaves generators, BatchNorm's
     statistics and ``.grad`` as they were.
 
     **In a model**, ``net.dsts.forward = net.dsts.graphed(sample)`` puts it in place of the module's own pass, and ``del
@@ -114,9 +118,10 @@ class Graphed:
         return_routing: bool,
         static_output: bool,
         weights: Callable[[], list[Tensor | None]],
-        sample_draws: Callable[[Tensor], Draws | None],
+        sample_draws: Callable[..., Draws | None],
     ) -> None:
-        """``weights`` are the tensors that graphs read in place; ``sample_draws`` makes what a phase draws."""
+        """``weights`` are the tensors that graphs read in place; ``sample_draws`` makes what a phase draws of features,
+        and of tensors for :data:`SCALES` where a graph draws."""
         refuse(module, sample)
         if draws is not None:
             one = module.layers[0]
@@ -127,7 +132,12 @@ class Graphed:
         self._draws = None if draws is None else Draws(*(field.detach().clone() for field in draws))
         self._parts = list(module.modules())
         self._parameters = list(module.parameters())
-        self._options = [options_of(part, DRAWN if draws is not None else ()) for part in self._parts]
+        self._options = [options_of(part, SCALES if draws is None else DRAWN) for part in self._parts]
+        self._scales = self._scales_now = None
+        if draws is None and hasattr(module.layers[0], SCALES[0]):  # nothing is drawn for a frozen module
+            wide = accumulate_dtype(sample.dtype)
+            self._scales = tuple(torch.ones((), dtype=wide, device=sample.device) for _ in SCALES)
+            self._set_scales()
         self._held = self._now()
         self._captures: dict[Phase, Capture] = {}
         phase = self._phase(sample)
@@ -156,7 +166,9 @@ class Graphed:
         if capture is None:
             capture = self._captures[phase] = self._capture(phase)
         inputs = (x,)
-        if self._draws is not None:
+        if self._scales is not None:
+            self._set_scales()
+        elif self._draws is not None:
             inputs = (x, *((self._sample_draws(x) or self._draws) if draws is None else self._checked(draws)))
         y, *routing = capture(inputs)
         if not self.static_output:
@@ -164,6 +176,15 @@ class Graphed:
         if not return_routing:
             return y
         return y, Routing(*(field.clone() for field in routing))
+
+    def _set_scales(self) -> None:
+        """Scales of noise as they are now, where graphs that draw read them."""
+        first = self.module.layers[0]
+        now = tuple(getattr(first, name) for name in SCALES)
+        if now != self._scales_now:
+            for tensor, value in zip(self._scales, now, strict=True):
+                tensor.fill_(value)
+            self._scales_now = now
 
     def _check(self, x: Tensor, draws: Draws | None, return_routing: bool) -> None:
         """Refuse what no graph of this module was captured for."""
@@ -234,6 +255,8 @@ class Graphed:
 
         def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             draws = Draws(*rest[: given - 1]) if given > 1 else None
+            if self._scales is not None:
+                draws = self._sample_draws(x, self._scales)
             with around():
                 found = forward(self.module, x, draws, self.return_routing)
             y, routing = found if self.return_routing else (found, ())

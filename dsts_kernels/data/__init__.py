@@ -4,6 +4,7 @@ from .annotations import Annotations, Clip, read_diving48, read_finegym
 from .cells import SyntheticCells
 from .clips import VideoClips
 from .sampling import ClipSampling, Window
+from .symmetries import Symmetries
 from .synthetic import SyntheticDives
 from .transforms import EvalTransform, TrainTransform
 from .video import Extent, VideoError, decode, extent, frame_indices, probe
@@ -14,6 +15,7 @@ __all__ = [
     "ClipSampling",
     "EvalTransform",
     "Extent",
+    "Symmetries",
     "SyntheticCells",
     "SyntheticDives",
     "TrainTransform",

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .cells import SyntheticCells
+from .symmetries import Symmetries
 from .synthetic import SyntheticDives
 
 __all__ = ["DATA", "SYNTHETIC", "TEST_SEED", "build_data", "build_test_data"]
@@ -25,7 +26,8 @@ def build_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         FileNotFoundError: a file or folder that is not there.
     """
     if options.data in SYNTHETIC:
-        return _synthetic(options, options.clips, options.seed), build_test_data(options)
+        train = _synthetic(options, options.clips, options.seed)
+        return Symmetries(train, seed=options.seed) if options.augment else train, build_test_data(options)
     return _videos(options, "--annotation", options.annotation), build_test_data(options)
 
 

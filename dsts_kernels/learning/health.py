@@ -17,7 +17,7 @@ from ..layer import DSTSLayer
 from ..routing import Routing
 from .sharded import whole
 
-__all__ = ["SATURATION", "RoutingMonitor", "RoutingStatistics", "balance_loss"]
+__all__ = ["SATURATION", "RoutingMonitor", "RoutingStatistics", "balance_loss", "evaluation_routing"]
 
 SATURATION = math.log(11.0)  # 1.2 * sigmoid(q) - 0.1 is 0 or 1, and its gradient 0, where |q| is at least this
 
@@ -134,7 +134,8 @@ class RoutingMonitor:
                 found = self._counts[index] = empty if found is None else empty.copy_(found)
         one = torch.ones_like(neuron)
         found[0].index_add_(0, neuron, one)
-        found[1].index_add_(0, routing.scores.detach().argmax(-1) if layer.training else neuron, one)
+        quiet = layer.evaluation_scores(routing.scores.detach()).argmax(-1) if layer.training else neuron
+        found[1].index_add_(0, quiet, one)
 
     def reset(self) -> None:
         """Count from zero."""
@@ -198,9 +199,22 @@ class RoutingMonitor:
             raise RuntimeError("last: not every layer has run, or keep is False")
         return [self._routed[index] for index in range(len(self.layers))]
 
-    def balance(self) -> Tensor:
-        """:func:`balance_loss` of the last pass, the mean over layers; needs ``keep=True``."""
-        return torch.stack([balance_loss(routing) for routing in self.last]).mean()
+    def balance(self, evaluation: bool = False) -> Tensor:
+        """:func:`balance_loss` of the last pass, the mean over layers; needs ``keep=True``.
+
+        With ``evaluation`` it is that of the choices that evaluation would make of the same samples, without noise and
+        less the centre: noise alone spreads samples evenly, whatever evaluation does with them.
+        """
+        routed = self.last
+        if evaluation:
+            routed = map(evaluation_routing, self.layers.values(), routed)
+        return torch.stack([balance_loss(routing) for routing in routed]).mean()
+
+
+def evaluation_routing(layer: DSTSLayer, routing: Routing) -> Routing:
+    """``routing (B, ...)`` of a pass in the layer's present mode with the scores and choices that evaluation has."""
+    scores = layer.evaluation_scores(routing.scores)
+    return routing._replace(neuron=scores.detach().argmax(-1), scores=scores)
 
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -173,14 +173,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_layer(
     std::optional<std::string_view>) {
   const Layer layer{channels, starts, filters, bias, mixing, mixing_kernel};
   layer.check(x, scoring, packing);
-  const int64_t B = x.size(0), O = layer.outputs(), taps = scoring.size(2);
+  const int64_t B = x.size(0), O = layer.outputs(), taps = scoring.size(2) > 2 ? 9 : 1;
+  const bool centered = scoring.size(2) != taps;  // one more tap holds what is added to each score
   const int64_t positions = x.size(2) * x.size(3) * x.size(4);
   Tensor sums = given_sums ? given_sums->contiguous() : at::empty({B, x.size(1), taps}, scoring.options());
   if (!given_sums)
     check(
         cpu::tap_sums({features_of("x", x), sums.data_ptr(), static_cast<int>(taps), at::get_num_threads()}));
-  Tensor scores = at::linear(sums.flatten(1), scoring.flatten(1));
+  Tensor scores = at::linear(sums.flatten(1), (centered ? scoring.narrow(2, 0, taps) : scoring).flatten(1));
   if (score_elements * positions > 1) scores = scores.div(score_elements * positions);
+  if (centered) scores = scores + scoring.select(1, 0).select(1, taps);
   const Tensor neuron = scores.argmax(1);
 
   Tensor y = skip ? at::empty_like(*skip) : empty_features(x, B, O, x.scalar_type());

@@ -98,3 +98,30 @@ def test_bad_input():
         RoutingMonitor(FusedDSTS(2)).balance()
     with pytest.raises(ValueError, match="tau"):
         balance_loss(Routing(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2), torch.empty(0)), tau=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"score_center": True}, {"score_center": True, "center_in_training": True}])
+def test_balance_of_evaluation(options):
+    """Of the choices that evaluation would make of the same samples, noise apart and less the centre."""
+    dsts = FusedDSTS(6, num_layers=2, num_neurons=4, score_reduction="mean", dtype=torch.float64, **options)
+    dsts.set_noise(gumbel_scale=100.0)
+    x = torch.randn(40, 6, 2, 3, 3, dtype=torch.float64)
+    monitor = RoutingMonitor(dsts, keep=True)
+    dsts(x)
+    noisy, quiet = monitor.balance(), monitor.balance(evaluation=True)
+    expected = []
+    for layer, routing in zip(dsts.layers, monitor.last, strict=True):
+        scores = routing.scores
+        if options and not layer.center_in_training:
+            scores = scores - layer.center
+        expected.append(balance_loss(Routing(scores.argmax(1), scores, routing.gate)))
+    assert torch.equal(quiet, torch.stack(expected).mean()) and quiet != noisy
+    (gradient,) = torch.autograd.grad(quiet, dsts.layers[0].scoring)
+    assert gradient.norm() > 0
+    alone = dsts.layers[0]
+    before = None if alone.center is None else alone.center.clone()
+    with torch.no_grad():
+        chosen = alone.evaluation_scores(monitor.last[0].scores).argmax(1)
+        if not options:  # the centre goes on moving with each pass
+            assert torch.equal(chosen, alone.eval()(x, return_routing=True)[1].neuron)
+    assert before is None or torch.equal(before, alone.center)

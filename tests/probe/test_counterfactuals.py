@@ -190,7 +190,9 @@ def test_changes_of_one_layer():
     x = torch.randn(12, 4, 2, 3, 3, dtype=torch.float64)
     seen = []
     handles = [layer.register_forward_hook(lambda m, i, o: seen.append(o[1])) for layer in dsts.layers]
-    measured = counterfactuals(model, [(x, torch.zeros(12, dtype=torch.int64))], changes=["permuted neurons"], layers=[1])
+    measured = counterfactuals(
+        model, [(x, torch.zeros(12, dtype=torch.int64))], changes=["permuted neurons"], layers=[1]
+    )
     for handle in handles:
         handle.remove()
     assert measured.rows[0].layers == (1,)
