@@ -11,8 +11,9 @@ Classes of the first two groups differ in space alone (rows or columns; checker 
 time; those of the others in time alone (fast or slow; fast or half), whatever their pattern in space. Which glyph is
 shown, the signs, the shift in time and contrasts tell nothing.
 
-What follows, by construction (noise, the rounding of pixels and padding at the border apart), for features that have a channel a glyph and a cue (:class:`GlyphDetector`, what a model
-of single cells can see), pooled over all positions at the end as a video classifier does:
+What follows, by construction (noise, the rounding of pixels and padding at the border apart), for features that have
+a channel a glyph and a cue (:class:`GlyphDetector`, what a model of single cells can see), pooled over all positions at
+the end as a video classifier does:
 
 - Features alone tell the group and no more: half of each pattern is positive. Accuracy 1/2.
 - Behind a temporal operator a glyph's channel still says nothing of space: each position has the same values, as often,

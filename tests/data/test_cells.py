@@ -74,7 +74,7 @@ def test_a_class_is_one_pattern_and_all_else_is_drawn():
 
 
 def test_patterns_are_balanced():
-    """Each pattern is as often 1 as -1, in time under every shift, so that none is told from how much of it there is."""
+    """Each pattern is as often 1 as -1, under every shift, so that none is told from how much of it there is."""
     assert space_signs(8).sum((1, 2)).tolist() == [0, 0, 0] and time_signs(16).sum(1).tolist() == [0, 0, 0]
     shown = patterns().flatten(1)
     assert torch.equal(shown @ shown.T, torch.eye(GLYPHS + CUES) * 16) and shown.sum(1).abs().max() == 0

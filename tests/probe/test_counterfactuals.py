@@ -129,7 +129,7 @@ def test_refused_models():
     with pytest.raises(ValueError, match="not frozen"), changed(FusedDSTS(4).eval().freeze(), as_it_is):
         pass
     compiled = torch.compile(FusedDSTS(4).eval())
-    with pytest.raises(ValueError, match="torch.compile"), changed(compiled, as_it_is):
+    with pytest.raises(ValueError, match=r"torch\.compile"), changed(compiled, as_it_is):
         pass
 
 
@@ -171,15 +171,20 @@ def test_nothing_costs_where_nothing_matters(cells):
         assert row.high == pytest.approx(1.96 / 162 * 1, rel=1e-3)  # half a pair more in each cell
 
 
-def test_gates_matter_and_routing_does_not(cells):
-    """Two neurons that are the same, with half of the glyphs spatial: swapped, single or random, they answer alike."""
+def test_gates_matter_and_routing_does_not():
+    """Two neurons that are the same, with half of the glyphs spatial, on clips that they see: swapped, single or random
+    they answer alike; with gates flipped they see nothing that tells."""
+    data = SyntheticCells(160, size=16, noise=0.0, seed=6)
     glyphs = torch.arange(8) % 2 == 0
+    seen = glyphs[data.attributes["glyph"]] == (data.attributes["group"] < 2)
+    clips = torch.stack([clip for clip, _ in data])[seen]
     model = Solved(built_by_hand([glyphs, glyphs])).eval()
-    found = by_name(counterfactuals(model, cells, draws=2))
+    measured = counterfactuals(model, [(clips, data.labels[seen])], draws=2)
+    found = by_name(measured)
+    assert measured.accuracy == 1.0
     for name in ("random routing", "permuted neurons", "best single neuron"):
         assert found[name].cost == 0 and not found[name].costs
-    flipped = found["gates flipped"]
-    assert flipped.costs and flipped.cost == pytest.approx(0.25, abs=0.13)  # what was seen is not, and the reverse
+    assert found["gates flipped"].costs and found["gates flipped"].cost == pytest.approx(0.5, abs=0.2)
 
 
 def test_changes_of_one_layer():
@@ -202,7 +207,7 @@ def test_changes_of_one_layer():
 
 def test_single_neuron_is_chosen_on_other_clips():
     """Where any neuron is right by chance, the best of many on the same clips would look better than chance."""
-    neurons, clips = 16, 64
+    neurons, clips, times = 8, 64, 12
     label = torch.randint(2, (clips,))
     answers = torch.randint(2, (neurons, clips))  # what each neuron says of each clip
 
@@ -219,26 +224,26 @@ def test_single_neuron_is_chosen_on_other_clips():
             return nn.functional.one_hot(answers[routing.neuron, clip], 2).float()
 
     costs = []
-    for seed in range(30):
+    for seed in range(times):
         answers = torch.randint(2, (neurons, clips))
         found = counterfactuals(
             Guess().eval(), [(torch.arange(clips), label)], changes=["best single neuron"], seed=seed
         )
         costs.append(found.rows[0].accuracy)
     mean = sum(costs) / len(costs)
-    assert abs(mean - 0.5) < 4 * 0.5 / math.sqrt(clips * len(costs))  # the best on the same clips has 0.61
+    assert abs(mean - 0.5) < 4 * 0.5 / math.sqrt(clips * len(costs))  # the best on the same clips has 0.59
 
 
 def test_layers_of_one_neuron_have_no_other(cells):
     model = Solved(built_by_hand([torch.ones(8, dtype=torch.bool)])).eval()
-    names = [row.name for row in counterfactuals(model, cells, draws=1).rows]
+    names = [row.name for row in counterfactuals(model, cells[2:], draws=1).rows]
     assert names == ["gates flipped", "random gates", "all spatial", "all temporal"]
 
 
 def test_same_seed_same_costs_and_generators_are_left_alone(cells):
     model = Solved().eval()
     before = torch.get_rng_state()
-    first, second = (counterfactuals(model, cells, draws=2, seed=3).rows for _ in range(2))
+    first, second = (counterfactuals(model, cells[:1], draws=2, seed=3).rows for _ in range(2))
     assert first == second and torch.equal(before, torch.get_rng_state())
 
 
