@@ -1,4 +1,4 @@
-"""The claims of the paper, each tested with ten seeds, paired arms and counterfactuals: ``python -m examples.protocol``.
+"""The claims of the paper, tested with ten seeds, paired arms and counterfactuals: ``python -m examples.protocol``.
 
 :mod:`.settings` states tasks, arms and the contrasts that are named in advance; :mod:`.tasks` draws clips and trains a
 seed's backbone; :mod:`.branches` trains an arm behind it and measures what it came to; :mod:`.runs` does so one run at

@@ -122,19 +122,29 @@ class Seeds:
         return net
 
 
-def run_all(runs: Sequence[Run], folder: Path, minutes: float, part: tuple[int, int] = (0, 1)) -> int:
+def rounded(value: Any) -> Any:
+    """Floats to six digits: a run's file is read by people too, and kept in the repository."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(own) for key, own in value.items()}
+    return [rounded(own) for own in value] if isinstance(value, (list, tuple)) else value
+
+
+def run_all(runs: Sequence[Run], folder: Path, cache: Path, minutes: float, part: tuple[int, int] = (0, 1)) -> int:
     """Do what is missing until the time is over; how many runs are still missing.
 
     Args:
         runs: in order.
         folder: of the files.
+        cache: of the backbones.
         minutes: after which no other run is begun.
         part: this process's seeds, ``(k, n)``: those at places ``k``, ``k + n``, ...
     """
     until = time.monotonic() + 60 * minutes
     seeds = list(dict.fromkeys(run[3] for run in runs))
     mine = [run for run in runs if seeds.index(run[3]) % part[1] == part[0]]
-    shared, missing = Seeds(folder), 0
+    shared, missing = Seeds(cache), 0
     for run in mine:
         if load(folder, run) is not None:
             continue
@@ -155,7 +165,7 @@ def run_all(runs: Sequence[Run], folder: Path, minutes: float, part: tuple[int, 
             "machine": describe(torch.device("cpu")),
         }
         with files.replacing(path_of(folder, task, name, seed)) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(rounded(record)) + "\n", encoding="utf-8")
         print(
             f"{task.name}, seed {seed}, {name}: top-1 {record['accuracy']:.1%}, {record['seconds']:.0f} s of CPU time",
             flush=True,
