@@ -79,7 +79,8 @@ class Solved(nn.Module):
 
     def __init__(self, dsts: nn.Module | None = None) -> None:
         super().__init__()
-        self.detector, self.dsts, self.head = GlyphDetector(), built_by_hand() if dsts is None else dsts, Head()
+        self.detector = GlyphDetector(threshold=0.15)  # noise that falls short of it is off
+        self.dsts, self.head = built_by_hand() if dsts is None else dsts, Head()
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.head(self.dsts(self.detector(clips)))
