@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from dsts_kernels.probe import probe
 from dsts_kernels.probe.counterfactuals import wilson_interval
 
 from .settings import Arm, Task
-from .tasks import Clips, Features, batches, draw_again, rate_share
+from .tasks import Clips, batches, coloured, draw_again, features_of, rate_share
 
 __all__ = ["Branch", "Seeded", "measure", "train"]
 
@@ -81,8 +82,6 @@ class Seeded:
     """
 
     def __init__(self, task: Task, seed: int, backbone: nn.Module, train_clips: Clips, test_clips: Clips) -> None:
-        from .tasks import features_of
-
         self.task, self.seed, self.backbone = task, seed, backbone
         self.train_clips, self.test_clips = train_clips, test_clips
         self.train, self.test = features_of(backbone, train_clips), features_of(backbone, test_clips)
@@ -90,8 +89,6 @@ class Seeded:
 
 def build(shared: Seeded, arm: Arm) -> nn.Module:
     """An arm at its start: the backbone's last layer as it was trained, all else drawn from the seed."""
-    import copy
-
     task = shared.task
     torch.manual_seed(1000 + shared.seed)
     own = copy.deepcopy(shared.backbone)
@@ -144,7 +141,7 @@ def train(shared: Seeded, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
     model.train()
     raw = arm.kind in ("backbone", "end to end")
     clips = shared.train_clips if raw else None
-    inputs, labels = (clips.clips, clips.labels) if raw else shared.train
+    inputs, labels = (coloured(clips.clips), clips.labels) if raw else shared.train
     steps = max(1, round(task.steps * arm.passes))
     tuned = optimizers(task, arm, model)
     rates = [group["lr"] for optimizer in tuned for group in optimizer.param_groups]
@@ -170,7 +167,7 @@ def train(shared: Seeded, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
         for group, rate in zip((g for o in tuned for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * share
         if raw and task.name == "dives" and step and step % each == 0:
-            inputs = draw_again(clips, shared.seed + step).clips
+            inputs = coloured(draw_again(clips, shared.seed + step).clips)
         if step == round(steps * (1 - LAST)) and monitor is not None:
             monitor.reset()
         if learner is not None:
@@ -203,7 +200,7 @@ def measure(shared: Seeded, arm: Arm) -> dict[str, Any]:
     start, began = told.pop("start", None), time.process_time()
     drawn = shared.test_clips
     raw = arm.kind in ("backbone", "end to end")
-    inputs = drawn.clips if raw else shared.test.features
+    inputs = coloured(drawn.clips) if raw else shared.test.features
     tested = list(zip(inputs.split(128), drawn.labels.split(128), strict=True))
     if start is None:
         with torch.no_grad():
@@ -215,7 +212,3 @@ def measure(shared: Seeded, arm: Arm) -> dict[str, Any]:
         own |= {"attribute_names": drawn.attribute_names, "start": start, "draws": DRAWS, "seed": shared.seed}
         told |= {"test_" + k if k in told else k: v for k, v in probe(model, tested, **own).to_dict().items()}
     return told | {"measure_seconds": time.process_time() - began}
-
-
-def with_features(shared: Seeded) -> tuple[Features, Features]:
-    return shared.train, shared.test

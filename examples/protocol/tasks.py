@@ -18,7 +18,19 @@ from dsts_kernels.data.cells import CELL, CUES, GLYPHS
 
 from .settings import Task
 
-__all__ = ["Clips", "Features", "backbone_of", "batches", "branch_clips", "features_of", "rate_share", "train_backbone"]
+__all__ = [
+    "Clips",
+    "Features",
+    "backbone_of",
+    "batches",
+    "branch_clips",
+    "coloured",
+    "draw",
+    "draw_again",
+    "features_of",
+    "rate_share",
+    "train_backbone",
+]
 
 SETS = {"dives": SyntheticDives, "cells": SyntheticCells}
 PARTS = ("backbone", "branch", "test")
@@ -27,7 +39,10 @@ WARM_UP = 0.15  # of the steps, to the full learning rate
 
 
 class Clips(NamedTuple):
-    """Clips ``(B, 3, T, H, W)``, labels ``(B,)``, attributes, and names of both."""
+    """Clips ``(B, 1, T, H, W)``, labels ``(B,)``, attributes, and names of both.
+
+    Their three colours are the same: :func:`coloured` gives a backbone what it wants.
+    """
 
     clips: Tensor
     labels: Tensor
@@ -74,8 +89,13 @@ def draw(task: Task, seed: int, part: str, epoch: int = 0) -> Clips:
     if part != "test" and task.name == "dives":
         items = Symmetries(data, seed=own)
         items.set_epoch(epoch)
-    clips = torch.stack([items[index][0] for index in range(len(data))])
+    clips = torch.stack([items[index][0][:1] for index in range(len(data))])
     return Clips(clips, data.labels, dict(data.attributes), dict(data.attribute_names), list(data.class_names))
+
+
+def coloured(clips: Tensor) -> Tensor:
+    """``(B, 1, T, H, W)`` as ``(B, 3, T, H, W)``."""
+    return clips.expand(-1, 3, -1, -1, -1)
 
 
 def branch_clips(task: Task, seed: int) -> Clips:
@@ -122,9 +142,11 @@ def train_backbone(task: Task, seed: int) -> nn.Module:
             drawn = draw_again(drawn, seed + step)
         optimizer.param_groups[0]["lr"] = task.backbone_rate * rate_share((step + 1) / steps)
         if task.name == "dives":
-            loss = F.cross_entropy(net(drawn.clips[indices]), drawn.labels[indices])
+            loss = F.cross_entropy(net(coloured(drawn.clips[indices])), drawn.labels[indices])
         else:
-            loss = F.binary_cross_entropy_with_logits(net.shown(drawn.clips[indices]), shown_of(drawn, indices))
+            loss = F.binary_cross_entropy_with_logits(
+                net.shown(coloured(drawn.clips[indices])), shown_of(drawn, indices)
+            )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), task.clip_norm)
@@ -156,5 +178,5 @@ def features_of(net: nn.Module, drawn: Clips, batch: int = 64) -> Features:
     """What DSTS is given: a frozen backbone's features of all clips."""
     stem = net.stem if isinstance(net, TinyNet) else nn.Identity()
     net.eval()
-    found = [net.stages(stem(clips)) for clips in drawn.clips.split(batch)]
+    found = [net.stages(stem(coloured(clips))) for clips in drawn.clips.split(batch)]
     return Features(torch.cat(found), drawn.labels)

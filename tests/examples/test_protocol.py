@@ -25,7 +25,16 @@ from examples.protocol.analysis import (
 from examples.protocol.branches import Seeded, build, measure, train, two_parts
 from examples.protocol.report import markdown
 from examples.protocol.settings import ARMS, CONTRASTS, SEEDS, TASKS, TRIED, TUNING_SEEDS, Contrast
-from examples.protocol.tasks import backbone_of, batches, branch_clips, draw, draw_again, features_of, train_backbone
+from examples.protocol.tasks import (
+    backbone_of,
+    batches,
+    branch_clips,
+    coloured,
+    draw,
+    draw_again,
+    features_of,
+    train_backbone,
+)
 
 TINY = {"backbone_clips": 32, "branch_clips": 64, "test_clips": 32, "backbone_epochs": 1, "epochs": 1, "batch": 16}
 
@@ -188,7 +197,7 @@ def test_features_are_the_backbones(tiny):
         drawn = draw(task, 0, "test")
         net = backbone_of(task, len(drawn.class_names)).eval()
         found = net.classifier(features_of(net, drawn).features.mean((2, 3, 4)))
-        torch.testing.assert_close(found, net(drawn.clips), msg=name)
+        torch.testing.assert_close(found, net(coloured(drawn.clips)), msg=name)
 
 
 def test_same_run_same_numbers(shared):
