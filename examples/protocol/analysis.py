@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .settings import Contrast
 
-__all__ = ["Difference", "Tested", "difference", "holm", "mean_interval", "sign_flip_p", "tested_contrasts", "verdict"]
+__all__ = ["Difference", "Tested", "compared", "difference", "holm", "mean_interval", "sign_flip_p", "verdict"]
 
 LEVEL = 0.05
 EXACT = 14  # seeds, up to which all sign flips are gone through
@@ -151,9 +151,7 @@ def costs_of(records: Mapping[int, Mapping[str, Any]], change: str) -> Differenc
     return mean_interval(found)
 
 
-def tested_contrasts(
-    records: Mapping[str, Mapping[int, Mapping[str, Any]]], contrasts: Sequence[Contrast]
-) -> list[Tested]:
+def compared(records: Mapping[str, Mapping[int, Mapping[str, Any]]], contrasts: Sequence[Contrast]) -> list[Tested]:
     """Every contrast of a task whose arms have seeds in common.
 
     Args:

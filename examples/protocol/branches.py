@@ -162,13 +162,14 @@ def train(shared: Seeded, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
     order = (two_parts if learner else batches)(len(labels), task.batch, steps, shared.seed)
     torch.manual_seed(2000 + shared.seed)
     losses, each, began = [], len(labels) // task.batch, time.process_time()
+    last = min(round(steps * (1 - LAST)), steps - 1)
     for step, indices in enumerate(order):
         share = rate_share((step + 1) / steps)
         for group, rate in zip((g for o in tuned for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * share
         if raw and task.name == "dives" and step and step % each == 0:
             inputs = coloured(draw_again(clips, shared.seed + step).clips)
-        if step == round(steps * (1 - LAST)) and monitor is not None:
+        if step == last and monitor is not None:
             monitor.reset()
         if learner is not None:
             losses.append(learner.step(*((inputs[one], labels[one]) for one in indices)).train_loss)
@@ -183,7 +184,7 @@ def train(shared: Seeded, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
             losses.append(loss.item())
         if schedule is not None:
             schedule.step()
-    tail = losses[round(steps * (1 - LAST)) :]
+    tail = losses[last:]
     told: dict[str, Any] = {"steps": steps, "train_loss": sum(tail) / len(tail)}
     told["train_seconds"] = time.process_time() - began
     if monitor is not None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .analysis import Difference, Tested, costs_of, difference, mean_interval, tested_contrasts
+from .analysis import Difference, Tested, compared, costs_of, difference, mean_interval
 from .settings import ARMS, CONTRASTS, TASKS, arms_of
 
 __all__ = ["markdown", "summary", "tried_text"]
@@ -129,7 +129,7 @@ def routing_table(records: Records, task: str) -> list[str]:
 def task_text(records: Records, task: str) -> list[str]:
     own = TASKS[task]
     classes = {"dives": 16, "cells": 8}[task]
-    tested = tested_contrasts(records, CONTRASTS)
+    tested = compared(records, CONTRASTS)
     lines = [
         f"## {task.capitalize()}",
         "",
@@ -207,7 +207,7 @@ def summary(records: Mapping[str, Records]) -> dict[str, Any]:
                     "costs": {name: cost._asdict() for name, cost in one.costs.items()},
                     "verdict": one.verdict,
                 }
-                for one in tested_contrasts(own, CONTRASTS)
+                for one in compared(own, CONTRASTS)
             ],
         }
     return found

@@ -13,13 +13,13 @@ from dsts_kernels.learning import upstream_parameters
 from examples.protocol import __main__ as command
 from examples.protocol import runs, settings
 from examples.protocol.analysis import (
+    compared,
     difference,
     holm,
     mean_interval,
     sign_flip_p,
     t_cdf,
     t_quantile,
-    tested_contrasts,
     verdict,
 )
 from examples.protocol.branches import Seeded, build, measure, train, two_parts
@@ -106,7 +106,7 @@ def test_contrasts_count_those_that_are_missing():
     """Holm's correction is over what was named, so that a claim does not gain by others' not being run."""
     contrasts = [Contrast(claim=str(i), first="a", second="b" if i == 0 else "never") for i in range(4)]
     record = {"a": {s: {"accuracy": 0.8 + s / 1000} for s in range(10)}, "b": {s: {"accuracy": 0.7} for s in range(10)}}
-    (found,) = tested_contrasts(record, contrasts)
+    (found,) = compared(record, contrasts)
     assert found.p == 2 / 1024 and found.holm_p == 8 / 1024 and found.verdict == "reproduced"
 
 
@@ -172,7 +172,7 @@ def test_arms_start_alike(shared):
     for name, kept in (("gates still", "gate"), ("scores still", "scoring")):
         before = {k: v.clone() for k, v in build(shared, ARMS[name]).state_dict().items()}
         model, _ = train(shared, ARMS[name])
-        moved = {k for k, v in model.state_dict().items() if v.is_floating_point() and not torch.equal(v, before[k])}
+        moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
         assert not any(k.endswith(kept) for k in moved)
         assert any(k.endswith({"gate": "scoring", "scoring": "gate"}[kept]) for k in moved)
 
