@@ -154,18 +154,18 @@ def run_all(runs: Sequence[Run], folder: Path, cache: Path, minutes: float, part
         task, name, arm, seed = run
         began = time.process_time()
         of_seed = shared.of(task, seed)
-        record = measure(of_seed, arm)
+        record = rounded(measure(of_seed, arm))
         record = {
             "task": task.name,
             "arm": name,
             "seed": seed,
             **record,
-            "seconds": time.process_time() - began,
+            "seconds": round(time.process_time() - began, 1),
             "settings": settings_of(task, arm),
             "machine": describe(torch.device("cpu")),
         }
         with files.replacing(path_of(folder, task, name, seed)) as beside:
-            beside.write_text(json.dumps(rounded(record)) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(record) + "\n", encoding="utf-8")
         print(
             f"{task.name}, seed {seed}, {name}: top-1 {record['accuracy']:.1%}, {record['seconds']:.0f} s of CPU time",
             flush=True,
