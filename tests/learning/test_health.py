@@ -53,30 +53,31 @@ def test_counts_are_those_of_the_routing():
 
 def test_choices_without_noise():
     """Noise spreads samples over neurons that evaluation never takes: the monitor counts both, by the same scores."""
-    layer = DSTSLayer(4, num_neurons=4, score_reduction="mean")
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=4, score_reduction="mean")
+    layer = dsts.layers[0]
     with torch.no_grad():
         layer.scoring.zero_()
         layer.scoring[2] = 0.01  # the highest, by less than the noise
-    monitor = RoutingMonitor(layer)
-    layer(torch.rand(64, 4, 2, 3, 3))
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 4, 2, 3, 3))
     found = monitor.statistics()
     assert found.usage_without_noise.tolist() == [[0, 0, 1, 0]] and found.entropy_without_noise.tolist() == [0]
     assert found.dead_without_noise.tolist() == [3] and found.dead[0] == 0 and found.entropy[0] > 1.5
     monitor.reset()
-    layer.eval()(torch.rand(64, 4, 2, 3, 3))
+    dsts.eval()(torch.rand(64, 4, 2, 3, 3))
     found = monitor.statistics()
     assert torch.equal(found.usage, found.usage_without_noise) and found.dead.tolist() == [3]
 
 
 def test_choices_without_noise_are_centred():
     """Less the centre, where evaluation subtracts it."""
-    layer = DSTSLayer(4, num_neurons=2, score_reduction="mean", score_center=True, gumbel_scale=0.0)
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=2, score_reduction="mean", score_center=True, gumbel_scale=0.0)
+    layer = dsts.layers[0]
     with torch.no_grad():
         layer.scoring.zero_()
         layer.scoring[0], layer.scoring[1] = 1.0, 0.5  # the first is above on every sample
-    monitor = RoutingMonitor(layer)
-    x = torch.rand(64, 1, 1, 1, 1).expand(64, 4, 2, 3, 3).contiguous()
-    layer(x)
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 1, 1, 1, 1).expand(64, 4, 2, 3, 3).contiguous())
     found = monitor.statistics()
     assert found.usage.tolist() == [[1, 0]] and 0.2 < found.usage_without_noise[0, 0] < 0.8
 
