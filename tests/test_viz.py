@@ -274,6 +274,27 @@ def test_plot_gates_beside_chance(matplotlib):
 
 
 @pytest.mark.needs("matplotlib")
+def test_plot_costs(matplotlib):
+    """Bars are costs in points, whiskers their intervals; what does not lie above 0 is pale."""
+    one = [
+        {"name": "gates flipped", "cost": 0.25, "low": 0.2, "high": 0.31},
+        {"name": "all spatial", "cost": -0.01, "low": -0.03, "high": 0.02},
+    ]
+    panels = drawn(viz.plot_costs({"first": one, "second": one[:1] + one[1:]})).axes
+    assert [axes.get_title() for axes in panels] == ["first", "second"]
+    for axes in panels:
+        bars = [bar for bar in axes.patches if bar.get_height() < 1]
+        assert [bar.get_width() for bar in bars] == [25.0, -1.0]
+        assert rgb(bars[0].get_facecolor()) != rgb(bars[1].get_facecolor())
+        ends = axes.collections[0].get_segments()
+        assert [[x for x, _ in end] for end in ends] == [pytest.approx([20, 31]), pytest.approx([-3, 2])]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["gates flipped", "all spatial"]
+    for rows in ({}, {"a": []}, {"a": one, "b": one[:1]}):
+        with pytest.raises(ValueError, match="rows: wanted the same changes"):
+            viz.plot_costs(rows)
+
+
+@pytest.mark.needs("matplotlib")
 def test_plot_activation(matplotlib, routing):
     """Images are P(neuron | value); a value without samples is masked; labels count samples; titles tell bits."""
     panels = drawn(viz.plot_activation(routing, neurons=4)).axes[:4]

@@ -15,11 +15,13 @@ from ..backbones import load_state
 from ..classify.config import CLASSIFIER, ClassifierConfig
 from ..data.named import SYNTHETIC, build_test_data
 from ..learning import load_checkpoint
+from ..viz import plot_costs
 from .report import Report, probe, report_text
 
 __all__ = ["add_arguments", "probe_checkpoint", "probe_command"]
 
 NOT_OURS = "; wanted a checkpoint of examples/train.py with DSTS"
+PICTURES, DPI = (".png", ".pdf", ".svg"), 150
 PATHS = ("videos", "classes", "test_annotation", "segments")  # which may lie elsewhere now
 
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=at_least_one, default=5, metavar="N", help="of what is random (5)")
     add("--seed", type=int, default=0, help="of the draws (0)")
     add("--json", action="store_true", help="one JSON document instead of text")
+    add("--figure", type=Path, metavar="FILE", help="draw the costs: .png, .pdf or .svg")
     add("--out", type=Path, metavar="FILE", help="write there instead of printing")
     add("--device", default="cpu", help="such as cuda (cpu)")
     add("--batch", type=at_least_one, default=64, metavar="N", help="clips at a time (64)")
@@ -86,6 +89,20 @@ def probe_checkpoint(
     )
 
 
+def draw_costs(parser: argparse.ArgumentParser, path: Path, found: Report) -> None:
+    """``--figure``: all layers at once, then each alone where that was measured."""
+    if path.suffix not in PICTURES:
+        parser.error(f"--figure: got {path}, wanted a name that ends in {', '.join(PICTURES)}")
+    rows = {"all layers": found.measured.rows}
+    rows |= {f"{name} alone": own for name, own in zip(found.layers, found.by_layer, strict=False)}
+    try:
+        drawn = plot_costs({title: [row._asdict() for row in own] for title, own in rows.items()})
+        with files.replacing(path) as beside:
+            drawn.savefig(beside, dpi=DPI, format=path.suffix[1:])
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
+
+
 def probe_command(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     """What the command prints; argparse's error where it cannot."""
     if given.threads:
@@ -103,6 +120,8 @@ def probe_command(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
         )
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         parser.error(str(error))
+    if given.figure is not None:
+        draw_costs(parser, given.figure, found)
     text = json.dumps(found.to_dict(), indent=1) if given.json else report_text(found)
     if given.out is None:
         return text

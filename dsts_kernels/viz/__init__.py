@@ -1,13 +1,14 @@
 """Figures of a trained DSTS: what neurons specialize in, who chooses them, and how both came about in training.
 
 :mod:`.checkpoint` draws all that a checkpoint has data for; :mod:`.measures` turns gates and routing into numbers, on
-torch alone; :mod:`.specialization`, :mod:`.training` and, for one video, :mod:`.clips` draw them, in the palette of
+torch alone; :mod:`.specialization`, :mod:`.training`, :mod:`.costs` and, for one video, :mod:`.clips` draw them, in the palette of
 :mod:`.style`, with matplotlib, which is imported with the first figure. Layers and neurons are numbered from 0, as in
 ``FusedDSTS.layers`` and ``Routing.neuron``. From a shell: ``python -m dsts_kernels plot`` and ``classify --figure``.
 """
 
 from .checkpoint import draw, find_gates
 from .clips import plot_classification
+from .costs import plot_costs
 from .measures import (
     activation,
     gate_band,
@@ -32,6 +33,7 @@ __all__ = [
     "mutual_information",
     "plot_activation",
     "plot_classification",
+    "plot_costs",
     "plot_examples",
     "plot_gates",
     "plot_saturation",

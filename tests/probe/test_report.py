@@ -111,6 +111,17 @@ def test_command(checkpoint, tmp_path, capsys):
     assert found["clips"] == 16 and len(found["usage"]) == 2 and math.isclose(sum(found["usage"][0]), 1)
 
 
+@pytest.mark.needs("matplotlib")
+def test_command_draws(checkpoint, tmp_path, capsys):
+    """``--figure`` writes a picture; another kind of file is refused."""
+    few = ["probe", str(checkpoint), "--draws", "1", "--test-clips", "16"]
+    assert main([*few, "--figure", str(tmp_path / "costs.svg")]) == 0
+    assert "<svg" in (tmp_path / "costs.svg").read_text()
+    with pytest.raises(SystemExit):
+        main([*few, "--figure", str(tmp_path / "costs.txt")])
+    assert "--figure: got" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
