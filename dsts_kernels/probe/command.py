@@ -91,8 +91,6 @@ def probe_checkpoint(
 
 def draw_costs(parser: argparse.ArgumentParser, path: Path, found: Report) -> None:
     """``--figure``: all layers at once, then each alone where that was measured."""
-    if path.suffix not in PICTURES:
-        parser.error(f"--figure: got {path}, wanted a name that ends in {', '.join(PICTURES)}")
     rows = {"all layers": found.measured.rows}
     rows |= {f"{name} alone": own for name, own in zip(found.layers, found.by_layer, strict=False)}
     try:
@@ -107,6 +105,8 @@ def probe_command(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
     """What the command prints; argparse's error where it cannot."""
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.figure is not None and given.figure.suffix not in PICTURES:
+        parser.error(f"--figure: got {given.figure}, wanted a name that ends in {', '.join(PICTURES)}")
     data = {name: getattr(given, name) for name in ("test_clips", *PATHS) if getattr(given, name) is not None}
     try:
         found = probe_checkpoint(

@@ -1,9 +1,10 @@
 """Figures of a trained DSTS: what neurons specialize in, who chooses them, and how both came about in training.
 
 :mod:`.checkpoint` draws all that a checkpoint has data for; :mod:`.measures` turns gates and routing into numbers, on
-torch alone; :mod:`.specialization`, :mod:`.training`, :mod:`.costs` and, for one video, :mod:`.clips` draw them, in the palette of
-:mod:`.style`, with matplotlib, which is imported with the first figure. Layers and neurons are numbered from 0, as in
-``FusedDSTS.layers`` and ``Routing.neuron``. From a shell: ``python -m dsts_kernels plot`` and ``classify --figure``.
+torch alone; :mod:`.specialization`, :mod:`.training`, :mod:`.costs` and, for one video, :mod:`.clips` draw them, in the
+palette of :mod:`.style`, with matplotlib, which is imported with the first figure. Layers and neurons are numbered from
+0, as in ``FusedDSTS.layers`` and ``Routing.neuron``. From a shell: ``python -m dsts_kernels plot``, ``probe --figure``
+and ``classify --figure``.
 """
 
 from .checkpoint import draw, find_gates
