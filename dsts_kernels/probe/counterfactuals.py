@@ -267,10 +267,7 @@ def counterfactuals(
     **Ours, not the paper's.**
     """
     runs = _Runs(model, batches, predict)
-    count = len(runs.layers)
-    layers = tuple(range(count)) if layers is None else tuple(layers)
-    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(count)):
-        raise ValueError(f"layers: got {layers}, wanted some of 0 to {count - 1}, each once")
+    layers = _checked_layers(layers, len(runs.layers))
     unknown = [name for name in changes if name not in CHANGES]
     if unknown:
         raise ValueError(f"changes: got {unknown[0]!r}, wanted some of {', '.join(CHANGES)}")
@@ -287,33 +284,36 @@ def counterfactuals(
 
     base, label = runs.correct(note)
     neuron = torch.stack([torch.cat(own) for own in chosen])
-
-    def drawn(name: str) -> list[Tensor]:
-        """Whether each clip is right, a draw at a time; each change has a stream of its own."""
-        generator = torch.Generator("cpu").manual_seed(seed * len(CHANGES) + CHANGES.index(name))
-        if name == "best single neuron":
-            return [_best_single(runs, neuron, layers, generator)]
-        if name in FIXED:
-            return [runs.correct(_restricted(FIXED[name], layers))[0]]
-        make = {
-            "random routing": lambda: _random_routing(generator),
-            "permuted neurons": lambda: _permuted(runs.layers, generator),
-            "random gates": lambda: _random_gates(runs.layers, generator),
-        }[name]
-        return [runs.correct(_restricted(make(), layers))[0] for _ in range(draws)]
-
     rows = []
     for name in changes:
-        right = torch.stack(drawn(name)).double()
+        # Each change has a stream of its own, so that one more does not change the others.
+        generator = torch.Generator("cpu").manual_seed(seed * len(CHANGES) + CHANGES.index(name))
+        right = torch.stack(_drawn(name, runs, neuron, layers, draws, generator)).double()
         difference = base.double() - right.mean(0)
-        rows.append(
-            Counterfactual(
-                name,
-                layers,
-                float(right.mean()),
-                float(difference.mean()),
-                *paired_interval(difference),
-                tuple(right.mean(1).tolist()),
-            )
-        )
+        interval = paired_interval(difference)
+        accuracies = tuple(right.mean(1).tolist())
+        rows.append(Counterfactual(name, layers, float(right.mean()), float(difference.mean()), *interval, accuracies))
     return Measured(float(base.double().mean()), *wilson_interval(base), len(base), base, label, neuron, tuple(rows))
+
+
+def _checked_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    layers = tuple(range(count)) if layers is None else tuple(layers)
+    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(count)):
+        raise ValueError(f"layers: got {layers}, wanted some of 0 to {count - 1}, each once")
+    return layers
+
+
+def _drawn(
+    name: str, runs: _Runs, neuron: Tensor, layers: Sequence[int], draws: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Whether each clip is right under a change, a draw at a time; once where nothing is drawn."""
+    if name == "best single neuron":
+        return [_best_single(runs, neuron, layers, generator)]
+    if name in FIXED:
+        return [runs.correct(_restricted(FIXED[name], layers))[0]]
+    make = {
+        "random routing": lambda: _random_routing(generator),
+        "permuted neurons": lambda: _permuted(runs.layers, generator),
+        "random gates": lambda: _random_gates(runs.layers, generator),
+    }[name]
+    return [runs.correct(_restricted(make(), layers))[0] for _ in range(draws)]

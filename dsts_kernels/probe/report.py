@@ -94,23 +94,24 @@ def probe(
         "attributes": attributes or {},
         "attribute_names": attribute_names or {},
     }
-    usage, entropy = [], []
-    for neuron, layer in zip(measured.neuron, layers, strict=True):
-        share = torch.bincount(neuron, minlength=layer.num_neurons).double() / len(neuron)
-        usage.append(tuple(share.tolist()))
-        entropy.append(float(-torch.special.xlogy(share, share).sum()) / math.log(2.0))
+    usage = [_usage(neuron, layer) for neuron, layer in zip(measured.neuron, layers, strict=True)]
     bars = sum(len(gate) for gate in gates)
     return Report(
         names,
         measured,
         alone,
-        tuple(usage),
-        tuple(entropy),
+        tuple(tuple(share.tolist()) for share in usage),
+        tuple(float(-torch.special.xlogy(share, share).sum()) / math.log(2.0) for share in usage),
         information_table(routing),
         tuple(tuple(gate_shares([gate])[0].tolist()) for gate in gates),
         tuple(gate_band(gate.shape[1], bars) for gate in gates),
         None if flipped is None else tuple(tuple(own.tolist()) for own in flipped),
     )
+
+
+def _usage(neuron: Tensor, layer: nn.Module) -> Tensor:
+    """Shares of clips ``(N,)`` that each neuron takes."""
+    return torch.bincount(neuron, minlength=layer.num_neurons).double() / len(neuron)
 
 
 def _rows_text(rows: Iterable[Counterfactual]) -> list[str]:

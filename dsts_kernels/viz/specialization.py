@@ -67,16 +67,11 @@ def plot_gates(shares: Tensor, channels: Sequence[int] | None = None, start: Ten
                 fontsize=7,
                 color="white" if inside else "black",
             )
-        axes.axhline(0.5, color="white", linewidth=0.9, linestyle=(0, (4, 3)))
-        if channels is not None:
-            low, high = gate_band(channels[layer], layers * neurons)
-            axes.axhspan(low, high, facecolor=CHANCE, alpha=0.45, label="chance: 95% of figures of random gates")
-            for edge in (low, high):
-                axes.axhline(edge, color=CHANCE, linewidth=1.0)
-        if start is not None:
-            axes.plot(
-                x, start[layer].tolist(), "_", color=START, markersize=11, markeredgewidth=1.8, label="at the start"
-            )
+        _beside_chance(
+            axes,
+            None if channels is None else gate_band(channels[layer], layers * neurons),
+            None if start is None else start[layer].tolist(),
+        )
         axes.set(xlim=(-0.6, neurons - 0.4), ylim=(0, 1))
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.yaxis.set_major_formatter("{x:.0%}")
@@ -92,6 +87,18 @@ def plot_gates(shares: Tensor, channels: Sequence[int] | None = None, start: Ten
     fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     fig.suptitle("Operators that neurons send channels to", fontsize=12)
     return fig
+
+
+def _beside_chance(axes: Axes, band: tuple[float, float] | None, start: list[float] | None) -> None:
+    """Half, and where they are known the band of random gates and the shares at the start, over a panel's bars."""
+    axes.axhline(0.5, color="white", linewidth=0.9, linestyle=(0, (4, 3)))
+    if band is not None:
+        axes.axhspan(*band, facecolor=CHANCE, alpha=0.45, label="chance: 95% of figures of random gates")
+        for edge in band:
+            axes.axhline(edge, color=CHANCE, linewidth=1.0)
+    if start is not None:
+        mark = {"color": START, "markersize": 11, "markeredgewidth": 1.8, "label": "at the start"}
+        axes.plot(range(len(start)), start, "_", **mark)
 
 
 def pick_examples(routing: Mapping[str, Any], most: int = 12, per_class: int = 3) -> list[int]:
