@@ -80,6 +80,7 @@ def load(folder: Path, run: Run) -> dict[str, Any] | None:
 BACKBONE = (
     "name",
     "backbone_clips",
+    "size",
     "noise",
     "backbone_epochs",
     "batch",

@@ -84,7 +84,7 @@ def draw(task: Task, seed: int, part: str, epoch: int = 0) -> Clips:
     """Clips of a seed's part; those to train on are under a symmetry of the square where that keeps labels."""
     count = getattr(task, f"{part}_clips")
     own = TEST_SEED if part == "test" else len(PARTS) * seed + PARTS.index(part)
-    data = SETS[task.name](count, noise=task.noise, seed=own)
+    data = SETS[task.name](count, size=task.size, noise=task.noise, seed=own)
     items = data
     if part != "test" and task.name == "dives":
         items = Symmetries(data, seed=own)

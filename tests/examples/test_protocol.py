@@ -261,7 +261,7 @@ def test_variants_on_other_seeds(tiny):
     plan = list(runs.tried(["dives"], TUNING_SEEDS))
     assert len(plan) == 3 * len(TRIED)
     task, _, arm, _ = next(run for run in plan if run[1] == "balanced centre")
-    assert arm.dsts == {"score_reduction": "mean", "score_center": "balance", "center_in_training": True}
+    assert arm.dsts == ARMS["recipe"].dsts | {"score_center": "balance", "center_in_training": True}
     task, _, arm, _ = next(run for run in plan if run[1] == "rate x 2")
     assert task.rate == 2 * TASKS["dives"].rate and arm.dsts == ARMS["recipe"].dsts
 
