@@ -18,7 +18,7 @@ import torch
 from dsts_kernels import files
 
 from .report import Records, markdown, summary, tried_text
-from .runs import load, planned, run_all, tried
+from .runs import Run, load, planned, run_all, tried
 from .settings import SEEDS, TASKS, TRIED, TUNING_SEEDS, arms_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def records_of(given: argparse.Namespace, folder: Path, runs: list) -> dict[str, Records]:
+def records_of(folder: Path, runs: list[Run]) -> dict[str, Records]:
     """What is there, by task, arm and seed."""
-    found: dict[str, dict] = {task: {} for task in given.tasks}
+    found: dict[str, dict] = {}
     for run in runs:
         record = load(folder, run)
         if record is not None:
-            found[run[0].name].setdefault(run[1], {})[run[3]] = record
+            found.setdefault(run[0].name, {}).setdefault(run[1], {})[run[3]] = record
     return found
 
 
@@ -86,13 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.minutes > 0 and any(load(folder, run) is None for run in runs):
         in_processes(given, list(arguments))
-    records = records_of(given, folder, runs)
-    done = sum(len(own) for task in records.values() for own in task.values())
+    done = sum(load(folder, run) is not None for run in runs)
     print(f"{done} of {len(runs)} runs are done" + ("" if done == len(runs) else f"; {COMMAND} goes on"))
+    # The report is of all that is there, whatever part of it was asked for.
+    records = records_of(folder, list(tried(list(TASKS), seeds) if given.tune else planned(list(TASKS), seeds)))
     if given.tune:
         for task, own in records.items():
-            print(f"\n{task}\n{tried_text(own)}" if own else "")
-    elif done:
+            print(f"\n{task}\n{tried_text(own)}")
+    elif records:
         for name, text in (
             ("protocol.md", markdown(records, COMMAND)),
             ("protocol.json", json.dumps(summary(records), indent=1) + "\n"),
