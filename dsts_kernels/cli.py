@@ -1,5 +1,5 @@
-"""``python -m dsts_kernels``: ``info`` on what runs where, ``classify`` for videos, ``plot`` for checkpoints,
-``roofline`` for GPU times."""
+"""``python -m dsts_kernels``: ``info`` on what runs where, ``classify`` for videos, ``plot`` and ``probe`` for
+checkpoints, ``roofline`` for GPU times."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from . import __version__, backends, viz
 from .backends.build import build_details
 from .classify import command as classifying
 from .learning import load_checkpoint
+from .probe import command as probing
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report
 
 DTYPES = {
@@ -144,11 +145,15 @@ def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
     add_roofline(predicting)
     plotting = commands.add_parser("plot", help="draw what neurons of a checkpoint learned: gates, routing, usage")
     add_plot(plotting)
+    changing = commands.add_parser("probe", help="what a checkpoint's routing and gates are worth: change them and see")
+    probing.add_arguments(changing)
     classes = commands.add_parser("classify", help="name the class of videos, the neurons they activate, and the time")
     classifying.add_arguments(classes)
     given = parser.parse_args(arguments)
     if given.command == "classify":
         return classifying.classify(classes, given)
+    if given.command == "probe":
+        return probing.probe_command(changing, given), 0
     if given.command == "plot":
         return plot(plotting, given), 0
     return (info() if given.command == "info" else roofline(predicting, given)), 0

@@ -9,7 +9,7 @@ from typing import Any
 from dsts_kernels.backbones import BACKBONES
 from dsts_kernels.classify import ClassifierConfig
 from dsts_kernels.data import ClipSampling
-from examples.data import DATA
+from dsts_kernels.data.named import DATA
 
 OWN = None  # what the registry says of the backbone
 
@@ -196,7 +196,7 @@ def check_ours(this: argparse.ArgumentParser, options: argparse.Namespace) -> No
     if options.center_in_training and options.score_center is None:
         this.error("--center-in-training: got it without --score-center, wanted mean or balance")
     if options.augment and options.data != "synthetic":
-        this.error(f"--augment: got it with --data {options.data}, wanted none: its clips are cropped and mirrored")
+        this.error(f"--augment: got it with --data {options.data}, wanted --data synthetic: others are not turned")
     if options.weights is not None and options.init is not None:
         this.error("--weights: got it with --init, wanted one of them")
     if options.freeze_backbone and options.backbone_rate is not None:

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dsts_kernels import files
 from dsts_kernels.backbones import classification_loss
 from dsts_kernels.classify.config import CLASSIFIER
+from dsts_kernels.data.named import build_data
 from dsts_kernels.learning import (
     RoutingMonitor,
     UpstreamDownstream,
@@ -45,7 +46,6 @@ from dsts_kernels.learning import (
     split_train_val,
 )
 from examples import start
-from examples.data import build_data
 from examples.options import classifier_config, parse, parser
 
 WARM_UP = 0.15  # of the steps, to the full learning rate
@@ -206,8 +206,7 @@ class Trainer:
         record |= {} if self.schedule is None else self.schedule.values
         if self.monitor is not None:
             found = self.monitor.statistics()
-            fields = ("usage", "entropy", "dead", "saturated", "spatial")
-            record |= {name: getattr(found, name).tolist() for name in fields}
+            record |= {name: getattr(found, name).tolist() for name in found._fields if name != "samples"}
         return record
 
     @torch.no_grad()
@@ -216,6 +215,8 @@ class Trainer:
         from torchmetrics.classification import MulticlassAccuracy
 
         self.model.eval()
+        if self.monitor is not None:
+            self.monitor.reset()
         classes = self.train_set.num_classes
         top1 = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(self.device)
         each = MulticlassAccuracy(classes, average="none", sync_on_compute=False).to(self.device)
@@ -236,6 +237,9 @@ class Trainer:
         known = [found for found in by_class if found is not None]
         metrics = {"top1": top1.compute().item(), "class_accuracy": by_class}
         metrics["mean_class_accuracy"] = sum(known) / len(known)  # of classes that the test set has
+        if self.monitor is not None:
+            found = self.monitor.statistics()
+            metrics |= {f"test_{name}": getattr(found, name).tolist() for name in ("usage", "entropy", "dead")}
         # Where a clip went away since the set was made, places in the batches are no longer those in the set.
         whole = len(label) == len(self.test_set)
         return metrics, self.routing(torch.cat(neurons, 1), label, pictures=whole) if neurons else None
@@ -286,6 +290,8 @@ class Trainer:
                 "generators": generators,
                 "history": self.history,
             }
+            if self.monitor is not None:
+                state["gates_at_start"] = dict(zip(self.monitor.layers, self.monitor.start, strict=True))
             save_checkpoint(path, state if routing is None else {**state, "routing": routing})
 
     def load(self, path: Path) -> None:
@@ -301,6 +307,8 @@ class Trainer:
             count = len(state["generators"])
             raise ValueError(f"--resume: got a checkpoint of {count} processes, wanted one of {self.world}")
         self.model.load_state_dict(state["model"])
+        if self.monitor is not None and "gates_at_start" in state:
+            self.monitor.start = list(state["gates_at_start"].values())
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         restore_generators(state["generators"][self.rank], self.device)
@@ -348,7 +356,7 @@ class Trainer:
         self.write_metrics(out)
         if self.options.quiet:
             return
-        dead = "" if self.monitor is None else f", dead neurons {record['dead']}"
+        dead = "" if self.monitor is None else f", dead neurons {record['dead']}, in evaluation {record['test_dead']}"
         print(f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, top-1 {record['top1']:.1%}{dead}", flush=True)
         for name in ("train_loss", "val_loss", "top1", "mean_class_accuracy", "seconds"):
             if name in record:

@@ -1,6 +1,7 @@
-"""Datasets: a synthetic fine-grained task, Diving48 and FineGym."""
+"""Datasets: two synthetic fine-grained tasks, Diving48 and FineGym."""
 
 from .annotations import Annotations, Clip, read_diving48, read_finegym
+from .cells import SyntheticCells
 from .clips import VideoClips
 from .sampling import ClipSampling, Window
 from .symmetries import Symmetries
@@ -15,6 +16,7 @@ __all__ = [
     "EvalTransform",
     "Extent",
     "Symmetries",
+    "SyntheticCells",
     "SyntheticDives",
     "TrainTransform",
     "VideoClips",

@@ -46,6 +46,7 @@ def run(out: Path, *options: str) -> dict:
 def comparable(state: dict) -> dict:
     """What must be the same in two runs: all but times, and where they were written."""
     history = [{k: v for k, v in record.items() if k != "seconds"} for record in state["history"]]
+    history = [{"start": state.get("gates_at_start")}, *history]
     return {"history": history, **{k: state[k] for k in ("epoch", "model", "optimizers", "generators", "routing")}}
 
 

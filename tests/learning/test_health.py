@@ -51,6 +51,54 @@ def test_counts_are_those_of_the_routing():
     assert monitor.statistics().samples.tolist() == [0, 0]
 
 
+def test_choices_without_noise():
+    """Noise spreads samples over neurons that evaluation never takes: the monitor counts both, by the same scores."""
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=4, score_reduction="mean")
+    layer = dsts.layers[0]
+    with torch.no_grad():
+        layer.scoring.zero_()
+        layer.scoring[2] = 0.01  # the highest, by less than the noise
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 4, 2, 3, 3))
+    found = monitor.statistics()
+    assert found.usage_without_noise.tolist() == [[0, 0, 1, 0]] and found.entropy_without_noise.tolist() == [0]
+    assert found.dead_without_noise.tolist() == [3] and found.dead[0] == 0 and found.entropy[0] > 1.5
+    monitor.reset()
+    dsts.eval()(torch.rand(64, 4, 2, 3, 3))
+    found = monitor.statistics()
+    assert torch.equal(found.usage, found.usage_without_noise) and found.dead.tolist() == [3]
+
+
+def test_choices_without_noise_are_centred():
+    """Less the centre, where evaluation subtracts it."""
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=2, score_reduction="mean", score_center=True, gumbel_scale=0.0)
+    layer = dsts.layers[0]
+    with torch.no_grad():
+        layer.scoring.zero_()
+        layer.scoring[0], layer.scoring[1] = 1.0, 0.5  # the first is above on every sample
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 1, 1, 1, 1).expand(64, 4, 2, 3, 3).contiguous())
+    found = monitor.statistics()
+    assert found.usage.tolist() == [[1, 0]] and 0.2 < found.usage_without_noise[0, 0] < 0.8
+
+
+def test_gates_that_crossed():
+    """Since the monitor was made, or since the start that a checkpoint brought."""
+    dsts = FusedDSTS(4, num_layers=2, num_neurons=2)
+    monitor = RoutingMonitor(dsts)
+    assert monitor.statistics().flipped.tolist() == [[0, 0], [0, 0]]
+    before = [gate.clone() for gate in monitor.start]
+    with torch.no_grad():
+        dsts.layers[1].gate[0].neg_()
+        dsts.layers[0].gate[1, :1].neg_()
+    assert monitor.statistics().flipped.tolist() == [[0, 0.25], [1, 0]]
+    assert all(torch.equal(a, b) for a, b in zip(before, monitor.start, strict=True))
+    monitor.start = [layer.gate for layer in dsts.layers]
+    assert monitor.statistics().flipped.tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="start: got"):
+        monitor.start = before[:1]
+
+
 def test_saturation_is_where_the_gradient_ends():
     q = torch.tensor([SATURATION + 1e-3, SATURATION - 1e-3, -SATURATION - 1e-3], dtype=torch.float64)
     assert [0 < r < 1 for r in saturating_sigmoid(q).tolist()] == [False, True, False]
