@@ -33,7 +33,7 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 SHAPES = {"tpn": (8, 16, 16), "swin": (16, 7, 7)}
 CHANNELS, NEURONS, BATCH = 1024, 10, 8
 KINDS = [(torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")]
-MODULES = (*LAUNCHERS, "gluon.conv")  # what has kernels
+MODULES = (*LAUNCHERS, "gluon.conv", "gluon.data_gradient", "gluon.weight_gradient")  # what has kernels
 LARGE = ("conv_kernel", "data_gradient_kernel", "weight_gradient_kernel")
 
 

@@ -63,6 +63,8 @@ WHERE: dict[str, Where] = {
     "gluon_gather": Where(("frozen graph",)),
     "turned_gather": Where(("training graph", "frozen graph")),
     "gluon_conv": Where(("frozen graph",)),
+    "gluon_data_gradient": Where(("training graph",)),
+    "gluon_weight_gradient": Where(("training graph",)),
     "fuse_routing": Where(("training", "evaluation", "training graph", "evaluation graph")),
     "keep_counters": Where(("training", "evaluation", "training graph")),
     "remember_launches": Where(("training", "evaluation", "frozen")),
@@ -74,7 +76,7 @@ WHERE: dict[str, Where] = {
     "keep_filters": Where(("training graph",)),
 }
 """By switch; one that is not here is timed in four modes at both of the paper's shapes."""
-AFTER = {"gluon_conv": "benchmarks.gpu.first_run"}
+AFTER = dict.fromkeys(("gluon_conv", "gluon_data_gradient", "gluon_weight_gradient"), "benchmarks.gpu.first_run")
 """Switches that are timed only if they are named, and what is to be run before: a kernel that hangs would end all."""
 
 

@@ -153,9 +153,10 @@ class Descriptor:
         sides, row = memory.data.shape, memory.data.shape[-1] * memory.dtype.itemsize
         if not len(sides) == len(block) <= 5 or max(block) > TMA_SIDE or row % 16:
             raise Fault(f"no descriptor has boxes {self.block} of {sides}")
-        if block[-1] * memory.dtype.itemsize > TMA_ROW_BYTES:
-            raise Fault(f"rows of {block[-1]} elements are longer than {TMA_ROW_BYTES} bytes")
-        self.data = memory.data
+        long = block[-1] * memory.dtype.itemsize
+        if long > TMA_ROW_BYTES and long % TMA_ROW_BYTES:  # the compiler cuts longer ones into copies of that
+            raise Fault(f"rows of {block[-1]} elements are no whole {TMA_ROW_BYTES} bytes")
+        self.data, self.block_type = memory.data, SimpleNamespace(shape=self.block)
 
     def box(self, corner: Sequence[int]) -> np.ndarray:
         """Zero wherever it leaves the tensor, on either side."""

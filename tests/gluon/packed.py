@@ -147,9 +147,9 @@ def memory_of(tensor: Tensor) -> Memory:
     return Memory(values.numpy(), str(tensor.dtype).removeprefix("torch."))
 
 
-def kernels(changed: dict[str, str] | None = None) -> dict[str, Callable]:
-    """The convolution's functions, of ``changed`` sources by file name where there are any."""
-    return read(FOLDER / "conv.py", {FOLDER / name: source for name, source in (changed or {}).items()})
+def kernels(changed: dict[str, str] | None = None, file: str = "conv.py") -> dict[str, Callable]:
+    """The functions of a file of kernels, of ``changed`` sources by file name where there are any."""
+    return read(FOLDER / file, {FOLDER / name: source for name, source in (changed or {}).items()})
 
 
 def run(monkeypatch: Any, case: Case, seed: int = 0, changed: dict[str, str] | None = None) -> tuple[Any, ...]:

@@ -8,36 +8,11 @@ import torch
 from benchmarks.gpu import first_run
 from dsts_kernels import FusedDSTS
 from dsts_kernels.backends.gpu.switches import switched
-from dsts_kernels.backends.triton import load
-from dsts_kernels.backends.triton.gluon import plan
 from dsts_kernels.testing import assert_close
 
-from ..backends.triton.support import interpreted, launch, spy_on
-from .packed import SMALL, OnCpu, kernels
+from ..backends.triton.support import interpreted, spy_on
 
 pytestmark = interpreted
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A chip of three multiprocessors, with a small tile; returns what launches of the kernel were seen."""
-    monkeypatch.setattr(launch, "chip", lambda device: ("sm_90", 3))
-    monkeypatch.setattr(plan, "TILES", (SMALL,))
-    monkeypatch.setattr(plan, "STEP_COST", {SMALL.n: 1.0})
-    monkeypatch.setattr(plan, "END_COST", {SMALL.n: 1.0})
-    spies = []
-
-    class Spy:
-        def __getitem__(self, grid):
-            spies.append(OnCpu(kernels()["conv_gluon_kernel"], len(spies)))
-            return spies[-1][grid]
-
-    monkeypatch.setattr(load("gluon.conv"), "conv_gluon_kernel", Spy())
-    for kept in (launch.gluon_runs, plan.wave_grid):
-        kept.cache_clear()
-    yield spies
-    for kept in (launch.gluon_runs, plan.wave_grid):
-        kept.cache_clear()
 
 
 @pytest.mark.parametrize("scoring_kernel", [(1, 1, 1), (1, 3, 3)], ids=str)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 
@@ -11,20 +9,10 @@ from ..support.targets import require_triton
 
 require_triton()
 from .faults import Deadlock, Fault, Hazard, PhaseFault  # noqa: E402
-from .packed import FOLDER, Case, check, run  # noqa: E402
+from .mistakes import SEEDS, WRONG, Mistake, broken  # noqa: E402
+from .packed import Case, check, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """Text of the kernel and what stands in its place, how that shows, and in which problem."""
-
-    right: str
-    wrong: str
-    shows: type[Exception]
-    case: dict[str, object] = field(default_factory=dict)
-
 
 READY = "mbarrier.wait(ready.index(stage), step // STAGES & 1)\n"
 FREE = "mbarrier.wait(free.index(stage), step // STAGES & 1 ^ 1)\n"
@@ -36,7 +24,7 @@ COPY = "tma.async_copy_global_to_shared(right, right_corner, ready.index(stage),
 COUNT = "ready, free, step, BYTES, STAGES)\n            step += 1"
 NEXT = "index((stage + 1) % STAGES)"
 RUNNING = "running = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=1, deps=[running]))"
-WRONG = AssertionError
+FILE = "conv.py"
 RAGGED, HOLE = {"outputs": 21}, {"neurons": (-1, 0, 1)}
 
 PHASES = {
@@ -112,15 +100,6 @@ SUMS = {
     "sums of the wrong edge": Mistake("(h != size.h - 1)", "(h != size.h - 2)", WRONG, {"taps": 9}),
     "a counter for all columns": Mistake(" + o0 // BN, 1", ", 1", WRONG),
 }  # fmt: skip
-SEEDS = 20  # orders in which a mistake is looked for; most show in the first
-
-
-def broken(mistake: Mistake) -> dict[str, str]:
-    """The source that it is in, by file, with it."""
-    texts = {name: (FOLDER / name).read_text() for name in ("conv.py", "ring.py", "epilogue.py")}
-    found = [name for name, text in texts.items() for _ in range(text.count(mistake.right))]
-    assert len(found) == 1, f"{mistake.right!r} is in {found}"
-    return {found[0]: texts[found[0]].replace(mistake.right, mistake.wrong)}
 
 
 def case_of(mistake: Mistake) -> Case:
@@ -136,7 +115,7 @@ def noticed(mistake: Mistake, monkeypatch: pytest.MonkeyPatch, seeds: int) -> Ex
     """What it shows as, in the first of ``seeds`` orders in which it does."""
     for seed in range(seeds):
         try:
-            out, sums, given, _ = run(monkeypatch, case_of(mistake), seed, broken(mistake))
+            out, sums, given, _ = run(monkeypatch, case_of(mistake), seed, broken(mistake, FILE))
             check(out, sums, given)
         except Exception as shown:
             return shown
@@ -161,7 +140,7 @@ def test_right_source_shows_nothing(monkeypatch):
 
 def test_deadlock_names_barrier_line_and_phase(monkeypatch):
     with pytest.raises(Deadlock) as told:
-        run(monkeypatch, case_of(EVERY["too many bytes"]), 0, broken(EVERY["too many bytes"]))
+        run(monkeypatch, case_of(EVERY["too many bytes"]), 0, broken(EVERY["too many bytes"], FILE))
     text = str(told.value)
     assert "consume: ring.py:" in text and "mbarrier.wait(ready.index(stage)" in text, text
     assert "(parity 0, phase 0)" in text, text
@@ -170,7 +149,7 @@ def test_deadlock_names_barrier_line_and_phase(monkeypatch):
 
 def test_wrong_phase_names_barrier_line_and_phase(monkeypatch):
     with pytest.raises(PhaseFault) as told:
-        run(monkeypatch, case_of(EVERY["a phase that never turns"]), 0, broken(EVERY["a phase that never turns"]))
+        run(monkeypatch, case_of(EVERY["a phase that never turns"]), 0, broken(EVERY["a phase that never turns"], FILE))
     assert "ring.py:" in str(told.value) and "parity 0, but phase 1 is due of ready[0]" in str(told.value)
 
 

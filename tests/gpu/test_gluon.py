@@ -1,4 +1,4 @@
-"""The Gluon convolution on a GPU: first in processes that are killed when they hang, then as a module's kernel."""
+"""The Gluon kernels on a GPU: first in processes that are killed when they hang, then as ops' kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,26 @@ def hopper():
         pytest.skip(f"gluon: {reason}")
 
 
-@pytest.mark.parametrize("case", ["one tile", "ragged", "float16", "nine taps", "channels-first", "tpn", "swin"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "one tile",
+        "ragged",
+        "float16",
+        "nine taps",
+        "channels-first",
+        "tpn",
+        "swin",
+        "data ragged",
+        "weight ragged",
+        "data no neuron",
+        "weight no neuron",
+        "data channels-first",
+        "weight mixing",
+        "data tpn",
+        "weight tpn",
+    ],
+)
 def test_in_a_process_of_its_own(case, hopper):
     """Right, twice the same bits, and it ends: a deadlock fails the Gluon cases that follow, and no other test."""
     if hung:
@@ -39,3 +58,6 @@ def test_explain_says_which_kernel_runs():
         text = explain("frozen_layer", "cuda", torch.bfloat16)
     fits = plan.unfit(torch.cuda.get_device_capability(), torch.bfloat16) is None
     assert ("its convolution in Gluon" in text) == fits
+    with switched(gluon_data_gradient=True, gluon_weight_gradient=True):
+        text = explain("gated_conv3d", "cuda", torch.bfloat16)
+    assert text.count("not in Gluon: ") == (0 if fits else 2)

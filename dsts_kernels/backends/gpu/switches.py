@@ -39,6 +39,12 @@ class Switches:
     """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full. Off
     until ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
 
+    gluon_data_gradient: bool = False
+    """Likewise the gradients of features and gates, where gates train (``triton/gluon/data_gradient.py``)."""
+
+    gluon_weight_gradient: bool = False
+    """Likewise the gradients of both operators' filters (``triton/gluon/weight_gradient.py``)."""
+
     fuse_routing: bool = True
     """Scores, Gumbel noise, choice, share and gates are one launch of Triton, and their gradients another."""
 

@@ -24,6 +24,14 @@ from .gluon import plan
 # All others are kernels and their launchers.
 HELPERS = ("common", "epilogue", "gluon", "launch", "recorded", "recorder", "schedule", "tuning")
 LAUNCHERS = tuple(m.name for m in pkgutil.iter_modules(__path__) if m.name not in (*HELPERS, "kernels"))
+IN_GLUON = {  # parts of ops that have a second kernel there, with its switch
+    "frozen_layer": {"convolution": "gluon_conv"},
+    "gated_conv3d": {
+        "gradients of features and gates": "gluon_data_gradient",
+        "gradients of filters": "gluon_weight_gradient",
+    },
+    "mixing_conv3d": {"gradients of filters": "gluon_weight_gradient"},
+}
 OLDEST = (3, 6)  # of the versions the kernels were tried with
 
 
@@ -76,10 +84,12 @@ class TritonBackend(GpuBackend):
         return dtypes.why_not(dtype)
 
     def note(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
-        if op != "frozen_layer":
-            return self.remark
-        reason = plan.why_not(capability(device), dtype) if device.type == "cuda" else "it runs on GPUs alone"
-        return f"{self.remark}; its convolution " + ("in Gluon" if reason is None else f"not in Gluon: {reason}")
+        notes = [self.remark]
+        for part, switch in IN_GLUON.get(op, {}).items():
+            on_gpu = device.type == "cuda"
+            reason = plan.why_not(capability(device), dtype, switch) if on_gpu else "it runs on GPUs alone"
+            notes.append(f"its {part} " + ("in Gluon" if reason is None else f"not in Gluon: {reason}"))
+        return "; ".join(notes)
 
     @property
     def kernels(self) -> Kernels:

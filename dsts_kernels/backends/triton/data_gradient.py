@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.grids import cdiv
 from ..gpu.lists import Lists
-from . import launch, tuning
+from . import launch, load, tuning
 from .common import (
     Size,
     Strides,
@@ -28,6 +28,7 @@ from .common import (
     tap_shift,
 )
 from .epilogue import part_of
+from .gluon import plan as gluon
 
 
 @triton.jit
@@ -229,6 +230,19 @@ def gradient_launch(
     )
 
 
+def wave_grid(x: Tensor, grad_ndhwc: Tensor, filters: Tensor) -> gluon.WaveGrid | None:
+    """The grid of :mod:`.gluon.data_gradient`, where it runs: its switch is on, and its waves are full."""
+    if (
+        not switches.current().gluon_data_gradient
+        or tuning.is_forced("data_gradient")
+        or not launch.gluon_runs(x.device, x.dtype)
+        or not (launch.aligned(grad_ndhwc) and launch.aligned(filters))
+    ):
+        return None
+    k_blocks = 12 * cdiv(grad_ndhwc.shape[-1], gluon.HALF_K)
+    return gluon.wave_grid(launch.chip(x.device)[1], x.shape[0], tuple(x.shape[2:]), x.shape[1], k_blocks)
+
+
 def data_gradient(
     grad_ndhwc: Tensor,  # (B, T, H, W, O)
     x: Tensor,  # (B, C, T, H, W)
@@ -243,14 +257,17 @@ def data_gradient(
     outputs = grad_ndhwc.shape[-1]
     if filters.shape[-1] != outputs:  # from a forward pass of the cuda backend, which pads rows
         filters = filters[..., :outputs].contiguous()
+    waves = wave_grid(x, grad_ndhwc, filters) if need_gate else None
     tile = tuning.choose_tile("data_gradient", launch.chip(x.device)[0], tuning.kind_of(x.dtype), tuple(size), c)
-    box = grids.best_box(tile.m, *size)
+    box = waves.box if waves else grids.best_box(tile.m, *size)
     dx = torch.empty_like(x) if need_x else None
     if dx is not None and dx.stride() != x.stride() and need_gate:  # one set of strides serves both
         x = torch.empty_like(dx).copy_(x)
     like = x if dx is None else dx
-    boxes = box.tiles(*size)
-    parts = x.new_empty((b, boxes, c), dtype=torch.float32) if need_gate else None
+    parts = x.new_empty((b, box.tiles(*size), c), dtype=torch.float32) if need_gate else None
+    if waves:
+        load("gluon.data_gradient").data_gradient(grad_ndhwc, x, gate, lists, filters, dx, parts, waves)
+        return dx, gate_sums(parts, gate.dtype)
     g, tma_grad = launch.boxed(grad_ndhwc, box, tile.k, tile.tma, left=True)
     f, tma_filters = launch.described(filters, (1, tile.n, tile.k), tile.tma and need_gate)
     one = gradient_launch(

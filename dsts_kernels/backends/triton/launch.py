@@ -198,7 +198,7 @@ def start(kernel: JITFunction, launch: Launch, tensors: tuple[object, ...]) -> N
         if tensor is None:
             arguments.append(None)
             kinds.append(None)
-        elif type(tensor) is TensorDescriptor:
+        elif hasattr(tensor, "block_shape"):  # a tensor descriptor, Triton's or Gluon's, whose layout its rank says
             arguments.append(tensor)
             kinds.append((tensor.base.dtype, *tensor.block_shape))
         else:

@@ -140,8 +140,8 @@ class Recording:
         if self.counted:
             at.append(launch.zeroed(self.counted, self.device).data_ptr())
         values = [at[memory] + offset for memory, offset in self.places]
-        for memory, offset, dtype, shape, block_shape in self.boxes:
-            values.append(launch.described_at(at[memory] + offset, dtype, shape, block_shape))
+        for memory, offset, make, dtype, shape, block_shape in self.boxes:
+            values.append(make(at[memory] + offset, dtype, shape, block_shape))
         values.append(None)
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())

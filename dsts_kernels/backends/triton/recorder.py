@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import launch
+from . import launch, load
 
 aten = torch.ops.aten
 FRESH = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default}
@@ -56,9 +56,10 @@ class Place(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A tensor descriptor there."""
+    """A tensor descriptor there, Triton's or Gluon's, and what makes another for an address."""
 
     place: Place
+    make: Callable[[int, torch.dtype, torch.Size, tuple[int, ...]], object]
     dtype: torch.dtype
     shape: torch.Size
     block: tuple[int, ...]
@@ -128,10 +129,11 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             if tensor is None:
                 arguments.append(None)
-            elif type(tensor) is TensorDescriptor:
+            elif hasattr(tensor, "block_shape"):
                 place = self.place(tensor.base.data_ptr())
+                make = launch.described_at if type(tensor) is TensorDescriptor else load("gluon.ring").box_at
                 shape, block = torch.Size(tensor.shape), tuple(tensor.block_shape)
-                arguments.append(Box(place, tensor.base.dtype, shape, block))
+                arguments.append(Box(place, make, tensor.base.dtype, shape, block))
             else:
                 arguments.append(self.place(tensor.data_ptr()))
         self.launches.append(Launched(compiled, grid, arguments))

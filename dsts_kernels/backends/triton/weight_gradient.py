@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import features, grids
+from ..gpu import features, grids, switches
 from ..gpu.grids import cdiv
 from ..gpu.lists import Groups, Lists
 from ..packing import tile_channels
-from . import launch, tuning
+from . import launch, load, tuning
 from .common import (
     Size,
     box_start,
@@ -28,6 +28,7 @@ from .common import (
     plan_field,
     tap_shift,
 )
+from .gluon import plan as gluon
 
 
 @triton.jit
@@ -139,6 +140,18 @@ def gradient_launch(
     )
 
 
+def gluon_tile(left: Tensor, right: Tensor, k_channels: int) -> gluon.WaveTile | None:
+    """The tile of :mod:`.gluon.weight_gradient`, where it runs: its switch is on, and a tile fits."""
+    if (
+        not switches.current().gluon_weight_gradient
+        or tuning.is_forced("weight_gradient")
+        or not launch.gluon_runs(left.device, left.dtype)
+        or not (launch.aligned(left) and launch.aligned(right))
+    ):
+        return None
+    return gluon.weight_tile(k_channels, right.shape[-1], math.prod(left.shape[1:4]))
+
+
 def weight_gradient(
     left: Tensor,  # (B, T, H, W, left_width)
     right: Tensor,  # (B, T, H, W, right_width)
@@ -154,11 +167,16 @@ def weight_gradient(
 ) -> Tensor:
     """:func:`.weight_gradient.weight_gradient_kernel` by slot, or into ``out`` by neuron."""
     size, width = tuple(left.shape[1:4]), right.shape[-1]
+    by_neuron = out is not None
+    out = torch.empty(shape, dtype=dtype, device=left.device) if out is None else out
+    if (wave_tile := gluon_tile(left, right, k_channels)) is not None:
+        load("gluon.weight_gradient").weight_gradient(
+            left, right, lists, groups, k_channels, kernel, with_temporal, sign, out, by_neuron, wave_tile
+        )
+        return out
     architecture = launch.chip(left.device)[0]
     tile = tuning.choose_tile("weight_gradient", architecture, tuning.kind_of(left.dtype), size, width)
     box = grids.best_box(tile.k, *size)
-    by_neuron = out is not None
-    out = torch.empty(shape, dtype=dtype, device=left.device) if out is None else out
     temporal_taps = 3 if with_temporal else 0
     lefts, tma_left = launch.boxed(left, box, tile.m, tile.tma, left=True)
     rights, tma_right = launch.boxed(right, box, tile.n, tile.tma, left=False)

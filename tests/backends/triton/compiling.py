@@ -22,9 +22,10 @@ require_triton()
 tl, triton = map(importlib.import_module, ("triton.language", "triton"))
 launch = load("launch")
 MODULES = [load(name) for name in LAUNCHERS]
+IN_GLUON = [load(f"gluon.{name}") for name in ("conv", "data_gradient", "weight_gradient")]
 REMEMBERED = [
     (module, name, function)
-    for module in MODULES
+    for module in (*MODULES, *IN_GLUON)
     for name, function in vars(module).items()
     if name.endswith("_launch") and function.__module__ == module.__name__
 ]

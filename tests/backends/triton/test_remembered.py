@@ -7,6 +7,7 @@ that. A launch under a key that is too coarse would run another specialization, 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator
 
@@ -18,7 +19,9 @@ from dsts_kernels.backends import BACKENDS
 from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.triton import load
 
+from ...support.inputs import LAYOUTS, gated_inputs
 from .compiling import (
+    IN_GLUON,
     MODULES,
     REMEMBERED,
     STREAM,
@@ -144,6 +147,36 @@ def test_the_gather_in_gluon(compiler, monkeypatch):
     assert not compiler.wrong, compiler.wrong[0]
     assert any("route_and_gather_rows_kernel" in text for text in compiler.run)
     assert sum("route_and_gather_rows_kernel" in text for text in compiler.compiled) <= 4
+
+
+def test_gluon_kernels(compiler, monkeypatch):
+    """Likewise those of a frozen module and of both gradients, by sizes, memory formats and dtypes in turns."""
+    monkeypatch.setattr(launch, "chip", functools.cache(lambda device: ("sm_90", 2)))
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda self, op, device, dtype: None)
+    launch.gluon_runs.cache_clear()
+    backend, half = BACKENDS["triton"], (torch.bfloat16, torch.float16)
+    modules = [
+        FusedDSTS(128, num_layers=1, num_neurons=2, dtype=dtype).eval().freeze(backend="triton") for dtype in half
+    ]
+    counts = []
+    with switched(gluon_conv=True, gluon_data_gradient=True, gluon_weight_gradient=True):
+        for _ in range(2):
+            for batch, size in ((2, (2, 8, 8)), (4, (2, 8, 8)), (2, (3, 8, 8))):
+                for fast, change in itertools.product(modules, (LAYOUTS["channels-first"], LAYOUTS["channels-last"])):
+                    x, gate, neuron, *filters = gated_inputs(batch, 128, 128, size, fast.dtype)
+                    x = change(x)
+                    for needs in ([True] * 4, [False, True, False, False]):
+                        backend.gated_conv3d_backward(x, x, gate, neuron, *filters, needs)
+                    for kernel in ((1, 1, 1), (1, 3, 3)):
+                        mixing = torch.zeros(3, 128, 128, *kernel, dtype=fast.dtype)
+                        backend.mixing_conv3d_backward(x, x, neuron, mixing, [False, True])
+                    fast(x)
+            counts.append(len(compiler.compiled))
+    launch.gluon_runs.cache_clear()
+    assert not compiler.wrong, compiler.wrong[0]
+    assert counts[0] == counts[1], "the second time everything is remembered"
+    names = {name for module in IN_GLUON for name in vars(module) if name.endswith("_gluon_kernel")}
+    assert len(names) == 3 and names <= {text.partition(":")[0] for text in compiler.run}
 
 
 def test_what_is_remembered_of_a_problem(compiler, monkeypatch):

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...gpu import features, grids
 from ...gpu.kernels import ConvEpilogue
+from .. import launch
 from ..common import Size, Strides, box_start, boxes_of, plan_field
 from ..conv import k_block
 from . import plan as plans
 from .epilogue import add_boxes, end_part, part_of
-from .ring import box_of, bring, multiply
+from .ring import box_of, bring, multiply, open_ring
 
 
 @gluon.jit
@@ -168,15 +168,7 @@ def conv_gluon_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """One persistent launch; see the top of this file."""
-    gl.static_assert(STAGES >= 2, "a stage is free one step after its own")
-    panel_ring = gl.allocate_shared_memory(panel.dtype, [STAGES, 1, BOX.t, BOX.h, BOX.w, BK], panel.layout)
-    filter_ring = gl.allocate_shared_memory(filters.dtype, [STAGES, BN, BK], filters.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
-    fence_async_shared()  # copies arrive at barriers by another way than threads that set them up
+    panel_ring, filter_ring, ready, free = open_ring(panel, filters, STAGES)
     gl.warp_specialize(
         [
             (
@@ -200,46 +192,28 @@ def conv_gluon_kernel(
     )  # fmt: skip
 
 
-def conv_packed(
-    panel: Tensor,  # (B, T, H, W, width), half
-    filters: Tensor,  # (blocks * O, K)
-    plan: Tensor,  # (B, PLAN) int32
-    out: Tensor,  # (B, O, T, H, W)
+@launch.remembered
+def conv_launch(
+    shape: torch.Size,  # of the output
+    strides: tuple[int, ...],
     grid: plans.WaveGrid,
-    epilogue: ConvEpilogue,
-) -> None:
-    """:func:`conv_gluon_kernel` on a panel into ``out``."""
-    b, outputs = out.shape[:2]
-    tile, box, sums = grid.tile, grid.box, epilogue.sums
-    taps = 0 if sums is None else sums.shape[2]
-    counters, box_sums, channels_last = epilogue.arrival_counters, None, out.stride(1) == 1
-    if taps:
-        box_sums = panel.new_empty((b, grid.tiles.along, outputs, taps), dtype=torch.float32)
-    if counters is None:
-        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
-    conv_gluon_kernel[(grid.ctas,)](
-        box_of(panel, [1, *box, tile.k]),
-        box_of(filters, [tile.n, tile.k]),
-        plan,
-        epilogue.bias,
-        epilogue.skip,
-        out,
-        box_sums,
-        sums,
-        counters,
-        Size(*out.shape[2:]),
-        Strides(*out.stride()),
-        b * grid.tiles.per_sample,
-        outputs,
+    relu: bool,
+    sum_taps: int,
+    index_64: bool,
+) -> launch.Launch:
+    tile, channels_last = grid.tile, strides[1] == 1
+    return launch.Launch(
+        (grid.ctas,),
+        (Size(*shape[2:]), Strides(*strides), shape[0] * grid.tiles.per_sample, shape[1]),
         KERNEL=features.SPATIAL,
         TEMPORAL_TAPS=3,
-        RELU=epilogue.relu,
-        SUM_TAPS=taps,
-        INDEX_64=features.needs_int64(out),
+        RELU=relu,
+        SUM_TAPS=sum_taps,
+        INDEX_64=index_64,
         CHANNELS_LAST=channels_last,
-        CELLS=grids.next_power(tile.n * max(1, taps)),
-        AT_ONCE=16 if taps <= 1 else 4,
-        BOX=box,
+        CELLS=grids.next_power(tile.n * max(1, sum_taps)),
+        AT_ONCE=16 if sum_taps <= 1 else 4,
+        BOX=grid.box,
         BN=tile.n,
         BK=tile.k,
         PART=min(plans.PART if channels_last else plans.PART // 2, tile.n),  # whole ones would spill there
@@ -249,3 +223,27 @@ def conv_packed(
         PRODUCER_REGISTERS=plans.PRODUCER_REGISTERS,
         num_warps=plans.CONSUMER_WARPS,
     )
+
+
+def conv_packed(
+    panel: Tensor,  # (B, T, H, W, width), half
+    filters: Tensor,  # (blocks * O, K)
+    plan: Tensor,  # (B, PLAN) int32
+    out: Tensor,  # (B, O, T, H, W)
+    grid: plans.WaveGrid,
+    epilogue: ConvEpilogue,
+) -> None:
+    """:func:`conv_gluon_kernel` on a panel into ``out``."""
+    tile, sums = grid.tile, epilogue.sums
+    taps = 0 if sums is None else sums.shape[2]
+    counters, box_sums = epilogue.arrival_counters, None
+    if taps:
+        box_sums = panel.new_empty((out.shape[0], grid.tiles.along, out.shape[1], taps), dtype=torch.float32)
+    if counters is None:
+        counters = panel.new_zeros(grid.arrival_counters, dtype=torch.int32)
+    one = conv_launch(out.shape, out.stride(), grid, epilogue.relu, taps, features.needs_int64(out))
+    tensors = (
+        box_of(panel, (1, *grid.box, tile.k)), box_of(filters, (tile.n, tile.k)), plan, epilogue.bias, epilogue.skip,
+        out, box_sums, sums, counters,
+    )  # fmt: skip
+    launch.start(conv_gluon_kernel, one, tensors)

@@ -38,6 +38,25 @@ def taps_of(stored, h, w, size, tap: gl.constexpr, TAPS: gl.constexpr):
 
 
 @gluon.jit
+def places_of(b, start, o, size, stride, INDEX_64: gl.constexpr, BOX: gl.constexpr, rows: gl.constexpr):
+    """Of the positions of a box at ``start``, in layout ``rows``: rows and columns of a frame, which are in the
+    features, and where ``[positions, columns o]`` of sample ``b`` lie."""
+    t0, h0, w0 = start
+    m = gl.arange(0, BOX.t * BOX.h * BOX.w, gl.SliceLayout(1, rows))
+    t = t0 + m // (BOX.h * BOX.w)
+    h = h0 + m // BOX.w % BOX.h
+    w = w0 + m % BOX.w
+    inside = (t < size.t) & (h < size.h) & (w < size.w)
+    if INDEX_64:
+        position = t.to(gl.int64) * stride.t + h.to(gl.int64) * stride.h + w.to(gl.int64) * stride.w
+        column = o.to(gl.int64) * stride.c
+    else:
+        position = t * stride.t + h * stride.h + w * stride.w
+        column = o * stride.c
+    return h, w, inside, b.to(gl.int64) * stride.b + (position[:, None] + column[None, :])
+
+
+@gluon.jit
 def end_part(
     v,  # [BM, PART] float32
     b,
@@ -60,7 +79,6 @@ def end_part(
     WARPS: gl.constexpr,
 ):
     """Ends outputs ``o0`` and on of one box of positions, which starts at ``start``."""
-    BM: gl.constexpr = v.shape[0]
     PART: gl.constexpr = v.shape[1]
     # 8 outputs a lane; a warp has the part's outputs of some positions. Nine taps of features that lie channels-first,
     # which no module asks for, are summed so too: in the other layout they spill.
@@ -69,21 +87,9 @@ def end_part(
     else:  # a lane a position
         rows: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS // 2, 2], [0, 1])
     v = gl.convert_layout(v, rows)
-    t0, h0, w0 = start
-    m = gl.arange(0, BM, gl.SliceLayout(1, rows))
     o = o0 + gl.arange(0, PART, gl.SliceLayout(0, rows))
-    t = t0 + m // (BOX.h * BOX.w)
-    h = h0 + m // BOX.w % BOX.h
-    w = w0 + m % BOX.w
-    inside = (t < size.t) & (h < size.h) & (w < size.w)
+    h, w, inside, offsets = places_of(b, start, o, size, stride, INDEX_64, BOX, rows)
     mask = inside[:, None] & (o < outputs)[None, :]
-    if INDEX_64:
-        position = t.to(gl.int64) * stride.t + h.to(gl.int64) * stride.h + w.to(gl.int64) * stride.w
-        column = o.to(gl.int64) * stride.c
-    else:
-        position = t * stride.t + h * stride.h + w * stride.w
-        column = o * stride.c
-    offsets = b.to(gl.int64) * stride.b + (position[:, None] + column[None, :])
     if bias is not None:
         v += gl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
     if RELU:

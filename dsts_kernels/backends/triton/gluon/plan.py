@@ -1,4 +1,4 @@
-"""Where the Gluon convolution runs, with which tile, and how its tiles are dealt out: plain integers, without triton.
+"""Where the Gluon kernels run, with which tiles, and how these are dealt out: plain integers, without triton.
 
 Every CTA takes whole tiles in turn; none is shared (no stream-K), so nothing goes through memory but the result. That
 is right where the waves are nearly full, and where they are not the older kernel runs, which shares tiles.
@@ -20,6 +20,7 @@ from ...packing import TILE_BYTES
 CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 ARCHITECTURE = "sm_90"
 PART = 64  # outputs of a tile that are ended at a time, for registers' sake
+GRADIENT_PART = 32  # channels of a data gradient's tile, likewise: it has three operands
 CONSUMER_WARPS = 8
 PRODUCER_WARPS, PRODUCER_REGISTERS = 1, 40
 # How full waves must be. A step of this kernel is predicted at 0.80 us where the older one's takes 0.90, and a launch
@@ -40,6 +41,8 @@ class WaveTile(NamedTuple):
 
 HALF_K = TILE_BYTES // 2
 TILES = (WaveTile(128, 256, HALF_K, 4), WaveTile(128, 128, HALF_K, 6))
+
+WEIGHT_TILES = (WaveTile(128, 256, 64, 4), WaveTile(128, 128, 64, 6))  # channels, outputs, positions of a step
 
 
 class WaveGrid(NamedTuple):
@@ -71,7 +74,7 @@ def has_gluon() -> bool:
 
 
 def unfit(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run a frozen layer's convolution on such a GPU; ``None`` where it can."""
+    """Why no kernel here can run on such a GPU; ``None`` where they can."""
     if capability != CAPABILITY:
         wanted, got = (".".join(map(str, one)) for one in (CAPABILITY, capability))
         return f"it needs compute capability {wanted}, this GPU has {got}"
@@ -82,12 +85,12 @@ def unfit(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why it does not run; ``None`` where it does, if its waves are full enough."""
+def why_not(capability: tuple[int, int], dtype: torch.dtype, switch: str = "gluon_conv") -> str | None:
+    """Why a kernel does not run; ``None`` where it does, if its waves are full enough."""
     if (reason := unfit(capability, dtype)) is not None:
         return reason
-    if not switches.current().gluon_conv:
-        return "its switch gluon_conv is off: it has not run on a GPU yet"
+    if not getattr(switches.current(), switch):
+        return f"its switch {switch} is off: it has not run on a GPU yet"
     return None
 
 
@@ -104,3 +107,15 @@ def wave_grid(processors: int, batch: int, size: tuple[int, int, int], outputs: 
         if grid.batch * tiles.per_sample >= LEAST_FILL * grid.waves * processors:
             found.append(grid)
     return min(found, key=lambda g: g.waves * (k_blocks * STEP_COST[g.tile.n] + END_COST[g.tile.n]), default=None)
+
+
+def weight_tile(channels: int, outputs: int, positions: int) -> WaveTile | None:
+    """The tile of a filter gradient, the first that fits; ``None`` where none does.
+
+    How many tiles there are, only the device knows. The older kernel's tiles are as large, and as many fill a wave.
+    """
+    for tile in WEIGHT_TILES:
+        sides = zip((tile.m, tile.n, tile.k), (channels, outputs, positions), strict=True)
+        if all(side <= next_power(max(count, 16)) for side, count in sides):
+            return tile
+    return None
