@@ -1,5 +1,5 @@
 """``python -m dsts_kernels``: ``info`` on what runs where, ``bench`` for times here, ``classify`` for videos, ``plot``
-for checkpoints, ``roofline`` for GPU times."""
+and ``probe`` for checkpoints, ``roofline`` for GPU times."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .backends.build import build_details, build_record, why_no_module
 from .bench import command as benching
 from .classify import command as classifying
 from .learning import load_checkpoint
+from .probe import command as probing
 from .roofline import BACKENDS, CHIPS, SHAPES, STEPS, Case, report, summary
 
 DTYPES = {
@@ -171,6 +172,8 @@ def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
     add_roofline(predicting)
     plotting = commands.add_parser("plot", help="draw what neurons of a checkpoint learned: gates, routing, usage")
     add_plot(plotting)
+    changing = commands.add_parser("probe", help="what a checkpoint's routing and gates are worth: change them and see")
+    probing.add_arguments(changing)
     classes = commands.add_parser("classify", help="name the class of videos, the neurons they activate, and the time")
     classifying.add_arguments(classes)
     benches = commands.add_parser("bench", help="time the module here, beside the literal one and the best handwritten")
@@ -180,6 +183,8 @@ def answer(arguments: Sequence[str] | None) -> tuple[str, int]:
         return classifying.classify(classes, given)
     if given.command == "bench":
         return benching.bench(benches, given), 0
+    if given.command == "probe":
+        return probing.probe_command(changing, given), 0
     if given.command == "plot":
         return plot(plotting, given), 0
     return (info() if given.command == "info" else roofline(predicting, given)), 0

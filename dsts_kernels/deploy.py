@@ -129,8 +129,9 @@ class StandardDSTS(nn.Module):
 class StandardLayer(nn.Module):
     """One layer. Buffers, with ``S`` and ``T`` the most channels that a neuron's operators list:
 
-    ``scoring (N, C*taps)`` and ``bias (N, O)`` in float32 (float64 in float64), ``gate (N, C)``, ``listed (N, S + T)``
-    int64, ``filters (N, O, 9*S + 3*T)`` and ``mixing (N, O, taps*O)`` or ``None``.
+    ``scoring (N, C*taps)``, ``center (N,)`` or ``None`` and ``bias (N, O)`` in float32 (float64 in float64),
+    ``gate (N, C)``, ``listed (N, S + T)`` int64, ``filters (N, O, 9*S + 3*T)`` and ``mixing (N, O, taps*O)`` or
+    ``None``.
     """
 
     def __init__(self, layer: FrozenLayer) -> None:
@@ -157,7 +158,8 @@ class StandardLayer(nn.Module):
             kernels = [unpack_mixing(kernel, layer.packing, outputs, taps).flatten(1) for kernel in layer.mixing]
             mixing = torch.stack(kernels)
         for name, tensor in (
-            ("scoring", layer.scoring.flatten(1).clone()),
+            ("scoring", layer.scoring[:, :, : layer.taps].flatten(1).clone()),
+            ("center", -layer.scoring[:, 0, -1] if layer.scoring.shape[2] != layer.taps else None),
             ("bias", layer.bias.clone()),
             ("gate", layer.gate.clone()),
             ("listed", listed),
@@ -168,7 +170,8 @@ class StandardLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StandardLayer:
         """Follows a move or a cast; scores and biases stay wide, and are not rounded on the way."""
-        kept = {name: self._buffers[name] for name in ("scoring", "bias", "gate")}
+        names = [name for name in ("scoring", "center", "bias", "gate") if self._buffers[name] is not None]
+        kept = {name: self._buffers[name] for name in names}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             wide = torch.float32 if name == "gate" else accumulate_dtype(self.filters.dtype)
@@ -184,6 +187,7 @@ class StandardLayer(nn.Module):
         scores = F.linear(sums, self.scoring)
         if self.score_elements:
             scores = scores / (self.score_elements * t * h * w)
+        scores = scores if self.center is None else scores - self.center
         neuron = scores.argmax(dim=1)
         columns = []
         for panel, kernel in zip(self.panels(x, neuron), (SPATIAL, TEMPORAL), strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .backends.base import accumulate_dtype
+from .backends.base import accumulate_dtype, with_center
 from .backends.packing import channel_lists, pack, pack_mixing
 from .frozen_state import LayerDescription, fingerprint
 from .layer import DSTSLayer
@@ -40,6 +40,7 @@ class Source(NamedTuple):
     mixing: Tensor  # (N, O, O, *mixing_kernel)
     scale: Tensor  # (O,) float64: the norm is scale*z + shift
     shift: Tensor
+    center: Tensor | None = None  # (N,) of scores
 
 
 @contextlib.contextmanager
@@ -99,7 +100,10 @@ def _read_layer(layer: nn.Module, where: str) -> Source:
         if 0 in value.shape or tuple(value.shape) not in [(*sizes, *kernel) for kernel in kernels]:
             wanted = " or ".join(str((*sizes, *kernel)) for kernel in kernels)
             raise ValueError(f"{where}.{name}: got {_checks.describe(value)}, wanted {wanted}")
-    return Source(layer, gate=gate, **weights, **_norm(layer.norm, f"{where}.norm", o, gate.device))
+    center = layer.center if layer.center is None else _weight(f"{where}.center", layer.center, 1)
+    if center is not None and center.shape != (n,):
+        raise ValueError(f"{where}.center: got {_checks.describe(center)}, wanted shape {(n,)}")
+    return Source(layer, gate=gate, **weights, **_norm(layer.norm, f"{where}.norm", o, gate.device), center=center)
 
 
 SHAPED = {
@@ -182,7 +186,9 @@ def freeze_layer(source: Source, dtype: torch.dtype, packing: str) -> tuple[Laye
         relu=layer.activation == "relu",
         packing=packing,
         gates=fingerprint(gate),
+        centered=source.center is not None,
     )
+    scoring = ops.collapse_scoring(source.scoring).to(wide)
     packed = [
         pack(panel.to(dtype), packing)
         for n in range(len(hard))
@@ -194,7 +200,7 @@ def freeze_layer(source: Source, dtype: torch.dtype, packing: str) -> tuple[Laye
         panels = scaled.flatten(3).transpose(2, 3).to(dtype).contiguous()
         mixing = torch.stack([pack_mixing(panel, packing) for panel in panels])
     return about, {
-        "scoring": ops.collapse_scoring(source.scoring).to(wide),
+        "scoring": scoring if source.center is None else with_center(scoring, source.center),
         "gate": gate,
         "filters": torch.cat(packed),
         "bias": source.shift.to(wide).expand(len(hard), -1),

@@ -53,9 +53,9 @@ class FrozenDSTS(Routed):
     was. The gates, and with them the sizes of the buffers, are the state's. Its packing is converted to this module's;
     so is its dtype, unless with ``assign=True``, which takes dtype and device from the state. ``backend`` and
     ``algorithm`` stay. Refused are a state of another ``in_channels``, ``num_neurons``, number of layers, scoring
-    kernel, ``score_reduction`` (with the outputs a mean is over), mixing kernel, activation or ``skip``
-    (:meth:`load` takes any); one whose parts do not fit one another; one of a newer version; and one of version 0.1,
-    which does not say how it is packed.
+    kernel, ``score_reduction`` (with the outputs a mean is over), mixing kernel, activation or ``skip``, or with a
+    centre of scores where this module has none or the other way round (:meth:`load` takes any); one whose parts do not
+    fit one another; one of a newer version; and one of version 0.1, which does not say how it is packed.
 
     Args:
         source: the :class:`FusedDSTS` to freeze.

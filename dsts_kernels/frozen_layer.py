@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype
+from .backends.base import FrozenOptions, FrozenWeights, accumulate_dtype, taps_of
 from .backends.packing import Layout, channel_lists, filters_size, mixing_shape, repack_filters, repack_mixing
 from .frozen_state import BUFFERS, LayerDescription, fingerprint, holds_values
 from .ops import _checks
@@ -65,9 +65,9 @@ def relaid(tensors: Mapping[str, Tensor | None], taps: int, old: Layout, new: La
 class FrozenLayer(nn.Module):
     """The packed weights of one layer: see :class:`~dsts_kernels.backends.base.FrozenWeights`.
 
-    Buffers: ``scoring (N, C, taps)`` and ``bias (N, O)`` in float32 (float64 in float64), ``gate (N, C)`` float32 of 0
-    and 1, ``filters`` flat and ``mixing (N, packed)`` (or ``None``) in the module's dtype. Beside them ``channels`` and
-    ``starts``, which follow from the gates.
+    Buffers: ``scoring (N, C, taps)`` (with a centre one tap more) and ``bias (N, O)`` in float32 (float64 in float64),
+    ``gate (N, C)`` float32 of 0 and 1, ``filters`` flat and ``mixing (N, packed)`` (or ``None``) in the module's dtype.
+    Beside them ``channels`` and ``starts``, which follow from the gates.
     """
 
     channels: Tensor
@@ -102,7 +102,8 @@ class FrozenLayer(nn.Module):
 
     def describe(self) -> LayerDescription:
         kernel, gates = tuple(self.mixing_kernel), fingerprint(self.gate)
-        return LayerDescription(self.taps, self.score_elements, kernel, self.relu, self.packing, gates)
+        centered = self.scoring.shape[2] != self.taps
+        return LayerDescription(self.taps, self.score_elements, kernel, self.relu, self.packing, gates, centered)
 
     def put(self, tensors: Mapping[str, Tensor | None], layout: Layout) -> None:
         """Take these buffers as they are."""
@@ -110,7 +111,7 @@ class FrozenLayer(nn.Module):
             self._buffers[name] = tensors[name]
         self.packing, self.dtype = layout
         self.prepared = None
-        self.num_neurons, _, self.taps = self.scoring.shape
+        self.num_neurons, self.taps = len(self.scoring), taps_of(self.scoring)
         self.channels, self.starts = channel_lists(self.gate > 0.5)
         self._stamp = self._now() if has_values(self.gate) and self._unsound() is None else None
 

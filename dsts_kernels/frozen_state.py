@@ -25,7 +25,7 @@ from .ops.relevance import SCORING_KERNELS
 
 __all__ = ["ALGORITHMS", "BUFFERS", "EXTRA", "Description", "LayerDescription", "decode", "differences", "encode"]
 
-FORMAT = 1
+FORMAT = 2  # of states with a centre of scores, which older versions do not know; others are written as 1
 EXTRA = "_extra_state"  # as torch names it
 BUFFERS = ("scoring", "gate", "filters", "bias", "mixing")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
@@ -46,6 +46,7 @@ class LayerDescription(NamedTuple):
     relu: bool
     packing: str
     gates: int  # checksum: gates may not change without the filters that go with them
+    centered: bool = False  # whether scoring has the tap of a centre
 
     @property
     def folds(self) -> bool:
@@ -88,8 +89,12 @@ def fingerprint(gate: Tensor) -> int:
 
 def encode(about: Description) -> Tensor:
     """A description as a flat uint8 tensor on the CPU."""
-    fields = {"format": FORMAT, **about._asdict(), "dtype": str(about.dtype).removeprefix("torch.")}
+    number = FORMAT if any(layer.centered for layer in about.layers) else 1
+    fields = {"format": number, **about._asdict(), "dtype": str(about.dtype).removeprefix("torch.")}
     fields["layers"] = [layer._asdict() for layer in about.layers]
+    for own in fields["layers"]:
+        if not own["centered"]:
+            del own["centered"]
     text = json.dumps(fields).encode().ljust(ROOM * (1 + len(about.layers)))
     return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
@@ -118,7 +123,7 @@ def decode(extra: object) -> Description:
             LayerDescription(**{**own, "mixing_kernel": tuple(own["mixing_kernel"])}) for own in fields["layers"]
         )
         about = Description(**{**fields, "dtype": DTYPES[fields["dtype"]], "layers": layers})
-        sound = number == FORMAT and _sound(about)
+        sound = number in (1, FORMAT) and _sound(about)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{wanted}; it is damaged") from error
     if not sound:
@@ -144,6 +149,7 @@ def _sound(about: Description) -> bool:
             and type(layer.relu) is bool
             and layer.packing in PACKINGS
             and type(layer.gates) is int
+            and type(layer.centered) is bool
             for layer in about.layers
         )
     )
@@ -198,7 +204,7 @@ def check_layer(
     """Refuse a layer's buffers where a shape, a dtype or an index does not fit the rest."""
     n, c, wide = about.num_neurons, about.in_channels, accumulate_dtype(about.dtype)
     expect = {
-        "scoring": ((n, c, layer.scoring_taps), wide),
+        "scoring": ((n, c, layer.scoring_taps + layer.centered), wide),
         "gate": ((n, c), torch.float32),
         "bias": ((n, c), wide),
     }

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from .backends import GpuBackend, choose
+from .backends.base import accumulate_dtype
 from .backends.gpu.features import on_device
 from .ops import _checks
 from .ops._library import autocast_on
+from .ops.over_processes import alone
 from .routing import Draws, Routing, check_draws
 
 __all__ = ["Graphed", "Phase"]
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))  # of options, which a graph holds as they were
 NO_OPTIONS = ("training", "prepared")  # a phase says the one; the other is what a backend made of frozen weights
-DRAWN = ("noise_std", "hard_fraction")  # options that only draws depend on
+SCALES = ("noise_std", "gumbel_scale")  # options that graphs which draw read from memory
+DRAWN = (*SCALES, "hard_fraction")  # options that only draws depend on
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -105,8 +108,10 @@ class Graphed:
     evaluation, which parameters get a gradient, autograd on or off, autocast, backend) has a capture of its own, made
     when the phase is first met, which keeps the memory of its activations and gradients.
 
-    **Randomness** is drawn in the graph, anew in each replay, from torch's generator; a capture with ``draws`` takes
-    them as inputs instead, and draws before the graph where none are given. Capturing leaves generators, BatchNorm's
+    **Randomness** is drawn in the graph, anew in each replay, from torch's generator, with the ``noise_std`` and
+    ``gumbel_scale`` of that moment; a capture with ``draws`` takes them as inputs instead, and draws before the graph
+    where none are given. A centre of scores (``score_center``) is that of this process alone, as no graph asks others:
+    :func:`dsts_kernels.learning.average_centers` once a step. Capturing leaves generators, BatchNorm's
     statistics and ``.grad`` as they were.
 
     **In a model**, ``net.dsts.forward = net.dsts.graphed(sample)`` puts it in place of the module's own pass, and ``del
@@ -135,11 +140,11 @@ class Graphed:
         return_routing: bool,
         static_output: bool,
         weights: Callable[[], list[Tensor | None]],
-        sample_draws: Callable[[Tensor], Draws | None],
+        sample_draws: Callable[..., Draws | None],
         op: str = "gated_conv3d",
     ) -> None:
-        """``weights`` are the tensors that graphs read in place; ``sample_draws`` makes what a phase draws; ``op`` is
-        the one whose backend is the module's."""
+        """``weights`` are the tensors that graphs read in place; ``sample_draws`` makes what a phase draws of features,
+        and of tensors for :data:`SCALES` where a graph draws; ``op`` is the one whose backend is the module's."""
         refuse(module, sample, op)
         if draws is not None:
             one = module.layers[0]
@@ -150,7 +155,12 @@ class Graphed:
         self._draws = None if draws is None else Draws(*(field.detach().clone() for field in draws))
         self._parts = list(module.modules())
         self._parameters = list(module.parameters())
-        self._options = [options_of(part, DRAWN if draws is not None else ()) for part in self._parts]
+        self._options = [options_of(part, SCALES if draws is None else DRAWN) for part in self._parts]
+        self._scales = self._scales_now = None
+        if draws is None and hasattr(module.layers[0], SCALES[0]):  # nothing is drawn for a frozen module
+            wide = accumulate_dtype(sample.dtype)
+            self._scales = tuple(torch.ones((), dtype=wide, device=sample.device) for _ in SCALES)
+            self._set_scales()
         self._held = self._now()
         self._captures: dict[Phase, Capture] = {}
         phase = self._phase(sample)
@@ -179,7 +189,9 @@ class Graphed:
         if capture is None:
             capture = self._captures[phase] = self._capture(phase)
         inputs = (x,)
-        if self._draws is not None:
+        if self._scales is not None:
+            self._set_scales()
+        elif self._draws is not None:
             inputs = (x, *((self._sample_draws(x) or self._draws) if draws is None else self._checked(draws)))
         y, *routing = capture(inputs)
         if not self.static_output:
@@ -187,6 +199,15 @@ class Graphed:
         if not return_routing:
             return y
         return y, Routing(*(field.clone() for field in routing))
+
+    def _set_scales(self) -> None:
+        """Scales of noise as they are now, where graphs that draw read them."""
+        first = self.module.layers[0]
+        now = tuple(getattr(first, name) for name in SCALES)
+        if now != self._scales_now:
+            for tensor, value in zip(self._scales, now, strict=True):
+                tensor.fill_(value)
+            self._scales_now = now
 
     def _check(self, x: Tensor, draws: Draws | None, return_routing: bool) -> None:
         """Refuse what no graph of this module was captured for."""
@@ -258,6 +279,8 @@ class Graphed:
 
         def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             draws = Draws(*rest[: given - 1]) if given > 1 else None
+            if self._scales is not None:
+                draws = self._sample_draws(x, self._scales)
             with around():
                 found = forward(self.module, x, draws, self.return_routing)
             y, routing = found if self.return_routing else (found, ())
@@ -340,9 +363,9 @@ def waits(backend: object) -> str | None:
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module, sample: Tensor) -> Iterator[None]:
-    """A block whose passes leave buffers and generators as they were, and that makes tensors of no mode."""
+    """A block whose passes leave buffers, generators and other processes as they were; its tensors are of no mode."""
     device = sample.device
-    with torch.inference_mode(False), torch.no_grad(), on_device(sample):
+    with torch.inference_mode(False), torch.no_grad(), on_device(sample), alone():
         written = [b for part in module.modules() if part.training for b in part._buffers.values() if b is not None]
         before = [buffer.clone() for buffer in written]
         try:

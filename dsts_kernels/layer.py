@@ -10,18 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .module_base import Routed, check_input
+from .backends.base import accumulate_dtype
+from .centering import follow
+from .layer_state import LayerState
+from .module_base import check_input
 from .norm import normalize
 from .ops import _checks
 from .ops._library import listened
-from .options import LayerOptions, OptionKeywords, count, device_of, takes_options
+from .options import LayerOptions, OptionKeywords, count, device_of, gate_offsets, number, takes_options
 from .routing import Draws, Routing, check_draws, sample_draws
 
 __all__ = ["DSTSLayer"]
 
 
 @takes_options
-class DSTSLayer(Routed):
+class DSTSLayer(LayerState):
     """One DSTS layer: route each sample to a neuron, gate its channels, convolve, mix, normalise, activate.
 
     Args:
@@ -33,7 +36,8 @@ class DSTSLayer(Routed):
     Shapes: ``(B, C, T, H, W)`` to ``(B, O, T, H, W)``. Parameters: ``scoring (N, scoring_width*O, C,
     *scoring_kernel)``, ``gate (N, C)``, ``spatial (N, O, C, 1, 3, 3)``, ``temporal (N, O, C, 3, 1, 1)``,
     ``mixing (N, O, O, *mixing_kernel)``, ``norm.*``. **Assumption**: operators and mixing are per neuron, no
-    biases.
+    biases. With ``score_center`` there are buffers ``center (N,)``, in float32 or float64, and ``center_batches``.
+    A state without them starts the centre anew; one with them warns a layer that has none.
     """
 
     def __init__(
@@ -54,7 +58,11 @@ class DSTSLayer(Routed):
         self.mixing_kernel, self.activation = chosen.mixing_kernel, chosen.activation
         self.noise_std, self.hard_fraction = chosen.noise_std, chosen.hard_fraction
         self.score_reduction, self.gumbel_tau = chosen.score_reduction, chosen.gumbel_tau
-        self.routing_gradient, self.backend = chosen.routing_gradient, chosen.backend
+        self.routing_gradient, self.gumbel_scale = chosen.routing_gradient, chosen.gumbel_scale
+        self.score_center, self.center_in_training = chosen.score_center, chosen.center_in_training
+        self.center_momentum, self.gate_offset = chosen.center_momentum, chosen.gate_offset
+        self.backend = chosen.backend
+        self._noise_at_start = self.noise_std, self.gumbel_scale
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _checks.FLOATS))}")
         device = device_of(device)
@@ -68,16 +76,45 @@ class DSTSLayer(Routed):
         self.temporal = weight(n, o, c, 3, 1, 1)
         self.mixing = weight(n, o, o, *self.mixing_kernel)
         self.norm = nn.BatchNorm3d(o, device=device, dtype=dtype) if chosen.norm == "batch" else None
+        wide = accumulate_dtype(self.gate.dtype)
+        with_center = self.score_center is not False
+        self.register_buffer("center", torch.empty(n, device=device, dtype=wide) if with_center else None)
+        batches = torch.empty((), device=device, dtype=torch.int64) if with_center else None
+        self.register_buffer("center_batches", batches)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions as ``torch.nn.Conv3d`` starts them; gates near the threshold (**assumption**)."""
+        """Convolutions as ``torch.nn.Conv3d`` starts them; gates near the threshold (**assumption**), or as
+        ``gate_offset`` says; the centre at 0."""
         for w in (self.scoring, self.spatial, self.temporal, self.mixing):
             bound = 1.0 / math.sqrt(w[0, 0].numel())
             nn.init.uniform_(w, -bound, bound)
         nn.init.normal_(self.gate, std=0.1)
+        if self.gate_offset:
+            with torch.no_grad():
+                offsets = torch.tensor(gate_offsets(self.gate_offset, self.num_neurons), dtype=self.gate.dtype)
+                self.gate.add_(offsets.to(self.gate.device)[:, None])
         if self.norm is not None:
             self.norm.reset_parameters()
+        if self.center is not None:
+            self.center.zero_()
+            self.center_batches.zero_()
+
+    def set_noise(self, *, noise_std: float | None = None, gumbel_scale: float | None = None) -> None:
+        """Change the noise of later passes; ``None`` leaves it. What was changed travels in ``state_dict``.
+
+        Args:
+            noise_std: standard deviation of the noise on gate logits.
+            gumbel_scale: of the Gumbel noise on scores.
+        """
+        noise_std = self.noise_std if noise_std is None else number("noise_std", noise_std, 0.0)
+        gumbel_scale = self.gumbel_scale if gumbel_scale is None else number("gumbel_scale", gumbel_scale, 0.0)
+        self.noise_std, self.gumbel_scale = noise_std, gumbel_scale
+
+    def evaluation_scores(self, scores: Tensor) -> Tensor:
+        """What evaluation would choose by, of ``scores (B, N)`` that a pass in the layer's present mode returned."""
+        subtracted = self.center is None or self.center_in_training or not self.training
+        return scores if subtracted else scores - self.center
 
     def extra_repr(self) -> str:
         kernels = f"scoring_kernel={self.scoring_kernel}, mixing_kernel={self.mixing_kernel}"
@@ -106,15 +143,20 @@ class DSTSLayer(Routed):
                 1,
                 noise_std=self.noise_std,
                 hard_fraction=self.hard_fraction,
+                gumbel_scale=self.gumbel_scale,
                 device=x.device,
                 dtype=x.dtype,
             )
             draws = Draws(*(field[0] for field in sampled))
 
         noise, hard, gumbel = draws if self.training else (None, None, None)
+        center = self.center if self.score_center else None
+        subtracts = center is not None and (self.center_in_training or not self.training)
         scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
         named = dict(reduction=self.score_reduction, backend=self.backend)
-        live = None if self.training else ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
+        live = None
+        if not (self.training or subtracts):
+            live = ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
         if live is None:
             routed = ops.route(
                 x,
@@ -123,6 +165,7 @@ class DSTSLayer(Routed):
                 noise=noise,
                 hard=hard,
                 gumbel=gumbel,
+                center=center if subtracts else None,
                 tau=self.gumbel_tau,
                 share=self.training and self.routing_gradient == "selected",
                 **named,
@@ -132,6 +175,9 @@ class DSTSLayer(Routed):
             routed, z = live
             z = ops.mixing_conv3d(z, routed.neuron, operators[2], backend=self.backend)
         neuron, scores, gate, _ = routed
+        if center is not None and self.training:
+            away = scores.detach() if subtracts else scores.detach() - center
+            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
         if self.training and scores.requires_grad:
             z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:

@@ -99,16 +99,26 @@ class FusedDSTS(TwoSided, Routed):
             return h
         return h, Routing(*(torch.stack(field) for field in zip(*routings, strict=True)))
 
-    def _sample_draws(self, x: Tensor) -> Draws:
-        """Fresh draws for features ``x``."""
+    def set_noise(self, *, noise_std: float | None = None, gumbel_scale: float | None = None) -> None:
+        """Change the noise of later passes, of every layer: see :meth:`DSTSLayer.set_noise`.
+
+        :class:`dsts_kernels.learning.NoiseSchedule` does so from step to step.
+        """
+        for layer in self.layers:
+            layer.set_noise(noise_std=noise_std, gumbel_scale=gumbel_scale)
+
+    def _sample_draws(self, x: Tensor, scales: tuple[float | Tensor, float | Tensor] | None = None) -> Draws:
+        """Fresh draws for features ``x``; ``scales`` are used for ``noise_std`` and ``gumbel_scale``."""
         first = self.layers[0]
+        noise_std, gumbel_scale = scales or (first.noise_std, first.gumbel_scale)
         return sample_draws(
             x.shape[0],
             first.in_channels,
             first.num_neurons,
             len(self.layers),
-            noise_std=first.noise_std,
+            noise_std=noise_std,
             hard_fraction=first.hard_fraction,
+            gumbel_scale=gumbel_scale,
             device=x.device,
             dtype=x.dtype,
         )
@@ -135,8 +145,8 @@ class FusedDSTS(TwoSided, Routed):
         """
         return Graphed(self, sample, draws, return_routing, static_output, weights_of(self), self._drawn)
 
-    def _drawn(self, x: Tensor) -> Draws | None:
-        return self._sample_draws(x) if self.training else None
+    def _drawn(self, x: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> Draws | None:
+        return self._sample_draws(x, scales) if self.training else None
 
     def freeze(
         self, *, dtype: torch.dtype | None = None, algorithm: str = "auto", backend: str | None = None

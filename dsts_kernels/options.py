@@ -17,7 +17,9 @@ from .ops.relevance import SCORING_KERNELS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LayerOptions", "OptionKeywords", "count", "device_of", "number", "one_of", "takes_options"]
+CENTERS = (False, True, "mean", "balance")
+
+__all__ = ["LayerOptions", "OptionKeywords", "count", "device_of", "gate_offsets", "number", "one_of", "takes_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,18 @@ class LayerOptions:
         gumbel_tau: temperature of the Gumbel-Softmax. **Assumption**: 1.
         routing_gradient: ``"selected"`` scales the chosen neuron's output by its straight-through weight;
             ``"all"`` evaluates every neuron in training, the textbook sum. **Assumption**: ``"selected"``.
+        gumbel_scale: scales the Gumbel noise in the choice, ``argmax(scores + gumbel_scale * gumbel)``, which
+            ``gumbel_tau`` does not change. **Ours, not the paper's**, which has 1.
+        score_center: **ours, not the paper's**, which has ``False``: what is subtracted from each neuron's scores in
+            evaluation. ``True`` (or ``"mean"``): their running mean over training samples, so that a neuron that
+            scores high on everything does not take everything. ``"balance"``: it starts at the first mean, and
+            falls for neurons that evaluation would choose too seldom and rises for the others.
+        center_in_training: subtract it in training too.
+        center_momentum: share of a batch in the running mean; of ``"balance"``, the step, in standard deviations of
+            the scores over a batch.
+        gate_offset: **ours, not the paper's**, which says nothing of the start: mean of the gate logits at the start.
+            ``a`` gives neurons means from ``-a`` (mostly temporal) to ``a`` (mostly spatial), evenly; ``N`` numbers
+            are one for each neuron.
         backend: the name of a backend for every op; ``None`` chooses.
 
     Raises:
@@ -54,6 +68,11 @@ class LayerOptions:
     score_reduction: str = "sum"
     gumbel_tau: float = 1.0
     routing_gradient: str = "selected"
+    gumbel_scale: float = 1.0
+    score_center: bool | str = False
+    center_in_training: bool = False
+    center_momentum: float = 0.1
+    gate_offset: float | tuple[float, ...] = 0.0
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,8 +88,15 @@ class LayerOptions:
             "score_reduction": one_of("score_reduction", self.score_reduction, ("sum", "mean")),
             "gumbel_tau": number("gumbel_tau", self.gumbel_tau, 0.0, above=True),
             "routing_gradient": one_of("routing_gradient", self.routing_gradient, ("selected", "all")),
+            "gumbel_scale": number("gumbel_scale", self.gumbel_scale, 0.0),
+            "score_center": _center("score_center", self.score_center),
+            "center_in_training": bool(one_of("center_in_training", self.center_in_training, (False, True))),
+            "center_momentum": number("center_momentum", self.center_momentum, 0.0, 1.0, above=True),
+            "gate_offset": _offsets("gate_offset", self.gate_offset, self.num_neurons),
             "backend": one_of("backend", self.backend, (None, *BACKENDS)),
         }
+        if self.center_in_training and not self.score_center:
+            raise ValueError("center_in_training: got True with score_center=False, wanted a centre to subtract")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -98,6 +124,11 @@ class OptionKeywords(TypedDict, total=False):
     score_reduction: str
     gumbel_tau: float
     routing_gradient: str
+    gumbel_scale: float
+    score_center: bool | str
+    center_in_training: bool
+    center_momentum: float
+    gate_offset: float | tuple[float, ...]
     backend: str | None
 
 
@@ -154,6 +185,27 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, abov
         bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f", at most {high}")
         raise ValueError(f"{name}: got {value}, wanted a finite number {bounds}")
     return value
+
+
+def gate_offsets(value: float | tuple[float, ...], neurons: int) -> list[float]:
+    """One number for each neuron: as given, or evenly from ``-value`` to ``value``; 0 for a single neuron."""
+    if isinstance(value, tuple):
+        return list(value)
+    return [value * (2 * i / (neurons - 1) - 1) if neurons > 1 else 0.0 for i in range(neurons)]
+
+
+def _center(name: str, value: object) -> bool | str:
+    """``False``, ``"mean"`` or ``"balance"``."""
+    value = one_of(name, value, CENTERS)
+    return value if isinstance(value, str) else "mean" if value else False
+
+
+def _offsets(name: str, value: object, neurons: int) -> float | tuple[float, ...]:
+    if not isinstance(value, (tuple, list)):
+        return number(name, value, -math.inf)
+    if len(value) != neurons:
+        raise ValueError(f"{name}: got {len(value)} numbers, wanted 1 or num_neurons of them, {neurons}")
+    return tuple(number(f"{name}[{i}]", one, -math.inf) for i, one in enumerate(value))
 
 
 def _kernel(name: str, value: object, choices: tuple) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ class Draws(NamedTuple):
     Attributes:
         noise: ``(L, B, C)`` floating, added to the gate logits (already scaled).
         hard: ``(L, B)`` bool, the samples whose gates are hard.
-        gumbel: ``(L, B, N)`` floating, added to the scores.
+        gumbel: ``(L, B, N)`` floating, added to the scores (already scaled).
 
     A single :class:`~dsts_kernels.DSTSLayer` takes them without the leading ``L``.
     """
@@ -34,7 +34,8 @@ class Routing(NamedTuple):
 
     Attributes:
         neuron: ``(L, B)`` int64.
-        scores: ``(L, B, N)`` float32 (float64 in a float64 module), before Gumbel noise.
+        scores: ``(L, B, N)`` float32 (float64 in a float64 module), before Gumbel noise: what the choice goes by, so
+            less the centre where ``score_center`` subtracts one.
         gate: ``(L, B, C)``, the share of each channel that goes to the spatial operator.
 
     In training ``scores`` and ``gate`` carry gradients: ``detach()`` what is kept. A single
@@ -52,14 +53,16 @@ def sample_draws(
     num_neurons: int,
     num_layers: int,
     *,
-    noise_std: float = 1.0,
+    noise_std: float | Tensor = 1.0,
     hard_fraction: float = 0.5,
+    gumbel_scale: float | Tensor = 1.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Draws:
     """Fresh draws from torch's generator, without a host synchronisation.
 
-    ``hard`` is an exact share of the batch: ``hard_fraction * B`` samples, what is left over by a coin.
+    ``hard`` is an exact share of the batch: ``hard_fraction * B`` samples, what is left over by a coin. ``noise_std``
+    and ``gumbel_scale`` multiply standard draws; they may be tensors on the device, which a CUDA graph reads anew.
     """
     dtype = accumulate_dtype(dtype)
     noise = torch.randn(num_layers, batch, channels, device=device, dtype=dtype) * noise_std
@@ -67,7 +70,7 @@ def sample_draws(
     rank = torch.rand(num_layers, batch, device=device).argsort(dim=1).argsort(dim=1)
     hard = rank < torch.floor(hard_fraction * batch + coin)
     exponential = torch.empty(num_layers, batch, num_neurons, device=device, dtype=dtype).exponential_()
-    return Draws(noise, hard, -exponential.log())
+    return Draws(noise, hard, exponential.log() * -gumbel_scale)
 
 
 def check_draws(draws: object, lead: tuple[int, ...], channels: int, num_neurons: int, like: Tensor) -> Draws:

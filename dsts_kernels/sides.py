@@ -13,10 +13,27 @@ from torch import nn
 from . import reference
 from .layer import DSTSLayer
 
-__all__ = ["LAYERS", "TwoSided", "downstream_parameters", "upstream_parameters"]
+__all__ = ["LAYERS", "TwoSided", "downstream_parameters", "gate_parameters", "upstream_parameters"]
 
 LAYERS = (DSTSLayer, reference.DSTSLayer)
 _OWN = re.compile(r"(scoring|gate)(_orig|_g|_v)?|parametrizations\.(scoring|gate)\..+")
+
+
+def gate_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Gates of every DSTS layer in ``module``: leaves of its ``parameters()``, each once, in their order."""
+    return _named(module, ("gate",))
+
+
+def _named(module: nn.Module, wanted: tuple[str, ...]) -> list[nn.Parameter]:
+    """Parameters that belong to a weight of one of these names in a DSTS layer."""
+    found: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, LAYERS):
+            for name, p in part.named_parameters(remove_duplicate=False):
+                match = _OWN.fullmatch(name)
+                if match is not None and (match[1] or match[3]) in wanted:
+                    found.add(id(p))
+    return [p for p in module.parameters() if id(p) in found]
 
 
 def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -28,12 +45,10 @@ def upstream_parameters(module: nn.Module) -> list[nn.Parameter]:
     Returns:
         Leaves of ``module.parameters()``, each once, in their order.
     """
-    found: set[int] = set()
+    found = set(map(id, _named(module, ("scoring", "gate"))))
     for part in module.modules():
         own = getattr(part, "upstream_parameters", None)
-        if isinstance(part, LAYERS):
-            found.update(id(p) for name, p in part.named_parameters(remove_duplicate=False) if _OWN.fullmatch(name))
-        elif callable(own) and not isinstance(part, (TwoSided, reference.DSTS)):
+        if callable(own) and not isinstance(part, (*LAYERS, TwoSided, reference.DSTS)):
             found.update(map(id, own()))
     return [p for p in module.parameters() if id(p) in found]
 

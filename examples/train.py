@@ -35,19 +35,19 @@ from dsts_kernels import files
 from dsts_kernels.backbones import classification_loss
 from dsts_kernels.classify.classifier import usable
 from dsts_kernels.classify.config import CLASSIFIER
+from dsts_kernels.data.named import build_data
 from dsts_kernels.learning import (
     RoutingMonitor,
     UpstreamDownstream,
-    downstream_parameters,
+    both_ways,
     generator_states,
     load_checkpoint,
     restore_generators,
     save_checkpoint,
     split_train_val,
-    upstream_parameters,
 )
-from examples.data import build_data
-from examples.options import classifier_config, parse
+from examples import start
+from examples.options import classifier_config, parse, parser
 
 WARM_UP = 0.15  # of the steps, to the full learning rate
 SHOWN, ALIKE = 6, 2  # classes, and test clips of each, whose frames go into a checkpoint
@@ -127,17 +127,18 @@ class Trainer:
         self.config = classifier_config(options, self.train_set.class_names)
         weights = None if options.resume else options.weights  # a checkpoint has all weights
         self.model = self.config.build(weights=weights, literal=options.literal).to(self.device)
+        if options.init is not None and not options.resume:
+            start.take_weights(self.model, options.init)
+        if options.freeze_backbone:
+            for p in start.backbone_parameters(self.model, options.backbone):
+                p.requires_grad_(False)
         self.monitor = RoutingMonitor(self.model, keep=True) if options.dsts and not options.literal else None
         self.wrapped: nn.Module = self.model
         if self.world > 1:
             if self.device.type == "cuda":
                 self.model = self.wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self.wrapped = DistributedDataParallel(self.model)
-        upstream, downstream = upstream_parameters(self.model), downstream_parameters(self.model)
-        decay = options.weight_decay
-        self.optimizers = [torch.optim.AdamW(downstream, options.rate, weight_decay=decay)]
-        if upstream:  # no decay: it would draw every gate to its threshold
-            self.optimizers.append(torch.optim.AdamW(upstream, options.upstream_rate, weight_decay=0.0))
+        self.optimizers = start.optimizers(self.model, options)
         self.learner = None
         if options.learning == "upstream-downstream":
             self.learner = UpstreamDownstream(
@@ -147,16 +148,19 @@ class Trainer:
                 downstream_optimizer=self.optimizers[0],
                 clip_norm=options.clip_norm,
                 balance=options.balance,
+                balance_on=options.balance_on,
+                warm_up=options.warm_up,
                 second_order=options.second_order,
             )
             parts = split_train_val(self.train_set, options.fraction, options.seed)
             self.loaders = [self.loader(part, shuffle=False) for part in parts]  # drawn anew by set_epoch
         else:
             self.loaders = [self.loader(self.train_set, shuffle=True)]
-        self.steps = len(self.loaders[0])
+        self.steps = len(self.loaders[0]) * (2 if options.both_ways else 1)
         if not min(map(len, self.loaders)):
             size = len(self.train_set)
             raise ValueError(f"--batch: got {options.batch}, wanted at most what {size} clips give each process")
+        self.schedule = start.noise_schedule(self.model, options, self.steps * options.epochs)
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.epoch, self.history = 0, []
         torch.manual_seed(options.seed + 7919 * (self.rank + 1))  # noise of its own in every process
@@ -183,17 +187,21 @@ class Trainer:
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(self.epoch)
         parts = [self.loaders[0], *map(cycled, self.loaders[1:])]  # the validation part is the smaller one
-        for index, batches in enumerate(zip(*parts, strict=False)):
+        batches_of_steps = zip(*parts, strict=False)
+        for index, batches in enumerate(both_ways(batches_of_steps) if self.options.both_ways else batches_of_steps):
             self.set_rates(self.epoch * self.steps + index)
             pairs = [self.to_device(batch) for batch in batches]
             if self.learner is not None:
                 result = self.learner.step(*pairs)
+                self.end_step()
                 yield result.train_loss, result.val_loss
                 continue
             loss = classification_loss(self.wrapped(pairs[0][0]), pairs[0][1])
             if not loss.isfinite():
                 raise FloatingPointError(f"loss: is {loss.item()} in epoch {self.epoch}; a lower --rate may help")
-            total = loss + self.options.balance * self.monitor.balance() if self.options.balance else loss
+            total = loss
+            if self.options.balance:
+                total = loss + self.options.balance * self.monitor.balance(self.options.balance_on == "evaluation")
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             total.backward()
@@ -201,13 +209,20 @@ class Trainer:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.end_step()
             yield loss.item(), float("nan")
+
+    def end_step(self) -> None:
+        if self.schedule is not None:
+            self.schedule.step()
 
     def run_epoch(self) -> dict[str, Any]:
         """Train and evaluate one epoch; its record."""
         from tqdm import tqdm
 
         self.wrapped.train()
+        if self.options.freeze_backbone:
+            start.still(self.model, self.options.backbone)
         if self.monitor is not None:
             self.monitor.reset()
         began, seen = time.perf_counter(), []
@@ -217,14 +232,14 @@ class Trainer:
                 seen.append((train_loss, val_loss))
                 bar.update()
                 bar.set_postfix(loss=f"{train_loss:.3f}")
-        train_loss, val_loss = torch.tensor(seen, dtype=torch.float64, device="cpu").mean(0).tolist()
+        train_loss, val_loss = torch.tensor(seen, dtype=torch.float64, device="cpu").nanmean(0).tolist()
         record = {"epoch": self.epoch, "train_loss": train_loss, "seconds": time.perf_counter() - began}
         if val_loss == val_loss:
             record["val_loss"] = val_loss
+        record |= {} if self.schedule is None else self.schedule.values
         if self.monitor is not None:
             found = self.monitor.statistics()
-            fields = ("usage", "entropy", "dead", "saturated", "spatial")
-            record |= {name: getattr(found, name).tolist() for name in fields}
+            record |= {name: getattr(found, name).tolist() for name in found._fields if name != "samples"}
         return record
 
     @torch.no_grad()
@@ -233,6 +248,8 @@ class Trainer:
         from torchmetrics.classification import MulticlassAccuracy
 
         self.model.eval()
+        if self.monitor is not None:
+            self.monitor.reset()
         classes = self.train_set.num_classes
         top1 = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(self.device)
         each = MulticlassAccuracy(classes, average="none", sync_on_compute=False).to(self.device)
@@ -253,6 +270,9 @@ class Trainer:
         known = [found for found in by_class if found is not None]
         metrics = {"top1": top1.compute().item(), "class_accuracy": by_class}
         metrics["mean_class_accuracy"] = sum(known) / len(known)  # of classes that the test set has
+        if self.monitor is not None:
+            found = self.monitor.statistics()
+            metrics |= {f"test_{name}": getattr(found, name).tolist() for name in ("usage", "entropy", "dead")}
         # Where a clip went away since the set was made, places in the batches are no longer those in the set.
         whole = len(label) == len(self.test_set)
         return metrics, self.routing(torch.cat(neurons, 1), label, pictures=whole) if neurons else None
@@ -298,28 +318,38 @@ class Trainer:
                 CLASSIFIER: self.config.to_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "exact_second_order": self.learner is None or self.learner.exact_second_order,
+                "learner_steps": 0 if self.learner is None else self.learner.steps,
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "generators": generators,
                 "history": self.history,
             }
+            if self.monitor is not None:
+                state["gates_at_start"] = dict(zip(self.monitor.layers, self.monitor.start, strict=True))
             save_checkpoint(path, state if routing is None else {**state, "routing": routing})
 
     def load(self, path: Path) -> None:
         """Continue from the epoch after a checkpoint's."""
         state = load_checkpoint(path)
         mine = {k: v for k, v in vars(self.options).items() if k not in ("resume", "out", "quiet", "device", "workers")}
-        changed = [k for k, v in mine.items() if state["options"].get(k) != v]
+        theirs = vars(parser().parse_args([])) | state["options"]  # it may be of a time that had fewer
+        changed = [k for k, v in mine.items() if theirs[k] != v]
         if changed:
-            listed = ", ".join(f"{k} {state['options'].get(k)} there and {mine[k]} here" for k in changed)
+            listed = ", ".join(f"{k} {theirs[k]} there and {mine[k]} here" for k in changed)
             raise ValueError(f"--resume: got a checkpoint of another run ({listed}), wanted the same options")
         if len(state["generators"]) != self.world:
             count = len(state["generators"])
             raise ValueError(f"--resume: got a checkpoint of {count} processes, wanted one of {self.world}")
         self.model.load_state_dict(state["model"])
+        if self.monitor is not None and "gates_at_start" in state:
+            self.monitor.start = list(state["gates_at_start"].values())
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         restore_generators(state["generators"][self.rank], self.device)
         if self.learner is not None:
             self.learner.exact_second_order = state["exact_second_order"]
+            self.learner.steps = state.get("learner_steps", 0)
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.history = state["epoch"] + 1, state["history"]
 
     def fit(self) -> dict[str, Any]:
@@ -359,7 +389,7 @@ class Trainer:
         self.write_metrics(out)
         if self.options.quiet:
             return
-        dead = "" if self.monitor is None else f", dead neurons {record['dead']}"
+        dead = "" if self.monitor is None else f", dead neurons {record['dead']}, in evaluation {record['test_dead']}"
         print(f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, top-1 {record['top1']:.1%}{dead}", flush=True)
         for name in ("train_loss", "val_loss", "top1", "mean_class_accuracy", "seconds"):
             if name in record:

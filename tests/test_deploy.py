@@ -27,11 +27,15 @@ OPTIONS = {
     "no-activation": dict(activation=None),
     "one-neuron": dict(num_neurons=1, num_layers=1),
 }
+CENTRED = {
+    "centred": dict(score_center=True),
+    "centred-3x3-scores": dict(score_center=True, scoring_kernel=(1, 3, 3), score_reduction="mean"),
+}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [*OPTIONS.values(), *CENTRED.values()], ids=[*OPTIONS, *CENTRED])
 def test_matches_reference(options, dtype):
     """Output and routing of the literal module in evaluation, in every dtype."""
     ref, fused = pair(12, dtype, **options)

@@ -10,8 +10,8 @@ from dsts_kernels import deploy
 from dsts_kernels.testing import assert_close
 
 from .support.classifiers import Classifier, frozen_classifier
-from .support.modules import features_for, pair
-from .test_deploy import OPTIONS
+from .support.modules import features_for, pair, reference_output
+from .test_deploy import CENTRED, OPTIONS
 
 pytestmark = pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
 
@@ -80,6 +80,23 @@ def test_classifier_of_any_size(tmp_path):
     for size in ((1, 3, 4, 8, 8), (5, 3, 4, 8, 8), (3, 3, 6, 12, 10), (2, 3, 1, 2, 2)):
         x = torch.randn(size)
         assert_close(run(path, x)[0], model(x), factor=2)
+
+
+def test_a_centre_of_scores(tmp_path):
+    """Neurons and scores less the centre, of summed and of averaged scores."""
+    pairs = [pair(8, torch.float32, num_layers=1, num_neurons=4, **options) for options in CENTRED.values()]
+    x = torch.randn(8, 8, 3, 4, 5)
+    for ref, _ in pairs:
+        x = features_for(ref, x)
+    model = Beside([fused.eval().freeze() for _, fused in pairs]).eval()
+    deploy.to_onnx(model, x, tmp_path / "model.onnx")
+    got = run(tmp_path / "model.onnx", x)
+    for index, (ref, _) in enumerate(pairs):
+        y, neuron, scores = got[3 * index : 3 * index + 3]
+        wanted, routing = reference_output(ref, x)
+        assert torch.equal(neuron, routing.neuron)
+        assert_close(y, wanted, factor=2)
+        assert_close(scores, routing.scores, dtype=torch.float32, factor=2)
 
 
 @pytest.mark.slow

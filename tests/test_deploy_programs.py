@@ -162,6 +162,8 @@ LAYERS = {
     "mixing-1x3x3": dict(mixing_kernel=(1, 3, 3)),
     "mixing-3x1x1": dict(mixing_kernel=(3, 1, 1), activation=None),
     "one-neuron": dict(num_neurons=1),
+    "centred": dict(score_center=True),
+    "centred-3x3-scores": dict(score_center=True, scoring_kernel=(1, 3, 3)),
 }
 
 

@@ -174,7 +174,7 @@ def test_damaged_states_in_whole_files(tmp_path):
         lambda s: s.pop("_extra_state"),
         lambda s: s["layers.0.gate"].neg_().add_(1),
         lambda s: s.update({"layers.0.filters": s["layers.0.filters"][:-1]}),
-        lambda s: described(s, lambda f: f.update(format=2)),
+        lambda s: described(s, lambda f: f.update(format=3)),
     ):
         state = {key: value.clone() for key, value in content["state"].items()}
         change(state)

@@ -255,8 +255,8 @@ def test_states_of_other_kinds():
         torch.load(FILES / "frozen_0_1_state.pt"), r"dsts_kernels 0.1 wrote such states: .*freeze\(\), or .*torch.load"
     )
     state = snapshot(fast)
-    described(state, lambda f: f.update(format=2, more=1))
-    refused(state, "got format 2, wanted 1: a newer version of dsts_kernels wrote this state; install")
+    described(state, lambda f: f.update(format=3, more=1))
+    refused(state, "got format 3, wanted 2: a newer version of dsts_kernels wrote this state; install")
     refused(fast.layers[0].state_dict(), "got the state of one frozen layer, wanted a FrozenDSTS's", fast.layers[0])
     refused(fast.layers.state_dict(), "got the state of one frozen layer, wanted a FrozenDSTS's", fast.layers)
 

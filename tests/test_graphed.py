@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from dsts_kernels import FusedDSTS, Routing, backends
 from dsts_kernels import graphed as graphed_module
+from dsts_kernels.ops import over_processes
 from dsts_kernels.routing import sample_draws
 
 from .learning.support import Net, batch, everything, learner, same
+from .support.frozen import one_process
 from .support.graphs import SIZE, draws, features, module, stand_in
 
 
@@ -90,6 +92,51 @@ def test_draws_before_the_graph(graphs):
         y = graphed(x)
         torch.manual_seed(3)
         assert torch.equal(y, plain(x))
+
+
+def test_noise_that_falls_within_the_graph(graphs):
+    """Graphs that draw by themselves follow the module's scales of noise, from one capture."""
+    plain = module()
+    mine = copy.deepcopy(plain)
+    x = features()
+    graphed = mine.graphed(x, return_routing=True)
+    for std, scale in ((1.0, 1.0), (0.25, 0.5), (0.0, 0.0)):
+        for dsts in (plain, mine):
+            dsts.set_noise(noise_std=std, gumbel_scale=scale)
+        torch.manual_seed(3)
+        y, routing = graphed(x, return_routing=True)
+        torch.manual_seed(3)
+        z, theirs = plain(x, return_routing=True)
+        assert torch.equal(y, z) and all(map(torch.equal, routing, theirs))
+    assert len(graphed.phases) == 1
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_centre_within_the_graph(graphs, in_training):
+    """Graphs move the buffer on, and read it in place."""
+    plain = module(score_center=True, center_in_training=in_training)
+    mine = copy.deepcopy(plain)
+    inputs = [(features(), draws(), features()) for _ in range(3)]
+    graphed = mine.graphed(features(requires_grad=True), draws=draws(), return_routing=True)
+    assert same(passes(mine, graphed, inputs), passes(plain, plain, inputs))
+    assert mine.layers[0].center_batches == 3 and mine.layers[0].center.count_nonzero()
+    x = features()
+    with torch.no_grad():
+        assert torch.equal(mine.eval().graphed(x)(x), plain.eval()(x))
+
+
+def test_capturing_asks_no_other_process(graphs, monkeypatch):
+    """A phase may be met first within DDP's forward pass, where a pass would add up over processes."""
+
+    def asked() -> None:
+        raise AssertionError("another process was asked")
+
+    dsts, x = module(score_center=True), features()
+    with one_process():
+        monkeypatch.setattr(over_processes, "group_of_pass", asked)
+        dsts.graphed(x)
+        with pytest.raises(AssertionError, match="another process was asked"):
+            dsts(x)
 
 
 def test_capturing_leaves_no_trace(graphs):
@@ -334,7 +381,6 @@ def test_frozen_module_that_ran_by_itself(graphs):
 @pytest.mark.parametrize(
     "name, value, of",
     [
-        ("noise_std", 0.5, "layers.0"),
         ("hard_fraction", 0.25, "layers.0"),
         ("gumbel_tau", 2.0, "layers.1"),
         ("activation", None, "layers.1"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import pickle
 import typing
 
 import pytest
+import torch
 
 from dsts_kernels import DSTSLayer, FusedDSTS, reference
 from dsts_kernels.options import LayerOptions, OptionKeywords
@@ -49,6 +51,43 @@ def test_an_unknown_keyword_is_named(cls):
         TypeError, match=rf"{cls.__name__}: got an argument 'neurons', wanted one of num_neurons, scoring"
     ):
         cls(8, neurons=3)
+
+
+@pytest.mark.parametrize("kind", [FusedDSTS, reference.DSTS])
+@pytest.mark.parametrize(
+    "offset, neurons, expected",
+    [
+        (0.0, 3, [0.0, 0.0, 0.0]),
+        (3.0, 4, [-3.0, -1.0, 1.0, 3.0]),
+        (-2.0, 2, [2.0, -2.0]),
+        (3.0, 1, [0.0]),
+        ((0.5, -4.0), 2, [0.5, -4.0]),
+    ],
+)
+def test_where_gates_start(kind, offset, neurons, expected):
+    """Around the neuron's offset, with the same spread; weights of other kinds are drawn as without."""
+    torch.manual_seed(1)
+    dsts = kind(200, num_layers=1, num_neurons=neurons, scoring_width=1, gate_offset=offset, norm=None)
+    torch.manual_seed(1)
+    plain = kind(200, num_layers=1, num_neurons=neurons, norm=None)
+    (layer,), (other,) = dsts.layers, plain.layers
+    assert torch.allclose(layer.gate - other.gate, torch.tensor(expected)[:, None].expand(-1, 200), atol=1e-6)
+    assert torch.equal(layer.scoring, other.scoring) and torch.equal(layer.spatial, other.spatial)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(gate_offset=(1.0, 2.0)), ValueError, "gate_offset: got 2 numbers, wanted 1 or num_neurons of them, 3"),
+        (dict(gate_offset=(1.0, 2.0, math.inf)), ValueError, r"gate_offset\[2\]: got inf"),
+        (dict(gate_offset="1"), TypeError, "gate_offset: got str"),
+        (dict(gumbel_scale=-0.5), ValueError, r"gumbel_scale: got -0\.5, wanted a finite number at least 0"),
+        (dict(gumbel_scale=None), TypeError, "gumbel_scale: got None"),
+    ],
+)
+def test_bad_values(options, error, message):
+    with pytest.raises(error, match=message):
+        FusedDSTS(4, num_neurons=3, **options)
 
 
 def test_subclasses_and_copies():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 
 import pytest
@@ -87,6 +88,30 @@ def test_gate_shares():
     first = torch.tensor([[1.0, 2.0, -1.0, 0.0], [-1.0, -2.0, -3.0, 4.0]])
     second = torch.tensor([[3.0, 1.0], [-1.0, -1.0]], dtype=torch.bfloat16).requires_grad_()
     assert torch.equal(viz.gate_shares([first, second]), torch.tensor([[0.5, 0.25], [1.0, 0.0]]))
+
+
+def test_gate_band():
+    """By hand: of 5 coins 0 or 5 alike come in 6.25%, so 1 to 4 would not hold 95%, but 90%; the chance of all bars."""
+    assert viz.gate_band(5) == (0.0, 1.0) and viz.gate_band(5, level=0.9) == (0.2, 0.8)
+    assert viz.gate_band(5, bars=2, level=0.9) == (0.0, 1.0)
+    for channels, bars in ((48, 12), (1024, 30)):
+        low, high = (round(share * channels) for share in viz.gate_band(channels, bars))
+        inside = [math.comb(channels, k) / 2**channels for k in range(low, high + 1)]
+        assert sum(inside) ** bars >= 0.95 > (sum(inside) - 2 * inside[0]) ** bars  # the narrowest that holds it
+    assert viz.gate_band(48, 12)[0] < 0.38 < 0.6 < viz.gate_band(48, 12)[1]
+    for options in ((0,), (4, 0), (4, 1, 1.0)):
+        with pytest.raises(ValueError, match="got"):
+            viz.gate_band(*options)
+
+
+def test_sign_flips():
+    """0 is temporal: it has crossed to 1 and not to -1; a share may stay where half of the gates cross."""
+    start = torch.tensor([[1.0, -1.0, 0.0, 2.0], [1.0, 1.0, -1.0, -1.0]])
+    now = torch.tensor([[-1.0, -1.0, 1.0, 3.0], [1.0, -1.0, 1.0, -1.0]])
+    assert viz.sign_flips([start], [now]).tolist() == [[0.5, 0.5]]
+    assert torch.equal(*(viz.gate_shares([gate])[0, 1] for gate in (start, now)))
+    with pytest.raises(ValueError, match="start: got gates of shapes"):
+        viz.sign_flips([start], [now, now])
 
 
 @pytest.mark.parametrize(
@@ -174,6 +199,9 @@ def test_information_table(routing):
     }
     expected = viz.shuffled_information(routing["label"], routing["neuron"][0], shuffles=10)
     assert rows[0]["shuffled_bits"] == expected and 0 < expected < 1
+    assert rows[0]["chance_bits"] >= expected and rows[0]["p"] >= 1 / 11
+    by_chance = {(row["layer"], row["attribute"]): row["p"] for row in viz.information_table(routing)}
+    assert by_chance[0, "class"] < 0.1 < 0.9 < by_chance[0, "half"]  # 2 of 70 deals tell as much, and all do
     text = viz.information_text(rows).splitlines()
     assert len(text) == 5 and text[1].split()[:4] == ["0", "class", "1.000", "100.0%"]
 
@@ -226,6 +254,44 @@ def test_plot_gates(matplotlib):
     assert [text.get_text() for text in panels[1].texts] == ["100", "6", "75"]
     with pytest.raises(ValueError, match=r"shares: got shape \(3,\)"):
         viz.plot_gates(torch.zeros(3))
+
+
+@pytest.mark.needs("matplotlib")
+def test_plot_gates_beside_chance(matplotlib):
+    """The band is that of all bars of the figure, by the layer's channels; marks stand where training began."""
+    shares, start = torch.tensor([[0.5, 0.25], [1.0, 0.75]]), torch.tensor([[0.25, 0.5], [0.5, 0.5]])
+    panels = drawn(viz.plot_gates(shares, [8, 48], start)).axes
+    for axes, channels, began in zip(panels, (8, 48), start.tolist(), strict=True):
+        low, high = viz.gate_band(channels, bars=4)
+        (band,) = [p for p in axes.patches if p.get_label().startswith("chance")]
+        assert (band.get_y(), band.get_y() + band.get_height()) == (pytest.approx(low), pytest.approx(high))
+        (marks,) = [line for line in axes.lines if line.get_label() == "at the start"]
+        assert list(marks.get_ydata()) == began
+    with pytest.raises(ValueError, match="channels: got 1"):
+        viz.plot_gates(shares, [8])
+    with pytest.raises(ValueError, match="start: got shape"):
+        viz.plot_gates(shares, start=start[:1])
+
+
+@pytest.mark.needs("matplotlib")
+def test_plot_costs(matplotlib):
+    """Bars are costs in points, whiskers their intervals; what does not lie above 0 is pale."""
+    one = [
+        {"name": "gates flipped", "cost": 0.25, "low": 0.2, "high": 0.31},
+        {"name": "all spatial", "cost": -0.01, "low": -0.03, "high": 0.02},
+    ]
+    panels = drawn(viz.plot_costs({"first": one, "second": one[:1] + one[1:]})).axes
+    assert [axes.get_title() for axes in panels] == ["first", "second"]
+    for axes in panels:
+        bars = [bar for bar in axes.patches if bar.get_height() < 1]
+        assert [bar.get_width() for bar in bars] == [25.0, -1.0]
+        assert rgb(bars[0].get_facecolor()) != rgb(bars[1].get_facecolor())
+        ends = axes.collections[0].get_segments()
+        assert [[x for x, _ in end] for end in ends] == [pytest.approx([20, 31]), pytest.approx([-3, 2])]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["gates flipped", "all spatial"]
+    for rows in ({}, {"a": []}, {"a": one, "b": one[:1]}):
+        with pytest.raises(ValueError, match="rows: wanted the same changes"):
+            viz.plot_costs(rows)
 
 
 @pytest.mark.needs("matplotlib")
@@ -315,6 +381,22 @@ def test_plot_usage(matplotlib, history):
 
 
 @pytest.mark.needs("matplotlib")
+def test_plot_usage_of_evaluation(matplotlib, history):
+    """Where it was recorded, what evaluation chooses has a row beneath what noise chose."""
+    for row in (history[0], history[2]):
+        row["test_usage"] = [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]
+    panels = drawn(viz.plot_usage(history)).axes
+    assert [axes.get_title() for axes in panels] == ["layer 0", "layer 1", "", ""]
+    heights = [[(patch.get_data().values - patch.get_data().baseline)[-1] for patch in a.patches] for a in panels]
+    assert heights[2:] == [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]
+    assert heights[:2] == [pytest.approx(own) for own in history[2]["usage"]]
+    assert "evaluation" in panels[2].get_ylabel() and "noise" in panels[0].get_ylabel()
+    history[0]["test_usage"] = history[2]["test_usage"] = [[1.0]]
+    with pytest.raises(ValueError, match="'test_usage' of shape"):
+        viz.plot_usage(history)
+
+
+@pytest.mark.needs("matplotlib")
 def test_plot_usage_of_one_epoch(matplotlib, history):
     """One epoch is as wide as an epoch, not a line."""
     areas = [patch.get_data() for patch in drawn(viz.plot_usage(history[:1])).axes[0].patches]
@@ -401,14 +483,26 @@ def test_draw_what_there_is(matplotlib, tmp_path, checkpoint):
 
 @pytest.mark.needs("matplotlib")
 def test_draw_passes_gates_on(matplotlib, tmp_path, checkpoint, monkeypatch):
-    """Figures get the checkpoint's own gates and number of neurons, not that of the neurons chosen."""
+    """Figures get the checkpoint's own gates, their start and channels, and its number of neurons, not that of the
+    neurons chosen."""
     seen = {}
     real = viz.plot_gates, viz.plot_activation
-    monkeypatch.setattr(files, "plot_gates", lambda shares: seen.update(shares=shares) or real[0](shares))
+
+    def plot_gates(shares, channels, start):
+        seen.update(shares=shares, channels=channels, start=start)
+        return real[0](shares, channels, start)
+
+    monkeypatch.setattr(files, "plot_gates", plot_gates)
     monkeypatch.setattr(files, "plot_activation", lambda r, n: seen.update(neurons=n) or real[1](r, n))
+    start = [torch.randn(N, 4) for _ in range(L)]
+    checkpoint["gates_at_start"] = {f"dsts.layers.{layer}": gate for layer, gate in enumerate(start)}
     viz.draw(checkpoint, tmp_path)
     gates = [checkpoint["model"][f"dsts.layers.{layer}.gate"] for layer in range(L)]
     assert torch.equal(seen["shares"], viz.gate_shares(gates)) and seen["neurons"] == N
+    assert torch.equal(seen["start"], viz.gate_shares(start)) and seen["channels"] == [4] * L
+    checkpoint["gates_at_start"].popitem()
+    with pytest.raises(ValueError, match="other layers in 'gates_at_start'"):
+        viz.draw(checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from examples.data import build_data
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -28,7 +29,6 @@ from dsts_kernels.backends.packing import pack, places, unpack_at
 from dsts_kernels.classify.config import CLASSIFIER, ClassifierConfig
 from dsts_kernels.learning import load_checkpoint
 from dsts_kernels.testing import relative_error
-from examples.data import build_data
 
 Scale = Callable[[Tensor], Tensor]
 Way = Callable[[Tensor], tuple[Tensor, list[Tensor]]]

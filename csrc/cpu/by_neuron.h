@@ -12,19 +12,18 @@ namespace dsts::cpu {
 
 constexpr int64_t kCallPositions = 4096;  // groups.CALL_POSITIONS
 
-// Scores [B, N] and neuron [B] of x by collapsed scoring kernels [N, C, taps]; tap sums are taken where they are
-// not given.
+// Scores [B, N] and neuron [B] of x by collapsed scoring kernels, centered or not (see Route); tap sums are taken
+// where they are not given.
 inline Status choose_neurons(const Features& x, const float* sums, const float* scoring, int64_t N, int taps,
-                             double divisor, float* scores, int64_t* neuron, int threads) {
-  const int64_t K = x.C * taps;
+                             bool centered, double divisor, float* scores, int64_t* neuron, int threads) {
   std::vector<float> own;
   if (!sums) {
-    own.resize(size_t(x.B * K));
+    own.resize(size_t(x.B * x.C * taps));
     const Status status = tap_sums({x, own.data(), taps, threads});
     if (status != Status::ok) return status;
     sums = own.data();
   }
-  return route({sums, scoring, x.B, N, K, divisor, scores, neuron, threads});
+  return route({sums, scoring, x.B, N, x.C, taps, centered, divisor, scores, neuron, threads});
 }
 
 // run(n, samples) for the samples of each chosen neuron, in calls of at most kCallPositions positions; samples

@@ -28,8 +28,9 @@ struct Prepared {
                  f = check.dense("filters", filters, 1),
                  list = check.integers("channels", channels, 2, kInt32),
                  at = check.integers("starts", starts, 1, kInt64);
-    layer.N = s.sizes[0], layer.C = s.sizes[1], layer.O = b.sizes[1], layer.taps = int(s.sizes[2]);
-    check.require(layer.taps == 1 || layer.taps == 9, "scoring has ", s.sizes[2], " taps; wanted 1 or 9");
+    layer.N = s.sizes[0], layer.C = s.sizes[1], layer.O = b.sizes[1];
+    check.require(layer.takes_taps(s.sizes[2]), "scoring has ", s.sizes[2],
+                  " taps; wanted 1 or 9, or 2 or 10 with a centre");
     check.require(layer.N >= 1 && layer.C >= 1 && layer.O >= 1,
                   "scoring and bias have no neurons or channels");
     check.dtype_is("scoring", s.dtype(), kFloat32), check.dtype_is("bias", b.dtype(), kFloat32);

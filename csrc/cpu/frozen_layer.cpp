@@ -87,8 +87,8 @@ Status run_layer(const FrozenLayer& layer, const Features& x, const float* sums,
                  int64_t* neuron, float* scores, const FrozenCall& call) {
   const int64_t positions = x.T * x.H * x.W;
   const double divisor = std::max<double>(1, double(layer.score_elements) * double(positions));
-  const Status status =
-      choose_neurons(x, sums, layer.scoring, layer.N, layer.taps, divisor, scores, neuron, call.threads);
+  const Status status = choose_neurons(x, sums, layer.scoring, layer.N, layer.taps, layer.centered, divisor,
+                                       scores, neuron, call.threads);
   if (status != Status::ok || x.B * layer.O * positions == 0) return status;
   return by_neuron(neuron, x.B, positions, [&](int64_t n, Samples samples) {
     epilogue.samples = samples;
@@ -117,6 +117,11 @@ TileSizes tile_sizes(int64_t batch, int64_t t, int64_t h, int64_t w) {
     if (least < 0 || cost <= least) least = cost, best.t = k;
   }
   return best;
+}
+
+bool FrozenLayer::takes_taps(int64_t all) {
+  taps = all > 2 ? 9 : 1, centered = all == taps + 1;
+  return centered || all == taps;
 }
 
 void FrozenLayer::place() {

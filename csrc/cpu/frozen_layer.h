@@ -11,7 +11,7 @@ namespace dsts::cpu {
 
 // A layer's weights, as Python's FrozenWeights and FrozenOptions; filters are packed in blocks (packing.py).
 struct FrozenLayer {
-  const float* scoring;     // [N, C, taps]
+  const float* scoring;     // [N, C, taps], or with one more tap: see Route
   const int32_t* channels;  // [N, C]: what a neuron's spatial operator reads, then its temporal one
   const int64_t* starts;    // [N + 1]: neuron n has starts[n + 1] - starts[n] spatial channels
   void* filters;            // flat
@@ -19,12 +19,15 @@ struct FrozenLayer {
   void* mixing;             // [N, packed], or null where it is folded
   DType dtype;              // of filters, mixing and features: float32 or half
   int64_t N, C, O;
-  int taps;
+  int taps;                // of scoring: 1 or 9, without the one more
+  bool centered;           // whether it is there
   int mixing_taps;         // 9, spatial, or 3, temporal
   int64_t score_elements;  // of a position that a mean is over; 0: scores are sums
   bool relu;
   std::vector<int64_t> first;  // [N + 1]: where each neuron's filters begin, and the end
 
+  // Whether scoring may have so many taps in all; if so, sets `taps` and `centered`.
+  bool takes_taps(int64_t all);
   // Fills `first` in, from the sizes and `starts`.
   void place();
   int64_t mixing_elements() const;  // of a neuron's packed kernel

@@ -44,7 +44,7 @@ Status live_layer(const LiveLayer& a) try {
   const Features& x = a.x;
   const int64_t C = x.C, O = a.z.C, positions = x.T * x.H * x.W;
   Status status =
-      choose_neurons(x, nullptr, a.scoring, a.N, a.taps, a.divisor, a.scores, a.neuron, a.threads);
+      choose_neurons(x, nullptr, a.scoring, a.N, a.taps, false, a.divisor, a.scores, a.neuron, a.threads);
   if (status != Status::ok) return status;
   status = semhash_forward({a.logits, a.neuron, nullptr, nullptr, a.gate, x.B, a.N, C, x.dtype, a.threads});
   if (status != Status::ok || x.B * positions == 0) return status;

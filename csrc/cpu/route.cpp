@@ -22,6 +22,16 @@ double inner(const float* a, const float* b, int64_t n) {
   return (s0 + s1) + (s2 + s3);
 }
 
+// As inner(), of C by `taps` sums and a row that has one more tap for each channel, which is left out.
+double inner_beside(const float* sums, const float* row, int64_t C, int64_t taps) {
+  double sum = 0;
+  for (int64_t t = 0; t < taps; ++t) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; ++c) sum += double(sums[c * taps + t]) * row[c * (taps + 1) + t];
+  }
+  return sum;
+}
+
 // The first of the largest; NaN is the largest of all.
 int64_t largest(const float* scores, int64_t n) {
   int64_t best = 0;
@@ -33,9 +43,14 @@ int64_t largest(const float* scores, int64_t n) {
 }  // namespace
 
 Status route(const Route& a) {
-  parallel_for(a.N, a.B * a.N * a.K, a.threads, [&](int64_t n) {
-    for (int64_t b = 0; b < a.B; ++b)
-      a.scores[b * a.N + n] = float(inner(a.sums + b * a.K, a.scoring + n * a.K, a.K) / a.divisor);
+  const int64_t K = a.C * a.taps, width = a.C * (a.taps + a.centered);
+  parallel_for(a.N, a.B * a.N * K, a.threads, [&](int64_t n) {
+    const float* row = a.scoring + n * width;
+    for (int64_t b = 0; b < a.B; ++b) {
+      const float* sums = a.sums + b * K;
+      const double sum = a.centered ? inner_beside(sums, row, a.C, a.taps) : inner(sums, row, K);
+      a.scores[b * a.N + n] = float(sum / a.divisor + (a.centered ? row[a.taps] : 0));
+    }
   });
   for (int64_t b = 0; b < a.B; ++b) a.neuron[b] = largest(a.scores + b * a.N, a.N);
   return Status::ok;

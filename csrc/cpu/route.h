@@ -8,9 +8,10 @@ namespace dsts::cpu {
 // scores[b, n] = <sums[b], scoring[n]> / divisor, summed in double and rounded once. neuron[b] is the first of
 // the largest scores; NaN is larger than any number, as for torch's argmax.
 struct Route {
-  const float* sums;     // [B, K]: tap sums, K = channels times taps
-  const float* scoring;  // [N, K]
-  int64_t B, N, K;
+  const float* sums;     // [B, C, taps]: tap sums
+  const float* scoring;  // [N, C, taps]; centered: [N, C, taps + 1], with [n, 0, taps] added to n's scores
+  int64_t B, N, C, taps;
+  bool centered;
   double divisor;
   float* scores;    // [B, N]
   int64_t* neuron;  // [B]

@@ -101,7 +101,9 @@ void route_and_gather_call(Call& a) {
   p.channels_of = a.given<int>("channels_of"), p.starts = a.given<int64>("starts");
   p.plan = a.given<Plan>("plan"), p.neuron = a.given<int64>("neuron"), p.scores = a.given<float>("scores");
   p.arrival_counters = a.given<int>("arrival_counters"), p.divisor = a.real("divisor");
-  p.neurons = a.size("neurons"), p.parts = a.size("parts"), p.taps = a.taps("taps");
+  p.neurons = a.size("neurons"), p.parts = a.size("parts"), p.taps = a.size("taps");
+  if (p.taps != 1 && p.taps != 2 && p.taps != kMaxSumTaps && p.taps != kMaxSumTaps + 1)
+    a.fail("taps is ", p.taps, "; wanted 1 or ", kMaxSumTaps, ", or one more with a centre of scores");
   p.num_arrival_counters = a.size("num_arrival_counters");
   a.launch([&](const Target&, void* stream) { route_and_gather(p, dtype, stream); });
 }

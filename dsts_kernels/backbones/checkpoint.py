@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import check_records
+from ..layer_state import NOISE, LayerState
 from ..ops._checks import describe
 from .tpn import TPN
 
@@ -109,7 +110,8 @@ def load_state(
     wanted = {key: value for key, value in own.items() if key not in left}
     given = {key: value for key, value in state.items() if not (new_head and key.startswith(tuple(head)))}
     missing = [key for key in wanted if key not in given]
-    unexpected = [key for key in given if key not in wanted]
+    beside = {f"{name}.{NOISE}" for name, part in model.named_modules() if isinstance(part, LayerState)}
+    unexpected = [key for key in given if key not in wanted and key not in beside]
     differing = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
     if missing or unexpected or differing:
         shapes = [f"{key}: got {tuple(given[key].shape)}, wanted {tuple(wanted[key].shape)}" for key in differing]

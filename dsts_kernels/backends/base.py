@@ -31,14 +31,30 @@ class FrozenWeights(NamedTuple):
 
     Neuron ``n`` sends ``channels[n, :split]`` to its spatial panel ``(O, 9, split)`` and the rest of ``channels[n]``
     to its temporal panel ``(O, 3, C - split)``, where ``split = starts[n + 1] - starts[n]``.
+
+    A centre of scores is one more tap, which holds what is added to the score of neuron ``n`` in ``scoring[n, 0, -1]``
+    and zeros elsewhere: the tap of a channel whose mean over positions is always 1. So kernels need to know nothing of
+    it. :func:`taps_of` tells.
     """
 
-    scoring: Tensor  # (N, C, taps), collapsed, float32 or float64
+    scoring: Tensor  # (N, C, taps), collapsed, float32 or float64; (N, C, taps + 1) with a centre
     channels: Tensor  # (N, C) int32
     starts: Tensor  # (N + 1,) int64, spatial channels of the neurons before, summed
     filters: Tensor  # flat
     bias: Tensor  # (N, O), float32 or float64
     mixing: Tensor | None  # (N, packed), only for a kernel that does not fold
+
+
+def taps_of(scoring: Tensor) -> int:
+    """Taps of the kernels that ``scoring (N, C, taps)`` was collapsed from: 1 or 9, without that of a centre."""
+    return 9 if scoring.shape[2] > 2 else 1
+
+
+def with_center(scoring: Tensor, center: Tensor) -> Tensor:
+    """``scoring (N, C, taps)`` with one more tap, which subtracts ``center (N,)`` from scores."""
+    tap = torch.zeros_like(scoring[:, :, :1])
+    tap[:, 0, 0] = -center
+    return torch.cat((scoring, tap), 2)
 
 
 class FrozenOptions(NamedTuple):

@@ -27,7 +27,6 @@ from .winograd import Operator, WinogradConvolution, tile_sizes
 __all__ = ["CpuBackend"]
 
 CONVOLUTIONS = ("gated_conv3d", "mixing_conv3d", "frozen_layer")
-SCORING_TAPS = (1, 9)  # of the scoring kernels that layers in one call know
 
 
 class CpuBackend(HostRouting, GroupedBackend):
@@ -196,7 +195,7 @@ class CpuBackend(HostRouting, GroupedBackend):
         self, x: Tensor, sums: Tensor | None, skip: Tensor | None, w: FrozenWeights, options: FrozenOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """In one native call where fast convolution is the way of it."""
-        if not (self._in_one_call(x, w.bias.shape[1], options.packing) and w.scoring.shape[2] in SCORING_TAPS):
+        if not self._in_one_call(x, w.bias.shape[1], options.packing):
             return super().frozen_layer(x, sums, skip, w, options)
         batch, (num_neurons, outputs) = x.shape[0], w.bias.shape
         y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))
@@ -217,7 +216,7 @@ class CpuBackend(HostRouting, GroupedBackend):
             stamp = layer.settled()
             if layer.prepared is None or layer.prepared[0] is not stamp:
                 weights, options = layer.weights(), layer.options(0)
-                if weights.scoring.shape[2] not in SCORING_TAPS or not all(map(_plain, weights)):
+                if not all(map(_plain, weights)):
                     return None
                 layer.prepared = stamp, prepare(weights, options)
             prepared.append(layer.prepared[1])

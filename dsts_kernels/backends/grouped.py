@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, FrozenOptions, FrozenWeights
+from .base import Backend, FrozenOptions, FrozenWeights, taps_of
 from .convolution import POINT, Kernel
 from .direct import DirectConvolution
 from .gated import GatedConvolution
@@ -122,11 +122,15 @@ class GroupedBackend(Backend, Passes):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch = x.shape[0]
         num_neurons, outputs = w.bias.shape
-        sums = self.tap_sums(x, w.scoring.shape[2]) if sums is None else sums
-        scores = F.linear(sums.flatten(1), w.scoring.flatten(1))
+        taps = taps_of(w.scoring)
+        centered = w.scoring.shape[2] != taps
+        sums = self.tap_sums(x, taps) if sums is None else sums
+        scores = F.linear(sums.flatten(1), (w.scoring[:, :, :taps] if centered else w.scoring).flatten(1))
         divisor = options.score_divisor(x)
         if divisor != 1:
             scores = scores / divisor
+        if centered:
+            scores = scores + w.scoring[:, 0, taps]
         neuron = scores.argmax(dim=1)
 
         y = torch.empty_like(skip) if skip is not None else as_features(empty_ndhwc(x, outputs))

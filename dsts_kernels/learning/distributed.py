@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..layer import DSTSLayer
 from .sharded import is_sharded, local
 
-__all__ = ["average", "average_gradients", "clip", "norm", "process_groups", "recover", "reshard"]
+__all__ = ["average", "average_centers", "average_gradients", "clip", "norm", "process_groups", "recover", "reshard"]
 
 BUCKET = 1 << 23  # elements of one message
 
@@ -77,6 +78,27 @@ def recover(module: nn.Module) -> None:
             with contextlib.suppress(RuntimeError):  # it is no root, which does it for all that it holds
                 part.reset_iter_state()
     reshard(module)
+
+
+@torch.no_grad()
+def average_centers(module: nn.Module) -> None:
+    """The centres of scores (``score_center``) become their means over the processes that share ``module``'s batches.
+
+    A running mean of means is the mean of running means, so this gives what one process would have of the whole batch,
+    where all have gone through the same passes. :class:`UpstreamDownstream` does it, and so does each training pass of
+    ``DistributedDataParallel`` by itself. What is left is a loop with ``fully_shard`` and graphs (``dsts.graphed``)
+    inside ``DistributedDataParallel``: once a step, by every process.
+
+    Raises:
+        ValueError: a wrapper that is not supported.
+    """
+    centers = [part.center for part in module.modules() if isinstance(part, DSTSLayer) and part.center is not None]
+    groups = process_groups(module)
+    if not (centers and groups):
+        return
+    flat = torch.cat(centers)
+    average(flat, groups)
+    torch._foreach_copy_(centers, list(flat.split([len(center) for center in centers])))
 
 
 def average(value: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:

@@ -29,7 +29,7 @@ from ..sides import LAYERS, downstream_parameters, upstream_parameters
 from . import second_order as through
 from .batches import call, micro_batches
 from .checks import OLD_COMPILER, combination, is_compiled, trained
-from .distributed import average, average_gradients, clip, process_groups, recover, reshard
+from .distributed import average, average_centers, average_gradients, clip, process_groups, recover, reshard
 from .health import RoutingMonitor
 from .named import numbered, optimizer_state
 from .sharded import is_sharded
@@ -41,7 +41,8 @@ __all__ = ["StepResult", "UpstreamDownstream", "downstream_parameters", "upstrea
 class StepResult(NamedTuple):
     """Losses of lines 4 and 6, and gradient norms of lines 6 and 8 before clipping; over all processes.
 
-    Norms are ``inf`` where the gradient scaler had the step skipped.
+    In the warm-up the loss is that of line 8, and nothing is known of line 6: NaN. Norms are ``inf`` where the gradient
+    scaler had the step skipped.
     """
 
     train_loss: float
@@ -69,6 +70,10 @@ class UpstreamDownstream:
         autocast: dtype of the forward passes' autocast.
         accumulate: micro-batches a batch: where above 1, a batch is a sequence of so many ``(inputs, targets)``.
         balance: weight of :func:`~dsts_kernels.learning.balance_loss` in line 6. **Ours, not the paper's.**
+        balance_on: choices that it counts: ``"training"``, those made with noise, or ``"evaluation"``, those that
+            evaluation would make of the same samples.
+        warm_up: steps at the start that are line 8 alone, so that operators have learned something before gates and
+            scores follow them. **Ours, not the paper's**, which has 0.
 
     Under ``DistributedDataParallel`` every process brings a part of each batch, all of one size. Passes run in
     ``no_sync``, as DDP expects the gradient of every parameter; the trained side's gradients are averaged here. DDP
@@ -112,6 +117,8 @@ class UpstreamDownstream:
         autocast: torch.dtype | None = None,
         accumulate: int = 1,
         balance: float = 0.0,
+        balance_on: str = "training",
+        warm_up: int = 0,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: got {describe(module)}, wanted a torch.nn.Module")
@@ -123,13 +130,18 @@ class UpstreamDownstream:
             raise ValueError(f"clip_norm: got {clip_norm!r}, wanted a number above 0, or None")
         if not 0 <= balance < math.inf:
             raise ValueError(f"balance: got {balance!r}, wanted a number of at least 0")
+        if balance_on not in ("training", "evaluation"):
+            raise ValueError(f"balance_on: got {balance_on!r}, wanted 'training' or 'evaluation'")
+        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
+            raise ValueError(f"warm_up: got {warm_up!r}, wanted an int of at least 0")
         if second_order and scaler is not None and scaler.is_enabled():
             raise ValueError("second_order: got True with a scaler, wanted one of them: its product is not scaled")
         self.module, self.loss_fn = module, loss_fn
         self.upstream_optimizer, self.downstream_optimizer = upstream_optimizer, downstream_optimizer
         self.second_order, self.clip_norm, self.autocast = bool(second_order), clip_norm, autocast
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.accumulate, self.balance = accumulate, balance
+        self.accumulate, self.balance, self.balance_on = accumulate, balance, balance_on
+        self.warm_up, self.steps = warm_up, 0
         reshard(module)
         self._groups, self._shards = process_groups(module), sum(map(is_sharded, module.parameters()))
         if not upstream_parameters(module):
@@ -184,12 +196,16 @@ class UpstreamDownstream:
         losses = [math.nan, math.nan]
         try:
             with self._watched():
-                norms = self._lines(train, val, states[1], start, scale, losses)
+                if self.steps < self.warm_up:
+                    norms = self._line_8_alone(train, losses)
+                else:
+                    norms = self._lines(train, val, states[1], start, scale, losses)
         except BaseException as error:
             recover(self.module)
             for saved in (*self._weights, self._buffers, *states, start):
                 saved.restore()
             if isinstance(error, _Overflow):  # the lowered scale stays
+                self.steps += 1
                 return StepResult(*losses, math.inf, math.inf)
             if scale is not None:
                 with contextlib.suppress(AssertionError):  # that nothing was unscaled yet
@@ -198,6 +214,9 @@ class UpstreamDownstream:
             raise
         finally:
             self._clear_gradients()
+        if self._shards:  # DistributedDataParallel's passes have done so
+            average_centers(self.module)
+        self.steps += 1
         return StepResult(*losses, *norms)
 
     @contextlib.contextmanager
@@ -246,6 +265,12 @@ class UpstreamDownstream:
             self._backward("train_batch", train, self.downstream)
             return upstream_norm, self._update(self.downstream_optimizer, self.downstream)
 
+    def _line_8_alone(self, train: list, losses: list[float]) -> tuple[float, float]:
+        """A step of the warm-up; as :meth:`_lines`."""
+        with self._frozen(self.upstream):
+            losses[0] = self._backward("train_batch", train, self.downstream)
+            return math.nan, self._update(self.downstream_optimizer, self.downstream)
+
     def _loss(self, batch: tuple[Any, Any], balance: float = 0.0) -> Tensor:
         """A micro-batch's share of the loss."""
         inputs, targets = batch
@@ -255,7 +280,7 @@ class UpstreamDownstream:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss_fn: returned {describe(loss)}, wanted a scalar tensor")
         if balance:
-            loss = loss + balance * self._balance.balance()
+            loss = loss + balance * self._balance.balance(self.balance_on == "evaluation")
         return loss / self.accumulate
 
     def _backward(
@@ -347,13 +372,16 @@ class UpstreamDownstream:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated.
+        """What a checkpoint needs beside the model: both optimizers, the scaler, how line 6 is differentiated, how far
+        a warm-up is.
 
         States go by the names of parameters: see :mod:`.named`. Sharded ones stay so.
         """
         state = {name: optimizer_state(self.module, optimizer) for name, optimizer in self._optimizers()}
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
+        if self.warm_up:
+            state["steps"] = self.steps
         return {**state, "exact_second_order": self.exact_second_order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -367,5 +395,6 @@ class UpstreamDownstream:
         for optimizer, own in loaded:
             optimizer.load_state_dict(own)
         self.exact_second_order = state["exact_second_order"]
+        self.steps = state.get("steps", self.warm_up)  # one without a warm-up is beyond it
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])

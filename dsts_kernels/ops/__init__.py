@@ -11,6 +11,7 @@ from .gated_conv import gated_conv3d
 from .layout import to_memory_format
 from .live_layer import live_layer
 from .mixing_conv import mixing_conv3d
+from .over_processes import sum_over_processes
 from .relevance import collapse_scoring, relevance_scores
 from .route import Routed, route
 from .routing_weight import all_neurons_weight, selected_weight
@@ -31,6 +32,7 @@ __all__ = [
     "saturating_sigmoid",
     "selected_weight",
     "semhash_gate",
+    "sum_over_processes",
     "tap_sums",
     "to_memory_format",
 ]

@@ -24,7 +24,7 @@ class Routed(NamedTuple):
     """What :func:`route` returns."""
 
     neuron: Tensor  # (B,) int64
-    scores: Tensor  # (B, N) float32 or float64, before Gumbel noise
+    scores: Tensor  # (B, N) float32 or float64, less the centre, before Gumbel noise
     gate: Tensor  # (B, C) in the dtype of the logits
     share: Tensor | None  # (B,) of the chosen neuron in the softmax, where asked for and a derivative is wanted
 
@@ -75,6 +75,13 @@ def _once_more(ctx, gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]
     outputs, given = zip(*pairs, strict=True)
     mine = iter(torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True))
     return [next(mine) if needs else None for needs in ctx.needs_input_grad[:3]]
+
+
+def less_center(gumbel: Tensor | None, center: Tensor, batch: int) -> Tensor:
+    """``(B, N)``: kernels add Gumbel noise to scores and choose by the sum, so a centre goes there, with its sign."""
+    if gumbel is None:
+        return (-center).expand(batch, -1)
+    return _checks.shaped("gumbel", gumbel, (batch, len(center)), _checks.FLOATS).to(center.dtype) - center
 
 
 def score_divisor(x: Tensor, scoring: Tensor, reduction: str) -> int:
@@ -131,6 +138,7 @@ def route(
     noise: Tensor | None = None,
     hard: Tensor | None = None,
     gumbel: Tensor | None = None,
+    center: Tensor | None = None,
     tau: float = 1.0,
     reduction: str = "sum",
     share: bool = False,
@@ -144,6 +152,7 @@ def route(
         scoring: ``(N, K, C, 1, 1, 1)`` or ``(N, K, C, 1, 3, 3)``.
         logits: ``(N, C)`` of gates.
         noise, hard, gumbel: draws ``(B, C)``, ``(B,)`` bool and ``(B, N)``; ``None`` as in evaluation.
+        center: ``(N,)`` floating, subtracted from scores; it gets no gradient. ``None`` subtracts nothing.
         reduction: ``"sum"`` or ``"mean"`` of scores.
         share: return the share too, where a derivative is wanted.
         backend: the name of a backend; ``None`` chooses.
@@ -155,11 +164,17 @@ def route(
     Source: docs/design.md, section 1, rows "relevance" to "gate".
     """
     given = x, scoring, logits, noise, hard, gumbel
-    chosen = fusing_backend(given, logits.shape[0], backend) if fused else None
+    if center is not None:
+        _checks.shaped("center", center, logits.shape[:1], _checks.FLOATS)
+        center = center.detach()
+    chosen = fusing_backend((*given, center), logits.shape[0], backend) if fused else None
     if chosen is not None:
-        found = in_one_launch(*given, tau, reduction, chosen)
+        shift = gumbel if center is None else less_center(gumbel, center, x.shape[0])
+        found = in_one_launch(*given[:5], shift, tau, reduction, chosen)
+        found = found if center is None else found._replace(scores=found.scores - center)
         return found if share else found._replace(share=None)
     scores = relevance_scores(x, scoring, reduction=reduction, backend=backend)
+    scores = scores if center is None else scores - center.to(scores.dtype)
     noisy = scores if gumbel is None else scores + gumbel.to(scores.dtype)
     neuron = noisy.argmax(dim=1)
     gate = semhash_gate(logits, noise, hard, neuron=neuron, backend=backend)

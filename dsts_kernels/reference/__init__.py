@@ -62,7 +62,9 @@ def gate_values(logits: Tensor, noise: Tensor | None, hard: Tensor | None) -> Te
     return straight_through if hard is None else torch.where(hard[:, None], straight_through, r)
 
 
-def sample_draws(x: Tensor, num_layers: int, num_neurons: int, noise_std: float, hard_fraction: float) -> Draws:
+def sample_draws(
+    x: Tensor, num_layers: int, num_neurons: int, noise_std: float, hard_fraction: float, gumbel_scale: float = 1.0
+) -> Draws:
     """Fresh randomness from torch's generator: an exact share of hard samples, the odd one by a coin."""
     batch, channels = x.shape[:2]
     noise = torch.randn(num_layers, batch, channels, device=x.device, dtype=score_dtype(x.dtype)) * noise_std
@@ -72,7 +74,16 @@ def sample_draws(x: Tensor, num_layers: int, num_neurons: int, noise_std: float,
     gumbel = (
         -torch.empty(num_layers, batch, num_neurons, device=x.device, dtype=score_dtype(x.dtype)).exponential_().log()
     )
-    return Draws(noise, hard, gumbel)
+    return Draws(noise, hard, gumbel * gumbel_scale)
+
+
+def offsets_of(gate_offset: float | tuple[float, ...], num_neurons: int) -> Tensor:
+    """Where each neuron's gate logits start: as given, or evenly from ``-gate_offset`` to ``gate_offset``."""
+    if isinstance(gate_offset, (tuple, list)):
+        return torch.tensor(gate_offset, dtype=torch.float64)
+    if num_neurons == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.linspace(-gate_offset, gate_offset, num_neurons, dtype=torch.float64)
 
 
 class DSTSLayer(nn.Module):
@@ -92,6 +103,12 @@ class DSTSLayer(nn.Module):
         score_reduction: str = "sum",
         gumbel_tau: float = 1.0,
         routing_gradient: str = "selected",
+        noise_std: float = 1.0,
+        gumbel_scale: float = 1.0,
+        score_center: bool | str = False,
+        center_in_training: bool = False,
+        center_momentum: float = 0.1,
+        gate_offset: float | tuple[float, ...] = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -101,6 +118,10 @@ class DSTSLayer(nn.Module):
         self.num_neurons, self.activation = num_neurons, activation
         self.score_reduction, self.gumbel_tau = score_reduction, gumbel_tau
         self.routing_gradient = routing_gradient
+        self.noise_std, self.gumbel_scale, self.gate_offset = noise_std, gumbel_scale, gate_offset
+        self.started_with = noise_std, gumbel_scale
+        self.score_center = "mean" if score_center is True else score_center
+        self.center_in_training, self.center_momentum = center_in_training, center_momentum
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -111,16 +132,58 @@ class DSTSLayer(nn.Module):
         self.temporal = weight(n, o, c, 3, 1, 1)
         self.mixing = weight(n, o, o, *mixing_kernel)
         self.norm = nn.BatchNorm3d(o, device=device, dtype=dtype) if norm == "batch" else None
+        if self.score_center:
+            wide = score_dtype(self.gate.dtype)
+            self.register_buffer("center", torch.zeros(n, device=device, dtype=wide))
+            self.register_buffer("center_batches", torch.zeros((), device=device, dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions as ``torch.nn.Conv3d`` starts them; gates near the threshold (**assumption**)."""
+        """Convolutions as ``torch.nn.Conv3d`` starts them; gates near the threshold (**assumption**) or an offset."""
         for w in (self.scoring, self.spatial, self.temporal, self.mixing):
             bound = 1.0 / math.sqrt(w[0, 0].numel())
             nn.init.uniform_(w, -bound, bound)
         nn.init.normal_(self.gate, std=0.1)
+        with torch.no_grad():
+            self.gate.add_(offsets_of(self.gate_offset, self.num_neurons).to(self.gate)[:, None])
         if self.norm is not None:
             self.norm.reset_parameters()
+        if self.score_center:
+            self.center.zero_()
+            self.center_batches.zero_()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (self.noise_std, self.gumbel_scale) != self.started_with:
+            destination[prefix + "noise"] = torch.tensor([self.noise_std, self.gumbel_scale], dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "noise" in state_dict:
+            self.noise_std, self.gumbel_scale = state_dict.pop(prefix + "noise").tolist()
+        for name in ("center", "center_batches"):
+            if not self.score_center:
+                state_dict.pop(prefix + name, None)
+            elif prefix + "scoring" in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
+    def follow(self, v: Tensor) -> None:
+        """**Ours, not the paper's**: the centre takes in the scores ``(B, N)`` of a training batch."""
+        v = v.detach()[v.isfinite().all(1)]
+        if not len(v):
+            return
+        self.center_batches += 1
+        seen = int(self.center_batches)
+        if self.score_center == "mean":
+            self.center += max(self.center_momentum, 1 / seen) * (v.mean(0) - self.center)
+        elif seen == 1:
+            self.center += v.mean(0) - self.center
+        else:  # up for neurons that evaluation would choose for more than their share, down for the others
+            away = v - self.center
+            taken = torch.nn.functional.one_hot(away.argmax(1), self.num_neurons).to(v.dtype).mean(0)
+            spread = away.var(0, correction=0).mean().sqrt()
+            self.center += self.center_momentum * spread * torch.sign(taken - 1 / self.num_neurons)
 
     def scores(self, x: Tensor) -> Tensor:
         """``v_i = sum over all outputs of conv(m_i, x)``: ``(B, N)``, in float32 or better."""
@@ -144,7 +207,11 @@ class DSTSLayer(nn.Module):
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
         """One layer on ``x (B, C, T, H, W)``; ``draws`` hold this layer's slices and are unused in evaluation."""
-        v = self.scores(x)
+        v = raw = self.scores(x)
+        if self.score_center and (self.center_in_training or not self.training):
+            v = raw - self.center
+        if self.training and self.score_center:
+            self.follow(raw)
         if self.training:
             noise, hard, gumbel = draws
             y = torch.softmax((v + gumbel) / self.gumbel_tau, dim=1)
@@ -211,13 +278,17 @@ class DSTS(nn.Module):
         score_reduction: str = "sum",
         gumbel_tau: float = 1.0,
         routing_gradient: str = "selected",
+        gumbel_scale: float = 1.0,
+        score_center: bool | str = False,
+        center_in_training: bool = False,
+        center_momentum: float = 0.1,
+        gate_offset: float | tuple[float, ...] = 0.0,
         backend: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        self.num_neurons, self.skip = num_neurons, skip
-        self.noise_std, self.hard_fraction = noise_std, hard_fraction
+        self.num_neurons, self.skip, self.hard_fraction = num_neurons, skip, hard_fraction
         self.layers = nn.ModuleList(
             DSTSLayer(
                 in_channels,
@@ -230,11 +301,23 @@ class DSTS(nn.Module):
                 score_reduction=score_reduction,
                 gumbel_tau=gumbel_tau,
                 routing_gradient=routing_gradient,
+                noise_std=noise_std,
+                gumbel_scale=gumbel_scale,
+                score_center=score_center,
+                center_in_training=center_in_training,
+                center_momentum=center_momentum,
+                gate_offset=gate_offset,
                 device=device,
                 dtype=dtype,
             )
             for _ in range(num_layers)
         )
+
+    def set_noise(self, *, noise_std: float | None = None, gumbel_scale: float | None = None) -> None:
+        """Change the noise of later passes; ``None`` leaves it."""
+        for layer in self.layers:
+            layer.noise_std = layer.noise_std if noise_std is None else float(noise_std)
+            layer.gumbel_scale = layer.gumbel_scale if gumbel_scale is None else float(gumbel_scale)
 
     def upstream_parameters(self) -> list[nn.Parameter]:
         """Scoring kernels and gates, or the parameters that they are computed from: leaves, each once."""
@@ -252,7 +335,10 @@ class DSTS(nn.Module):
     ) -> Tensor | tuple[Tensor, Routing]:
         """``x (B, C, T, H, W)`` to the same shape."""
         if self.training and draws is None:
-            draws = sample_draws(x, len(self.layers), self.num_neurons, self.noise_std, self.hard_fraction)
+            first = self.layers[0]
+            draws = sample_draws(
+                x, len(self.layers), self.num_neurons, first.noise_std, self.hard_fraction, first.gumbel_scale
+            )
         h, routings = x, []
         for index, layer in enumerate(self.layers):
             mine = Draws(draws.noise[index], draws.hard[index], draws.gumbel[index]) if self.training else None

@@ -18,7 +18,7 @@ from .training import plot_saturation, plot_usage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["INFORMATION", "draw", "find_gates"]
+__all__ = ["INFORMATION", "draw", "find_gates", "gates_at_start"]
 
 INFORMATION = "information.json"
 DPI = 150
@@ -50,13 +50,37 @@ def find_gates(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     return {name: [layers[index] for index in sorted(layers)] for name, layers in found.items()}
 
 
+def gates_at_start(checkpoint: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Where gates began, as :func:`find_gates` orders them; nothing where the checkpoint does not say.
+
+    ``gates_at_start`` maps the names of DSTS layers to gate logits ``(N, C)``.
+
+    Raises:
+        ValueError: the layers named there are not those of the model.
+    """
+    began = checkpoint.get("gates_at_start")
+    if not began:
+        return {}
+    model = checkpoint["model"]
+    found = find_gates({**{f"{name}.gate": gate for name, gate in began.items()}, **_scoring(model)})
+    shapes = [{name: [g.shape for g in own] for name, own in some.items()} for some in (found, find_gates(model))]
+    if shapes[0] != shapes[1]:
+        raise ValueError("checkpoint: got other layers in 'gates_at_start' than in 'model', wanted the same")
+    return found
+
+
+def _scoring(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key.endswith("scoring")}
+
+
 def draw(checkpoint: Mapping[str, Any], directory: str | Path) -> list[Path]:
     """Draw every figure that a checkpoint has data for.
 
     Args:
-        checkpoint: ``model`` gives ``gates.png`` (``gates-NAME.png`` where there are several DSTS modules); ``routing``
-            gives ``activation.png``, ``information.json`` (rows of :func:`information_table`) and, with ``frames``,
-            ``examples.png``; ``history`` gives ``usage.png`` and ``saturation.png``.
+        checkpoint: ``model`` gives ``gates.png`` (``gates-NAME.png`` where there are several DSTS modules), with
+            ``gates_at_start`` also where they began; ``routing`` gives ``activation.png``, ``information.json`` (rows
+            of :func:`information_table`) and, with ``frames``, ``examples.png``; ``history`` gives ``usage.png`` and
+            ``saturation.png``.
         directory: where to; made if it is missing.
 
     Returns:
@@ -72,11 +96,14 @@ def draw(checkpoint: Mapping[str, Any], directory: str | Path) -> list[Path]:
         raise ValueError(f"checkpoint: got {type(model).__name__} in 'model', wanted a state_dict")
     if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
         raise ValueError(f"checkpoint: got {type(history).__name__} in 'history', wanted a list of dicts")
-    gates = find_gates(model)
+    gates, start = find_gates(model), gates_at_start(checkpoint)
     plots: dict[str, Callable[[], Figure]] = {}
     for name, layers in gates.items():
         stem = "gates" if len(gates) == 1 else "gates-" + (re.sub(r"[^\w.-]", "_", name) or "model")
-        plots[stem] = lambda layers=layers: plot_gates(gate_shares(layers))
+        began = start.get(name)
+        plots[stem] = lambda layers=layers, began=began: plot_gates(
+            gate_shares(layers), [layer.shape[1] for layer in layers], None if began is None else gate_shares(began)
+        )
     neurons = max((layer.shape[0] for layers in gates.values() for layer in layers), default=None)
     rows = None
     if routing is not None:

@@ -20,13 +20,18 @@ __all__ = [
     "activation",
     "attributes",
     "check_routing",
+    "gate_band",
     "gate_shares",
     "information_table",
     "information_text",
     "learned_text",
     "mutual_information",
     "shuffled_information",
+    "sign_flips",
 ]
+
+
+ROUNDING = 1e-12  # bits: of equal tables, counted in another order
 
 
 def gate_shares(gates: Sequence[Tensor]) -> Tensor:
@@ -52,6 +57,60 @@ def gate_shares(gates: Sequence[Tensor]) -> Tensor:
         if gate.shape[0] != gates[0].shape[0]:
             raise ValueError(f"gates[{layer}]: got {gate.shape[0]} neurons, wanted {gates[0].shape[0]} as in layer 0")
     return torch.stack([(gate.detach() > 0).float().mean(dim=1).cpu() for gate in gates])
+
+
+def gate_band(channels: int, bars: int = 1, level: float = 0.95) -> tuple[float, float]:
+    """Between which shares random gates lie: ``channels`` fair coins, the exact binomial.
+
+    Args:
+        channels: ``C`` of a layer.
+        bars: how many neurons are looked at; with ``level``, the chance that *all* of them lie within (Sidak), since a
+            reader sees the most extreme first.
+        level: that chance, at least.
+
+    Returns:
+        The lowest and the highest share.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> gate_band(48, bars=12)
+    (0.2916666666666667, 0.7083333333333334)
+    """
+    for name, value in (("channels", channels), ("bars", bars)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, wanted an int of at least 1")
+    if not 0 < level < 1:
+        raise ValueError(f"level: got {level!r}, wanted a number above 0 and below 1")
+    tail = (1 - level ** (1 / bars)) / 2
+    below, low = 0, 0
+    while (below := below + math.comb(channels, low)) / 2**channels <= tail:
+        low += 1
+    return low / channels, (channels - low) / channels
+
+
+def sign_flips(start: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
+    """Share of each neuron's gates that are on the other side of the threshold than at the start.
+
+    A share of spatial channels may stay where it was while half of the gates cross; and gates that never cross are
+    those of the random start, whatever their share looks like.
+
+    Args:
+        start, gates: one ``(N, C)`` floating tensor of gate logits for each of ``L`` layers.
+
+    Returns:
+        ``(L, N)`` float32, from 0 to 1.
+
+    Raises:
+        ValueError: as :func:`gate_shares`, or layers of other shapes at the start.
+    """
+    start, gates = list(start), list(gates)
+    gate_shares(gates)
+    shapes = [[tuple(gate.shape) for gate in some] for some in (start, gates)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"start: got gates of shapes {shapes[0]}, wanted {shapes[1]}")
+    pairs = zip(start, gates, strict=True)
+    return torch.stack([((s.detach().cpu() > 0) != (g.detach().cpu() > 0)).float().mean(dim=1) for s, g in pairs])
 
 
 def _indices(name: str, value: object, shape: tuple[int, ...] | None, below: int | None = None) -> Tensor:
@@ -118,6 +177,17 @@ def mutual_information(attribute: Tensor, neuron: Tensor, *, normalised: bool = 
     return min(1.0, bits / entropy) if entropy > 0 else 0.0
 
 
+def _shuffled(attribute: Tensor, neuron: Tensor, shuffles: int, seed: int) -> Tensor:
+    """:func:`mutual_information` under ``shuffles`` permutations of the samples: ``(shuffles,)`` bits."""
+    attribute, neuron = _pair(attribute, neuron)
+    if shuffles < 1:
+        raise ValueError(f"shuffles: got {shuffles}, wanted at least 1")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    orders = (torch.randperm(len(neuron), generator=generator, device="cpu") for _ in range(shuffles))
+    bits = [_information(_counts(attribute, neuron[order])) for order in orders]
+    return torch.tensor(bits, dtype=torch.float64, device="cpu")
+
+
 def shuffled_information(attribute: Tensor, neuron: Tensor, *, shuffles: int = 100, seed: int = 0) -> float:
     """:func:`mutual_information` expected of chance: its mean, in bits, over permutations of the samples.
 
@@ -126,12 +196,7 @@ def shuffled_information(attribute: Tensor, neuron: Tensor, *, shuffles: int = 1
         shuffles: how many permutations, at least 1.
         seed: of the permutations; torch's own generator is left alone.
     """
-    attribute, neuron = _pair(attribute, neuron)
-    if shuffles < 1:
-        raise ValueError(f"shuffles: got {shuffles}, wanted at least 1")
-    generator = torch.Generator("cpu").manual_seed(seed)
-    orders = (torch.randperm(len(neuron), generator=generator, device="cpu") for _ in range(shuffles))
-    return sum(_information(_counts(attribute, neuron[order])) for order in orders) / shuffles
+    return float(_shuffled(attribute, neuron, shuffles, seed).mean())
 
 
 def activation(attribute: Tensor, neuron: Tensor, neurons: int, values: int) -> Tensor:
@@ -196,7 +261,8 @@ def information_table(
 
     Returns:
         A row for every layer and attribute: ``layer``, ``attribute``, ``bits``, ``share`` of the attribute's entropy,
-        and ``shuffled_bits``, what chance would give.
+        and what chance gives: ``shuffled_bits`` in the mean, ``chance_bits`` at most, in 95 of 100 permutations, and
+        ``p``, the share of permutations that tell as much (the samples as they are counted in, so never 0).
 
     Raises:
         ValueError: the routing lacks a key or holds another shape.
@@ -207,7 +273,11 @@ def information_table(
         for name, (attribute, _) in attributes(routing).items():
             row = {"layer": layer, "attribute": name, "bits": mutual_information(attribute, neuron)}
             row["share"] = mutual_information(attribute, neuron, normalised=True)
-            row["shuffled_bits"] = shuffled_information(attribute, neuron, shuffles=shuffles, seed=seed)
+            chance = _shuffled(attribute, neuron, shuffles, seed)
+            row["shuffled_bits"] = float(chance.mean())
+            row["chance_bits"] = float(chance.quantile(0.95, interpolation="higher"))
+            as_much = int((chance >= row["bits"] - ROUNDING).sum())
+            row["p"] = (as_much + 1) / (shuffles + 1)
             rows.append(row)
     return rows
 
@@ -215,10 +285,13 @@ def information_table(
 def information_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """:func:`information_table` as aligned lines for a terminal."""
     width = max([len("attribute"), *(len(row["attribute"]) for row in rows)])
-    lines = [f"{'layer':>5}  {'attribute':<{width}}  {'bits':>6}  {'of entropy':>10}  {'shuffled bits':>13}"]
+    head = f"{'layer':>5}  {'attribute':<{width}}  {'bits':>6}  {'of entropy':>10}  {'shuffled':>8}  {'chance 95%':>10}"
+    lines = [f"{head}  {'p':>6}"]
     for row in rows:
-        numbers = f"{row['bits']:>6.3f}  {row['share']:>10.1%}  {row['shuffled_bits']:>13.3f}"
-        lines.append(f"{row['layer']:>5}  {row['attribute']:<{width}}  {numbers}")
+        numbers = (
+            f"{row['bits']:>6.3f}  {row['share']:>10.1%}  {row['shuffled_bits']:>8.3f}  {row['chance_bits']:>10.3f}"
+        )
+        lines.append(f"{row['layer']:>5}  {row['attribute']:<{width}}  {numbers}  {row['p']:>6.3f}")
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .measures import activation, attributes, check_routing, information_table
-from .style import SPATIAL, TEMPORAL, figure, ink, neuron_color, neuron_ticks, paper
+from .measures import activation, attributes, check_routing, gate_band, information_table
+from .style import CHANCE, SPATIAL, START, TEMPORAL, figure, ink, neuron_color, neuron_ticks, paper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,24 +20,31 @@ if TYPE_CHECKING:
 __all__ = ["pick_examples", "plot_activation", "plot_examples", "plot_gates"]
 
 
-def plot_gates(shares: Tensor) -> Figure:
+def plot_gates(shares: Tensor, channels: Sequence[int] | None = None, start: Tensor | None = None) -> Figure:
     """Share of channels on the spatial and on the temporal operator, for each neuron in each layer.
 
     Args:
         shares: ``(L, N)``, the spatial share from 0 to 1: :func:`gate_shares`.
+        channels: of each layer: then a band shows between which shares all bars of the figure would lie, in 95 of 100
+            figures, if every gate were a coin's: :func:`gate_band`.
+        start: ``(L, N)``, the shares at the start of training, marked on the bars.
 
     Returns:
         A matplotlib figure: a panel a layer, a bar a neuron.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: not ``(L, N)`` shares.
+        ValueError: not ``(L, N)`` shares, or other numbers of layers or neurons.
 
     Source: the counterpart of the paper's Fig. 1.
     """
     if shares.dim() != 2 or shares.numel() == 0 or not bool(((shares >= 0) & (shares <= 1)).all()):
         raise ValueError(f"shares: got shape {tuple(shares.shape)}, wanted (L, N) of numbers from 0 to 1")
     layers, neurons = shares.shape
+    if channels is not None and len(channels) != layers:
+        raise ValueError(f"channels: got {len(channels)}, wanted a number for each of {layers} layers")
+    if start is not None and start.shape != shares.shape:
+        raise ValueError(f"start: got shape {tuple(start.shape)}, wanted {tuple(shares.shape)} as shares")
     width = max(2.0, 0.34 * neurons)
     columns = min(layers, max(1, int(12 // width)))
     rows = -(-layers // columns)
@@ -60,7 +67,11 @@ def plot_gates(shares: Tensor) -> Figure:
                 fontsize=7,
                 color="white" if inside else "black",
             )
-        axes.axhline(0.5, color="white", linewidth=0.9, linestyle=(0, (4, 3)))
+        _beside_chance(
+            axes,
+            None if channels is None else gate_band(channels[layer], layers * neurons),
+            None if start is None else start[layer].tolist(),
+        )
         axes.set(xlim=(-0.6, neurons - 0.4), ylim=(0, 1))
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.yaxis.set_major_formatter("{x:.0%}")
@@ -76,6 +87,18 @@ def plot_gates(shares: Tensor) -> Figure:
     fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     fig.suptitle("Operators that neurons send channels to", fontsize=12)
     return fig
+
+
+def _beside_chance(axes: Axes, band: tuple[float, float] | None, start: list[float] | None) -> None:
+    """Half, and where they are known the band of random gates and the shares at the start, over a panel's bars."""
+    axes.axhline(0.5, color="white", linewidth=0.9, linestyle=(0, (4, 3)))
+    if band is not None:
+        axes.axhspan(*band, facecolor=CHANCE, alpha=0.45, label="chance: 95% of figures of random gates")
+        for edge in band:
+            axes.axhline(edge, color=CHANCE, linewidth=1.0)
+    if start is not None:
+        mark = {"color": START, "markersize": 11, "markeredgewidth": 1.8, "label": "at the start"}
+        axes.plot(range(len(start)), start, "_", **mark)
 
 
 def pick_examples(routing: Mapping[str, Any], most: int = 12, per_class: int = 3) -> list[int]:

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "CHANCE",
     "LAYERS",
     "NEURONS",
     "SPATIAL",
+    "START",
     "TEMPORAL",
     "badge",
     "figure",
@@ -28,6 +30,7 @@ NEURONS = (
     *("#003B5C", "#FFD58A", "#7FDCC0", "#7A2F58", "#C4E6FA", "#7A3500", "#8A8200", "#D0D0D0"),
 )
 SPATIAL, TEMPORAL = "#40307A", "#C8BFE7"  # of no neuron
+CHANCE, START = "#8C8C8C", "#D55E00"  # what chance gives, and where training began
 LAYERS = (("#222222", "-", "o"), ("#B2457A", "--", "s"), ("#2C7FB8", "-.", "^"), ("#7A9A01", ":", "D"))
 
 

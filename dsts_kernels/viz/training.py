@@ -1,7 +1,8 @@
 """How neurons and gates came about: usage of neurons, saturated gates and dead neurons by epoch.
 
 A *history* is a list with a dict an epoch. ``epoch`` counts them; ``usage`` ``(L, N)`` are shares of samples that sum
-to 1 in a layer; ``saturated`` are ``L`` shares of gate logits so large that they get no gradient; ``dead`` are ``L``
+to 1 in a layer, as training chose with its noise; ``test_usage`` are those of the test clips, as evaluation chooses;
+``saturated`` are ``L`` shares of gate logits so large that they get no gradient; ``dead`` are ``L``
 counts of neurons that no sample chose. Epochs that lack what a figure shows are left out of it.
 """
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["plot_saturation", "plot_usage", "recorded"]
 
 
+USAGE = {"usage": "training clips,\nchosen with noise", "test_usage": "test clips,\nas evaluation chooses"}
+
+
 def recorded(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], Tensor]:
     """``E`` epochs that recorded ``key``, and what they did: ``(E, ...)`` float64.
 
@@ -36,7 +40,7 @@ def recorded(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int],
         values = torch.stack([torch.as_tensor(row[key], dtype=torch.float64, device="cpu") for row in rows])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"history: {key!r} is not numbers of one shape in all epochs ({error})") from error
-    wanted = {"usage": 2}.get(key, 1)
+    wanted = 2 if key in USAGE else 1
     if values.dim() != wanted + 1 or values.numel() == 0:
         shape = "(L, N)" if wanted == 2 else "(L,)"
         raise ValueError(f"history: got {key!r} of shape {tuple(values.shape[1:])}, wanted {shape}")
@@ -77,47 +81,61 @@ def _label_ends(axes: Axes, shares: Tensor, edge: float, height: float) -> None:
             )
 
 
+def _areas(axes: Axes, epochs: Sequence[int], usage: Tensor, height: float) -> None:
+    """A layer's shares ``(E, N)``, stacked."""
+    edges, tops = _edges(epochs), usage.cumsum(1)
+    for neuron in range(usage.shape[1]):
+        top = tops[:, neuron]
+        axes.stairs(
+            top.tolist(),
+            edges,
+            baseline=(top - usage[:, neuron]).tolist(),
+            fill=True,
+            facecolor=neuron_color(neuron),
+            edgecolor="white" if len(epochs) <= 30 else "none",
+            linewidth=0.4,
+            label=str(neuron),
+        )
+    _label_ends(axes, usage[-1], edges[-1], height)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
 def plot_usage(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Share of samples that choose each neuron, over training: a panel a layer, areas stacked from neuron 0 up.
 
     Args:
-        history: see the module; needs ``usage``.
+        history: see the module; needs ``usage``. Where ``test_usage`` is recorded it has a row of its own: noise
+            spreads training clips over neurons that evaluation never takes.
 
     Returns:
         A matplotlib figure.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no epoch recorded ``usage``.
+        ValueError: no epoch recorded ``usage``; ``test_usage`` is of other layers or neurons.
     """
-    epochs, usage = recorded(history, "usage")
-    layers, neurons = usage.shape[1:]
-    height = 2.6
-    fig = figure(1.3 + 2.9 * layers, height + 1.2)
-    panels = fig.subplots(1, layers, sharey=True, squeeze=False)[0]
-    edges = _edges(epochs)
-    tops = usage.cumsum(2)
-    for layer, axes in enumerate(panels):
-        for neuron in range(neurons):
-            top = tops[:, layer, neuron]
-            axes.stairs(
-                top.tolist(),
-                edges,
-                baseline=(top - usage[:, layer, neuron]).tolist(),
-                fill=True,
-                facecolor=neuron_color(neuron),
-                edgecolor="white" if len(epochs) <= 30 else "none",
-                linewidth=0.4,
-                label=str(neuron),
-            )
-        _label_ends(axes, usage[-1, layer], edges[-1], height)
-        axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1))
+    found = {"usage": recorded(history, "usage")}
+    layers, neurons = found["usage"][1].shape[1:]
+    if any(row.get("test_usage") is not None for row in history):
+        found["test_usage"] = recorded(history, "test_usage")
+        if found["test_usage"][1].shape[1:] != (layers, neurons):
+            shape = tuple(found["test_usage"][1].shape[1:])
+            raise ValueError(f"history: got 'test_usage' of shape {shape}, wanted {(layers, neurons)} as 'usage'")
+    height = 2.6 if len(found) == 1 else 1.9
+    fig = figure(1.5 + 2.9 * layers, height * len(found) + 1.2)
+    rows = fig.subplots(len(found), layers, sharey=True, sharex=True, squeeze=False)
+    for row, (key, (epochs, usage)) in zip(rows, found.items(), strict=True):
+        for layer, axes in enumerate(row):
+            _areas(axes, epochs, usage[:, layer], height)
+        row[0].yaxis.set_major_formatter("{x:.0%}")
+        row[0].set_ylabel(f"share of {USAGE[key]}" if len(found) > 1 else "share of samples", fontsize=9)
+    for layer, axes in enumerate(rows[0]):
         axes.set_title(f"layer {layer}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        _epoch_axis(axes, epochs)
-    panels[0].yaxis.set_major_formatter("{x:.0%}")
-    panels[0].set_ylabel("share of samples", fontsize=9)
+    for axes in rows[-1]:
+        _epoch_axis(axes, found["usage"][0])
+    panels = rows[0]
     handles, labels = panels[0].get_legend_handles_labels()
     columns = 1 if neurons <= 10 else 2
     fig.legend(

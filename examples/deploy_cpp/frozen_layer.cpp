@@ -45,12 +45,11 @@ cpu::FrozenLayer layer_of(const Tensor& x, const Tensor& scoring, const Tensor& 
                           std::string_view packing) {
   cpu::FrozenLayer layer{};
   layer.N = bias.size(0), layer.O = bias.size(1), layer.C = channels.size(1);
-  layer.taps = static_cast<int>(scoring.size(2));
   TORCH_CHECK_VALUE(
       packing == "blocked" || packing == "winograd", "frozen_layer: got filters packed as ", packing,
       "; wanted winograd or blocked, as freeze() packs for a CPU that dsts_kernels has kernels for");
-  TORCH_CHECK_VALUE(layer.taps == 1 || layer.taps == 9, "frozen_layer: scoring has ", layer.taps,
-                    " taps; wanted 1 or 9");
+  TORCH_CHECK_VALUE(layer.takes_taps(scoring.size(2)), "frozen_layer: scoring has ", scoring.size(2),
+                    " taps; wanted 1 or 9, or 2 or 10 with a centre");
   TORCH_CHECK_VALUE(x.dim() == 5 && x.size(1) == layer.C, "frozen_layer: x has shape ", x.sizes(),
                     "; wanted (B, ", layer.C, ", T, H, W)");
   TORCH_CHECK_TYPE(x.scalar_type() == filters.scalar_type(), "frozen_layer: x has dtype ", x.scalar_type(),

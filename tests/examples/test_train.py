@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsts_kernels import DSTSLayer
 from dsts_kernels.backbones import BACKBONES, create
 from dsts_kernels.classify import Classifier, ClassifierConfig
 from dsts_kernels.cli import main as cli
-from dsts_kernels.data import SyntheticDives
-from dsts_kernels.learning import load_checkpoint
+from dsts_kernels.data import Symmetries, SyntheticDives
+from dsts_kernels.learning import load_checkpoint, save_checkpoint
 from dsts_kernels.viz import information_table
 from examples import tables, train
 from tests.data.videos import write_video
@@ -45,6 +46,7 @@ def run(out: Path, *options: str) -> dict:
 def comparable(state: dict) -> dict:
     """What must be the same in two runs: all but times, and where they were written."""
     history = [{k: v for k, v in record.items() if k != "seconds"} for record in state["history"]]
+    history = [{"start": state.get("gates_at_start")}, *history]
     return {"history": history, **{k: state[k] for k in ("epoch", "model", "optimizers", "generators", "routing")}}
 
 
@@ -72,6 +74,12 @@ VARIANTS = {
     "no skip, second order": ["--no-skip", "--second-order"],
     "kernels": ["--scoring-kernel", "1x3x3", "--mixing-kernel", "3x1x1"],
     "literal": ["--literal"],
+    "centred, balanced": ["--score-center", "balance", "--center-in-training", "--gate-offset", "1", "--augment"],
+    "quieter, joint": [
+        *("--learning", "joint", "--balance", "0.1", "--balance-on", "evaluation", "--score-center", "mean"),
+        *("--gumbel-scale", "1", "0.1", "--gate-noise", "0.5", "--noise-shape", "cosine"),
+    ],
+    "both ways": ["--both-ways", "--warm-up", "2", "--one-rate", "--gate-rate", "0.1", "--backbone-rate", "1e-3"],
 }
 
 
@@ -82,10 +90,94 @@ def test_variants(tmp_path, name):
     (record,) = state["history"]
     assert json.loads((tmp_path / "metrics.json").read_text())[0]["top1"] == record["top1"]
     assert 0 <= record["top1"] <= 1 and len(record["class_accuracy"]) == 16
-    assert ("val_loss" in record) == (name not in ("backbone", "joint"))
+    assert ("val_loss" in record) == (name not in ("backbone", "joint", "quieter, joint"))
+    assert ("gumbel_scale" in record) == (name == "quieter, joint")
     assert ("routing" in state) == ("dead" in record) == (name not in ("backbone", "literal"))
     if "routing" in state:
         assert state["routing"]["neuron"].shape == (2, 32) and state["routing"]["frames"].dtype == torch.uint8
+
+
+def trainer(out: Path, *options: str) -> train.Trainer:
+    return train.Trainer(train.parse([*TOY, "--out", str(out), *options]))
+
+
+def test_what_options_of_ours_make(tmp_path):
+    """Layers, groups of rates, schedule, learner and data are as asked for; by default all are the paper's."""
+    plain = trainer(tmp_path)
+    assert [len(optimizer.param_groups) for optimizer in plain.optimizers] == [1, 1]
+    assert plain.schedule is None and plain.learner.warm_up == 0 and type(plain.train_set) is SyntheticDives
+    layer = next(part for part in plain.model.modules() if isinstance(part, DSTSLayer))
+    assert layer.score_center is False and layer.gate_offset == 0.0 and layer.gumbel_scale == 1.0
+    own = trainer(
+        tmp_path, "--score-center", "mean", "--center-momentum", "0.2", "--gate-offset", "2", "--augment",
+        "--rate", "0.01", "--one-rate", "--gate-rate", "0.1", "--backbone-rate", "0.001", "--both-ways",
+        "--warm-up", "3", "--gumbel-scale", "2", "1", "--noise-wait", "5", "--epochs", "2",
+    )  # fmt: skip
+    assert isinstance(own.train_set, Symmetries) and type(own.test_set) is SyntheticDives
+    layer = next(part for part in own.model.modules() if isinstance(part, DSTSLayer))
+    assert (layer.score_center, layer.center_momentum, layer.center_in_training) == ("mean", 0.2, False)
+    assert layer.gate[0].mean() < -1.8 and layer.gate[1].mean() > 1.8 and layer.gumbel_scale == 2.0
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in own.optimizers]
+    assert rates == [[0.01, 0.001], [0.01, 0.1]] and own.learner.warm_up == 3
+    names = {id(p): name for name, p in own.model.named_parameters()}
+    rest, backbone = ({names[id(p)] for p in group["params"]} for group in own.optimizers[0].param_groups)
+    assert all(".dsts." in name or name.startswith("classifier.") for name in rest)
+    assert backbone and not any(".dsts." in name or name.startswith("classifier.") for name in backbone)
+    assert own.steps == 6 and len(own.loaders[0].dataset) == len(own.loaders[1].dataset) == 24
+    assert (own.schedule.steps, own.schedule.wait) == (2 * 6 - 5, 5)
+    literal = trainer(tmp_path, "--literal", "--gate-rate", "0.1", "--gumbel-scale", "0.5")
+    assert [len(optimizer.param_groups) for optimizer in literal.optimizers] == [1, 2]
+
+
+def test_a_trained_start(tmp_path):
+    """``--init``: the backbone of a run without DSTS, or all of one with; frozen, no bit of it moves, BatchNorm's
+    statistics included, and the rest learns."""
+    run(tmp_path / "plain", "--epochs", "1", "--no-dsts")
+    given = load_checkpoint(tmp_path / "plain" / "checkpoint.pt")["model"]
+    init = ["--init", str(tmp_path / "plain" / "checkpoint.pt")]
+    found = run(tmp_path / "frozen", "--epochs", "1", *init, "--freeze-backbone", "--learning", "joint")["model"]
+    assert set(given) < set(found)
+    for key, value in given.items():
+        assert torch.equal(value, found[key]) != key.startswith("classifier."), key
+    start = trainer(tmp_path, *init).model.state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in given.items())
+    options = ["--score-center", "mean", "--gumbel-scale", "0.5"]
+    with_dsts = run(tmp_path / "with", "--epochs", "1", *init, *options)["model"]
+    init = ["--init", str(tmp_path / "with" / "checkpoint.pt")]
+    again = trainer(tmp_path, *init, "--score-center", "mean").model
+    assert all(torch.equal(value, with_dsts[key]) for key, value in again.state_dict().items())
+    assert {layer.gumbel_scale for layer in again.modules() if isinstance(layer, DSTSLayer)} == {1.0}
+    back = trainer(tmp_path, *init, "--no-dsts").model.state_dict()
+    assert set(back) == set(given) and all(torch.equal(value, with_dsts[key]) for key, value in back.items())
+
+
+def test_resumed_with_options_of_ours(tmp_path):
+    """Centre, schedule, warm-up and symmetries go on where they were: every bit is that of a run left alone."""
+    options = ["--epochs", "3", "--score-center", "balance", "--gumbel-scale", "1", "0.2", "--gate-noise", "1", "0.5"]
+    options += ["--warm-up", "8", "--both-ways", "--augment", "--gate-rate", "0.05"]  # an epoch has six steps
+    alone = run(tmp_path / "a", *options)
+    stop = train.Trainer.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "save", lambda self, *args: (stop(self, *args), self.epoch == 0 and 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "b", *options)
+    half = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
+    assert half["learner_steps"] == half["schedule"]["done"] == 6
+    resumed = run(tmp_path / "b", *options, "--resume")
+    assert_same(comparable(resumed), comparable(alone))
+    assert resumed["learner_steps"] == alone["learner_steps"] == resumed["schedule"]["done"] == 18
+    assert Classifier.load(tmp_path / "b" / "checkpoint.pt").config.dsts["score_center"] == "balance"
+
+
+def test_a_checkpoint_of_before_resumes(tmp_path):
+    """One that a version without these options wrote, which has neither their names nor their states."""
+    run(tmp_path, "--epochs", "1")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    before = {k: v for k, v in state.items() if k not in ("learner_steps", "schedule")}
+    names = ("score_center", "center_momentum", "gumbel_scale", "warm_up", "both_ways", "init", "augment", "noise_wait")
+    before["options"] = {k: v for k, v in state["options"].items() if k not in names} | {"epochs": 2}
+    save_checkpoint(tmp_path / "checkpoint.pt", before)
+    assert run(tmp_path, "--epochs", "2", "--resume")["epoch"] == 1
 
 
 def test_same_seed_same_run(tmp_path):
@@ -342,6 +434,16 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         (["--stride", "2"], "--stride: got 2 with --data synthetic"),
         (["--backbone", "tnp"], "invalid choice: 'tnp'"),
         (["--size", "0"], "--size: got 0, wanted at least 1"),
+        (["--no-dsts", "--score-center", "mean"], "--score-center: got it with --no-dsts"),
+        (["--learning", "joint", "--both-ways"], "--both-ways: got it with --learning joint"),
+        (["--learning", "joint", "--warm-up", "3"], "--warm-up: got it with --learning joint"),
+        (["--warm-up", "-1"], "--warm-up: got -1, wanted at least 0"),
+        (["--both-ways", "--fraction", "0.25"], "--fraction: got 0.25 with --both-ways, wanted 0.5"),
+        (["--center-in-training"], "--center-in-training: got it without --score-center"),
+        (["--data", "diving48", "--augment"], "--augment: got it with --data diving48"),
+        (["--init", "a", "--weights", "b"], "--weights: got it with --init, wanted one of them"),
+        (["--freeze-backbone", "--backbone-rate", "1"], "--backbone-rate: got it with --freeze-backbone"),
+        (["--gumbel-scale", "1", "2", "3"], "--gumbel-scale: got 3 numbers, wanted 1 or 2"),
     ],
 )
 def test_options_that_do_not_fit(options, says, capsys):
@@ -362,6 +464,10 @@ def test_options_that_do_not_fit(options, says, capsys):
         ([*TPN, "--width", "3"], "width: got 3, wanted a multiple of 2"),
         (["--fraction", "2"], "fraction: got 2.0"),
         (["--learning", "joint", "--rate", "1e30"], "a lower --rate may help"),
+        (["--init", "none.pt"], "there is no such file"),
+        (["--gumbel-scale", "-1"], "gumbel_scale: got -1.0"),
+        (["--gumbel-scale", "1", "--noise-wait", "1000"], "--noise-wait: got 1000, wanted fewer than the run's steps"),
+        (["--score-center", "mean", "--center-momentum", "0"], "center_momentum: got 0.0"),
     ],
 )
 def test_values_that_are_refused(options, says, tmp_path, capsys):

@@ -350,6 +350,13 @@ def monitored() -> None:
     dist.all_reduce(counts)
     assert torch.equal(counts / 8, wanted.usage)
     assert torch.equal(found.saturated, wanted.saturated) and torch.equal(found.spatial, wanted.spatial)
+    assert torch.equal(found.flipped, wanted.flipped) and not found.flipped.any()
+    with torch.no_grad():
+        for one in (module, alone):
+            for name, p in one.named_parameters():
+                if name.endswith("gate"):
+                    p.neg_()
+    assert monitor.statistics().flipped.eq(1).all() and expected.statistics().flipped.eq(1).all()
 
 
 def made(groups: str, optimizer: str, spare: bool = True) -> UpstreamDownstream:

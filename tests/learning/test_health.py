@@ -51,6 +51,54 @@ def test_counts_are_those_of_the_routing():
     assert monitor.statistics().samples.tolist() == [0, 0]
 
 
+def test_choices_without_noise():
+    """Noise spreads samples over neurons that evaluation never takes: the monitor counts both, by the same scores."""
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=4, score_reduction="mean")
+    layer = dsts.layers[0]
+    with torch.no_grad():
+        layer.scoring.zero_()
+        layer.scoring[2] = 0.01  # the highest, by less than the noise
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 4, 2, 3, 3))
+    found = monitor.statistics()
+    assert found.usage_without_noise.tolist() == [[0, 0, 1, 0]] and found.entropy_without_noise.tolist() == [0]
+    assert found.dead_without_noise.tolist() == [3] and found.dead[0] == 0 and found.entropy[0] > 1.5
+    monitor.reset()
+    dsts.eval()(torch.rand(64, 4, 2, 3, 3))
+    found = monitor.statistics()
+    assert torch.equal(found.usage, found.usage_without_noise) and found.dead.tolist() == [3]
+
+
+def test_choices_without_noise_are_centred():
+    """Less the centre, where evaluation subtracts it."""
+    dsts = FusedDSTS(4, num_layers=1, num_neurons=2, score_reduction="mean", score_center=True, gumbel_scale=0.0)
+    layer = dsts.layers[0]
+    with torch.no_grad():
+        layer.scoring.zero_()
+        layer.scoring[0], layer.scoring[1] = 1.0, 0.5  # the first is above on every sample
+    monitor = RoutingMonitor(dsts)
+    dsts(torch.rand(64, 1, 1, 1, 1).expand(64, 4, 2, 3, 3).contiguous())
+    found = monitor.statistics()
+    assert found.usage.tolist() == [[1, 0]] and 0.2 < found.usage_without_noise[0, 0] < 0.8
+
+
+def test_gates_that_crossed():
+    """Since the monitor was made, or since the start that a checkpoint brought."""
+    dsts = FusedDSTS(4, num_layers=2, num_neurons=2)
+    monitor = RoutingMonitor(dsts)
+    assert monitor.statistics().flipped.tolist() == [[0, 0], [0, 0]]
+    before = [gate.clone() for gate in monitor.start]
+    with torch.no_grad():
+        dsts.layers[1].gate[0].neg_()
+        dsts.layers[0].gate[1, :1].neg_()
+    assert monitor.statistics().flipped.tolist() == [[0, 0.25], [1, 0]]
+    assert all(torch.equal(a, b) for a, b in zip(before, monitor.start, strict=True))
+    monitor.start = [layer.gate for layer in dsts.layers]
+    assert monitor.statistics().flipped.tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="start: got"):
+        monitor.start = before[:1]
+
+
 def test_saturation_is_where_the_gradient_ends():
     q = torch.tensor([SATURATION + 1e-3, SATURATION - 1e-3, -SATURATION - 1e-3], dtype=torch.float64)
     assert [0 < r < 1 for r in saturating_sigmoid(q).tolist()] == [False, True, False]
@@ -98,3 +146,30 @@ def test_bad_input():
         RoutingMonitor(FusedDSTS(2)).balance()
     with pytest.raises(ValueError, match="tau"):
         balance_loss(Routing(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2), torch.empty(0)), tau=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"score_center": True}, {"score_center": True, "center_in_training": True}])
+def test_balance_of_evaluation(options):
+    """Of the choices that evaluation would make of the same samples, noise apart and less the centre."""
+    dsts = FusedDSTS(6, num_layers=2, num_neurons=4, score_reduction="mean", dtype=torch.float64, **options)
+    dsts.set_noise(gumbel_scale=100.0)
+    x = torch.randn(40, 6, 2, 3, 3, dtype=torch.float64)
+    monitor = RoutingMonitor(dsts, keep=True)
+    dsts(x)
+    noisy, quiet = monitor.balance(), monitor.balance(evaluation=True)
+    expected = []
+    for layer, routing in zip(dsts.layers, monitor.last, strict=True):
+        scores = routing.scores
+        if options and not layer.center_in_training:
+            scores = scores - layer.center
+        expected.append(balance_loss(Routing(scores.argmax(1), scores, routing.gate)))
+    assert torch.equal(quiet, torch.stack(expected).mean()) and quiet != noisy
+    (gradient,) = torch.autograd.grad(quiet, dsts.layers[0].scoring)
+    assert gradient.norm() > 0
+    alone = dsts.layers[0]
+    before = None if alone.center is None else alone.center.clone()
+    with torch.no_grad():
+        chosen = alone.evaluation_scores(monitor.last[0].scores).argmax(1)
+        if not options:  # the centre goes on moving with each pass
+            assert torch.equal(chosen, alone.eval()(x, return_routing=True)[1].neuron)
+    assert before is None or torch.equal(before, alone.center)

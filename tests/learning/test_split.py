@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dsts_kernels.learning import split_train_val
+from dsts_kernels.learning import both_ways, split_train_val
 
 DATA = list(range(103))
 
@@ -69,3 +69,12 @@ def test_bad_input():
         train.set_epoch(-1)
     with pytest.raises(IndexError):
         train[len(train)]
+
+
+def test_both_ways():
+    """Every pair, then the same swapped; lazily."""
+    pairs = iter([("a", "b"), ("c", "d")])
+    found = both_ways(pairs)
+    assert [next(found), next(found)] == [("a", "b"), ("b", "a")]
+    assert next(pairs) == ("c", "d") and list(found) == []
+    assert list(both_ways([(1, 2), (3, 4)])) == [(1, 2), (2, 1), (3, 4), (4, 3)]

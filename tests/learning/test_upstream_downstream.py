@@ -380,3 +380,72 @@ def test_bad_input():
     with pytest.raises(ValueError, match="loss_fn: returned a tensor of shape"):
         UpstreamDownstream(net, lambda y, t: y, **sgd(net)).step(train, train)
     assert same(before, everything(net))
+
+
+def test_warm_up():
+    """Steps of line 8 alone, which are steps of the downstream optimizer; Algorithm 1 afterwards, also when resumed."""
+    net = Net()
+    alone = copy.deepcopy(net)
+    steps, plain = learner(net, warm_up=2), torch.optim.SGD(downstream_parameters(alone), RATE)
+    batches = [(batch(8), batch(8)) for _ in range(4)]
+    for train, val in batches[:2]:
+        result = steps.step(train, val)
+        plain.zero_grad()
+        loss = F.cross_entropy(alone(*train[0]), train[1])
+        loss.backward()
+        plain.step()
+        assert result.train_loss == pytest.approx(loss.item()) and math.isnan(result.val_loss)
+        assert math.isnan(result.upstream_grad_norm) and result.downstream_grad_norm > 0
+        for p, q in zip(upstream_parameters(net), upstream_parameters(alone), strict=True):
+            assert torch.equal(p, q) and p.grad is None
+        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(p, q)
+    resumed, state = copy.deepcopy(net), steps.state_dict()
+    others = learner(resumed, warm_up=2)
+    others.load_state_dict(state)
+    found = steps.step(*batches[2])
+    assert not math.isnan(found.val_loss) and others.step(*batches[2]) == found
+    assert not all(map(torch.equal, upstream_parameters(net), upstream_parameters(alone)))
+    assert same(everything(net), everything(resumed)) and "steps" not in learner(Net()).state_dict()
+
+
+def test_a_step_that_fails_does_not_count():
+    """Of the warm-up, as of all else."""
+    net = Net()
+    steps = learner(net, warm_up=1)
+    bad, val = batch(8), batch(8)
+    bad[0][0].fill_(math.nan)
+    before = everything(net)
+    with pytest.raises(FloatingPointError, match="train_batch"):
+        steps.step(bad, val)
+    assert same(before, everything(net)) and steps.steps == 0
+    assert math.isnan(steps.step(batch(8), val).val_loss)
+
+
+def test_balance_by_evaluation():
+    """The term of line 6 counts other choices, so scores go another way; with noise that decides nothing, the same."""
+    way = {}
+    for on in ("training", "evaluation"):
+        for scale in (0.0, 100.0):
+            torch.manual_seed(4)
+            net = Net(score_reduction="mean", gumbel_scale=scale, noise_std=0.0, hard_fraction=1.0)
+            steps = learner(net, balance=10.0, balance_on=on)
+            torch.manual_seed(5)
+            (clips, *_), targets = batch(8)
+            steps.step((clips, targets), (clips, targets))
+            way[on, scale] = net.dsts.layers[0].scoring.detach().clone()
+    assert torch.equal(way["training", 0.0], way["evaluation", 0.0])
+    assert not torch.allclose(way["training", 100.0], way["evaluation", 100.0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"balance_on": "both"}, "balance_on: got 'both', wanted 'training' or 'evaluation'"),
+        ({"warm_up": -1}, "warm_up: got -1, wanted an int of at least 0"),
+        ({"warm_up": 1.5}, r"warm_up: got 1\.5"),
+    ],
+)
+def test_bad_options_of_ours(options, message):
+    with pytest.raises(ValueError, match=message):
+        learner(Net(), **options)

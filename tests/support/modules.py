@@ -29,6 +29,8 @@ def enliven(module: nn.Module) -> None:
         layer.gate.normal_()
         summed = layer.scoring.shape[1] * POSITIONS if layer.score_reduction == "sum" else 1
         layer.scoring.mul_(8 / summed)  # scores of size one: a softmax that saturates leaves no gradient
+        if layer.score_center:
+            layer.center.normal_()
         if layer.norm is not None:
             layer.norm.running_mean.normal_(std=0.2)
             layer.norm.running_var.uniform_(0.1, 0.4)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..base import FrozenOptions, FrozenWeights
+from ..base import FrozenOptions, FrozenWeights, taps_of
 from ..packing import tile_channels
 from . import features
 from .gated_conv import SPATIAL_TAPS
@@ -36,11 +36,14 @@ class FrozenLayer:
         block_k, folds = tile_channels(x.dtype), w.mixing is None
         last = ConvEpilogue(w.bias, options.relu, skip, next_sums if options.next_taps else None)
         with features.on_device(x):
-            parts = kernels.partial_tap_sums(x, w.scoring.shape[2]) if sums is None else sums.flatten(1)[:, None]
+            taps, divisor = taps_of(w.scoring), options.score_divisor(x)
+            parts = kernels.partial_tap_sums(x, taps) if sums is None else sums.flatten(1)[:, None]
+            if w.scoring.shape[2] != taps:
+                parts = with_center_tap(parts, taps, divisor)
             sum_taps = options.next_taps if folds else 0
             grid = kernels.conv_grid(x, outputs, x.shape[1] + block_k, SPATIAL_TAPS, sum_taps, packed=True)
             counters = torch.empty(grid.arrival_counters, dtype=torch.int32, device=x.device)
-            panel, plan = kernels.route_and_gather(x, parts, w, options.score_divisor(x), neuron, scores, counters)
+            panel, plan = kernels.route_and_gather(x, parts, w, divisor, neuron, scores, counters)
             filters = w.filters.view(-1, block_k)
             if folds:
                 kernels.conv(panel, filters, "packed", plan, y, grid, epilogue=last._replace(arrival_counters=counters))
@@ -49,6 +52,14 @@ class FrozenLayer:
                 kernels.conv(panel, filters, "packed", plan, z, grid, epilogue=ConvEpilogue(arrival_counters=counters))
                 mix_frozen(kernels, z, neuron, y, w.mixing, tuple(options.mixing_kernel), last)
         return y, next_sums, neuron, scores
+
+
+def with_center_tap(parts: Tensor, taps: int, divisor: int) -> Tensor:
+    """``parts (B, parts, C * taps)`` of tap sums with one more tap, whose sums make scores of 1."""
+    given = parts.view(*parts.shape[:2], -1, taps)
+    wide = given.new_full((*given.shape[:3], taps + 1), divisor / given.shape[1])
+    wide[..., :taps] = given
+    return wide.flatten(2)
 
 
 def check_packing(packing: str, backend: str) -> None:

@@ -141,25 +141,24 @@ def test_layers_of_several_packings(asked, ways):
     assert asked == [WHOLE] * 2 and set(ways) == {"direct.frozen_neuron"}
 
 
-@pytest.mark.parametrize("taps", [2, 10])
-def test_scoring_with_another_number_of_taps(asked, taps):
-    """One call knows 1 and 9 taps: it declines any other, and single ops choose by what is there."""
+@pytest.mark.parametrize("taps", [1, 9])
+@pytest.mark.parametrize("given", [True, False], ids=["given sums", "own sums"])
+def test_scoring_with_a_centre(asked, taps, given):
+    """One more tap of the first channel is added to scores; those of other channels are not read."""
     layer: FrozenLayer = pair(20, FLOAT32, num_layers=1)[1].eval().freeze().layers[0]
-    weights: FrozenWeights = layer.weights()._replace(scoring=torch.randn(3, 20, taps))
-    x, sums, options = features(FLOAT32), torch.randn(3, 20, taps), layer.options(0)
-    source = SimpleNamespace(
-        packing=layer.packing, prepared=None, num_neurons=3, settled=object, weights=lambda: weights,
-        options=lambda next_taps: options,
-    )  # fmt: skip
-    assert CPU.frozen_layers(x, None, torch.empty_like(x), [source], True) is None
-    y, _, neuron, scores = CPU.frozen_layer(x, sums, None, weights, options)
-    assert asked == []
-    assert_close(scores, sums.double().flatten(1) @ weights.scoring.double().flatten(1).t(), dtype=FLOAT32)
+    scoring = torch.full((3, 20, taps + 1), torch.nan)
+    scoring[..., :taps], scoring[:, 0, taps] = torch.randn(3, 20, taps), 100 * torch.randn(3)
+    weights: FrozenWeights = layer.weights()._replace(scoring=scoring)
+    x, options = features(FLOAT32), layer.options(0)
+    sums = torch.randn(3, 20, taps) if given else CPU.tap_sums(x, taps)
+    y, _, neuron, scores = CPU.frozen_layer(x, sums if given else None, None, weights, options)
+    wanted = sums.double().flatten(1) @ scoring[..., :taps].double().flatten(1).t() / options.score_divisor(x)
+    assert_close(scores, wanted + scoring[:, 0, taps].double(), dtype=FLOAT32)
     assert torch.equal(neuron, scores.argmax(1))
     theirs = layer.weights()._replace(scoring=scores_for(neuron))
     one = torch.ones(3, 20, 1)
     one[torch.arange(3), torch.arange(3)] = 100.0
-    assert torch.equal(CPU.frozen_layer(x, one, None, theirs, options)[0], y) and asked == [WHOLE]
+    assert torch.equal(CPU.frozen_layer(x, one, None, theirs, options)[0], y) and asked == [WHOLE] * 2
 
 
 def scores_for(neuron: Tensor) -> Tensor:
@@ -170,12 +169,12 @@ def scores_for(neuron: Tensor) -> Tensor:
 
 
 def test_layers_whose_weights_one_call_cannot_read(asked):
-    """A whole module declines as well where only one layer has other taps."""
+    """A whole module declines as well where only one layer has a weight whose memory holds its negative."""
     fast = pair(20, FLOAT32, num_layers=2)[1].eval().freeze()
     x, (first, second) = features(FLOAT32), fast.layers
-    wide = second.weights()._replace(scoring=torch.randn(3, 20, 10))
+    negated = second.weights()._replace(scoring=torch._neg_view(second.scoring.neg()))
     other = SimpleNamespace(
-        packing=second.packing, prepared=None, num_neurons=3, settled=object, weights=lambda: wide,
+        packing=second.packing, prepared=None, num_neurons=3, settled=object, weights=lambda: negated,
         options=second.options,
     )  # fmt: skip
     assert CPU.frozen_layers(x, None, torch.empty_like(x), [first, second], False) == (None, None)
