@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from examples.data import build_data
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -27,6 +26,7 @@ from benchmarks.variants import make_reference
 from dsts_kernels import FrozenDSTS, FusedDSTS, ops
 from dsts_kernels.backends.packing import pack, places, unpack_at
 from dsts_kernels.classify.config import CLASSIFIER, ClassifierConfig
+from dsts_kernels.data.named import build_data
 from dsts_kernels.learning import load_checkpoint
 from dsts_kernels.testing import relative_error
 
