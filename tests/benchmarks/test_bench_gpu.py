@@ -164,8 +164,8 @@ def test_a_step_learns_its_own_limit() -> None:
 def test_without_a_gpu(module: str) -> None:
     """One line that says so and an exit code, not a traceback."""
     done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == (2 if module.endswith("tune") else 1)
-    assert ("no CUDA GPU here" in done.stderr or "torch finds none" in done.stderr) and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "no CUDA GPU here" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_bad_arguments(changed, message):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, torch.zeros(3, 8, 2), "scoring has 2 taps"),
+        (0, torch.zeros(3, 8, 3), "scoring has 3 taps"),
         (1, torch.full((3, 8), 8, dtype=torch.int32), "channels lists channel 8; wanted 0 <= channel < 8"),
         (2, torch.tensor([0, 9, 9, 9]), "starts gives a neuron 9 spatial channels"),
         (3, torch.zeros(5), "filters has elements = 5"),
