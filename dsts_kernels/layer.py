@@ -92,8 +92,8 @@ class DSTSLayer(LayerState):
         nn.init.normal_(self.gate, std=0.1)
         if self.gate_offset:
             with torch.no_grad():
-                offsets = torch.tensor(gate_offsets(self.gate_offset, self.num_neurons), dtype=self.gate.dtype)
-                self.gate.add_(offsets.to(self.gate.device)[:, None])
+                offsets = gate_offsets(self.gate_offset, self.num_neurons)
+                self.gate.add_(torch.tensor(offsets, dtype=self.gate.dtype, device=self.gate.device)[:, None])
         if self.norm is not None:
             self.norm.reset_parameters()
         if self.center is not None:

@@ -113,7 +113,7 @@ class Step(NamedTuple):
 def make_steps(step: str, modules: dict[str, nn.Module], problem: Problem) -> dict[str, Step]:
     generator = torch.Generator().manual_seed(2022)
     shape = (problem.batch, problem.channels, *problem.size)
-    x = torch.randn(shape, generator=generator).to(problem.device, problem.dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(problem.device, problem.dtype)
 
     def evaluated(module: nn.Module) -> Step:
         return Step(torch.inference_mode()(lambda: module(x)), lambda y: (y,), lambda: None)
@@ -123,7 +123,7 @@ def make_steps(step: str, modules: dict[str, nn.Module], problem: Problem) -> di
     torch.manual_seed(2022)
     sizes = (problem.batch, problem.channels, problem.neurons, problem.layers)
     draws = reference.Draws(*sample_draws(*sizes, device=problem.device, dtype=problem.dtype))
-    grad = torch.randn(shape, generator=generator).to(x)
+    grad = torch.randn(shape, generator=generator, device="cpu").to(x)
     x.requires_grad_()
 
     def trained(module: nn.Module) -> Step:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..backends import choose
@@ -49,18 +51,23 @@ def _quiet() -> frozenset[int]:
 QUIET = _quiet()
 
 
+def _only_devices() -> bool:
+    """Whether every function mode is one of ``torch.set_default_device`` or ``with torch.device(...)``."""
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
 def listened(tensors: Sequence[Tensor | None], profiled: bool = True) -> bool:
     """Whether anything must see an op on ``tensors``, so that it has to go through the dispatcher.
 
-    Compilers and exporters; dispatch and function modes (a FLOP counter, a default device); transforms
-    (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta tensors; and tensors whose
-    memory does not hold their values: a lazy negative, a lazy zero. The profiler is left out where not ``profiled``:
-    what it would time must be what runs without it.
+    Compilers and exporters; dispatch and function modes (a FLOP counter), but for a default device, which moves no op
+    that names its own; transforms (``torch.func``); ``torch.jit.trace``; the profiler; tensor subclasses, fake and meta
+    tensors; and tensors whose memory does not hold their values: a lazy negative, a lazy zero. The profiler is left out
+    where not ``profiled``: what it would time must be what runs without it.
     """
     if torch.compiler.is_compiling() or (profiled and torch.autograd._profiler_enabled()):
         return True
     modes = torch._C._dispatch_tls_local_include_set().raw_repr()
-    if modes not in QUIET or torch._C._is_torch_function_mode_enabled():
+    if modes not in QUIET or (torch._C._is_torch_function_mode_enabled() and not _only_devices()):
         return True
     for a in tensors:
         kind = type(a)

@@ -129,7 +129,7 @@ class _Taken:
             raise ValueError(
                 f"change: gave neurons {int(neuron.min())} to {int(neuron.max())}, wanted 0 to {neurons - 1}"
             )
-        like = {"device": x.device, "dtype": accumulate_dtype(x.dtype)}
-        gumbel = torch.zeros(samples, neurons, **like).scatter_(1, neuron[:, None], SURE)
-        noise = torch.full((samples, channels), -SURE, **like).masked_fill_(spatial, SURE)
-        return Draws(noise, torch.ones(samples, dtype=torch.bool, device=x.device), gumbel)
+        dtype, device = accumulate_dtype(x.dtype), x.device
+        gumbel = torch.zeros(samples, neurons, dtype=dtype, device=device).scatter_(1, neuron[:, None], SURE)
+        noise = torch.full((samples, channels), -SURE, dtype=dtype, device=device).masked_fill_(spatial, SURE)
+        return Draws(noise, torch.ones(samples, dtype=torch.bool, device=device), gumbel)

@@ -224,7 +224,7 @@ def _best_single(runs: _Runs, neuron: Tensor, layers: Sequence[int], generator: 
 
     clips = neuron.shape[1]
     half = torch.randperm(clips, generator=generator, device="cpu") % FOLDS
-    found = torch.zeros(clips, dtype=torch.bool)
+    found = torch.zeros(clips, dtype=torch.bool, device="cpu")
     for fold in range(FOLDS):
         others = half != fold if clips > 1 else half == fold
         chosen = list(used)

@@ -80,10 +80,10 @@ def sample_draws(
 def offsets_of(gate_offset: float | tuple[float, ...], num_neurons: int) -> Tensor:
     """Where each neuron's gate logits start: as given, or evenly from ``-gate_offset`` to ``gate_offset``."""
     if isinstance(gate_offset, (tuple, list)):
-        return torch.tensor(gate_offset, dtype=torch.float64)
+        return torch.tensor(gate_offset, dtype=torch.float64, device="cpu")
     if num_neurons == 1:
-        return torch.zeros(1, dtype=torch.float64)
-    return torch.linspace(-gate_offset, gate_offset, num_neurons, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64, device="cpu")
+    return torch.linspace(-gate_offset, gate_offset, num_neurons, dtype=torch.float64, device="cpu")
 
 
 class DSTSLayer(nn.Module):
@@ -155,7 +155,8 @@ class DSTSLayer(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (self.noise_std, self.gumbel_scale) != self.started_with:
-            destination[prefix + "noise"] = torch.tensor([self.noise_std, self.gumbel_scale], dtype=torch.float64)
+            now = [self.noise_std, self.gumbel_scale]
+            destination[prefix + "noise"] = torch.tensor(now, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         if prefix + "noise" in state_dict:
