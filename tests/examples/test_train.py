@@ -196,14 +196,14 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, learning):
         str(ROOT / "examples" / "train.py"),
         *TOY,
         "--clips",
-        "480",
+        "240",
         "--out",
         str(tmp_path / "a"),
     ]
     killed_after_an_epoch([*command, *options], tmp_path / "a")
     assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")["epoch"] < 3
-    resumed = run(tmp_path / "a", *options, "--clips", "480", "--resume")
-    alone = run(tmp_path / "b", *options, "--clips", "480")
+    resumed = run(tmp_path / "a", *options, "--clips", "240", "--resume")
+    alone = run(tmp_path / "b", *options, "--clips", "240")
     assert_same(comparable(resumed), comparable(alone))
 
 
