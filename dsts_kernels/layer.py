@@ -103,6 +103,8 @@ class DSTSLayer(LayerState):
     def set_noise(self, *, noise_std: float | None = None, gumbel_scale: float | None = None) -> None:
         """Change the noise of later passes; ``None`` leaves it. What was changed travels in ``state_dict``.
 
+        A :class:`FusedDSTS` draws for all of its layers with the noise of the first: change it by its own method.
+
         Args:
             noise_std: standard deviation of the noise on gate logits.
             gumbel_scale: of the Gumbel noise on scores.
@@ -113,8 +115,8 @@ class DSTSLayer(LayerState):
 
     def evaluation_scores(self, scores: Tensor) -> Tensor:
         """What evaluation would choose by, of ``scores (B, N)`` that a pass in the layer's present mode returned."""
-        subtracted = self.center is None or self.center_in_training or not self.training
-        return scores if subtracted else scores - self.center
+        center = self.subtracted
+        return scores if center is None or self.center_in_training or not self.training else scores - center
 
     def extra_repr(self) -> str:
         kernels = f"scoring_kernel={self.scoring_kernel}, mixing_kernel={self.mixing_kernel}"
@@ -150,7 +152,7 @@ class DSTSLayer(LayerState):
             draws = Draws(*(field[0] for field in sampled))
 
         noise, hard, gumbel = draws if self.training else (None, None, None)
-        center = self.center if self.score_center else None
+        center = self.subtracted
         subtracts = center is not None and (self.center_in_training or not self.training)
         scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
         named = dict(reduction=self.score_reduction, backend=self.backend)

@@ -214,6 +214,33 @@ def test_states_with_and_without():
         other.load_state_dict(incomplete)
 
 
+@pytest.mark.parametrize("kind", [FusedDSTS, reference.DSTS])
+def test_a_state_without_one_assigned(kind):
+    """A module without memory of its own takes an older state's, and a centre beside it."""
+    options = dict(num_neurons=2, num_layers=1)
+    with torch.device("meta"):
+        dsts = kind(6, score_center=True, **options)
+    dsts.load_state_dict(kind(6, **options).state_dict(), assign=True)
+    assert {b.device.type for b in dsts.buffers()} == {"cpu"} and dsts.layers[0].center.count_nonzero() == 0
+    assert dsts.eval()(torch.randn(2, 6, 2, 3, 3)).isfinite().all()
+
+
+def test_switched_off():
+    """Without ``score_center`` a layer that has a centre does nothing with it: by itself, frozen, or in a monitor."""
+    dsts, _, x = frozen_pair()
+    with torch.no_grad():
+        before = dsts(x, return_routing=True)[1].scores
+        centers = [layer.center.clone() for layer in dsts.layers]
+        for layer in dsts.layers:
+            layer.score_center = False
+        found = [module(x, return_routing=True)[1] for module in (dsts, dsts.freeze())]
+    assert_close(found[1].scores, found[0].scores)
+    assert_close(found[0].scores[0] - before[0], centers[0].expand(len(x), -1))
+    layer, scores = dsts.train().layers[0], before[0]
+    layer(x)
+    assert torch.equal(layer.center, centers[0]) and layer.evaluation_scores(scores) is scores
+
+
 def test_casts_copies_and_starts():
     """The centre stays wide and unrounded; copies and pickles have it; ``reset_parameters`` sets it back."""
     dsts = FusedDSTS(6, num_neurons=3, num_layers=1, score_center=True)
