@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -134,14 +135,11 @@ def test_order_and_split():
 
 
 def test_parts_are_apart(tiny):
-    """Clips of backbone, branches and test differ, and those of other seeds; the test clips are one set."""
-    task = tiny["dives"]
-    one = [draw(task, 1, part).clips[:32] for part in ("backbone", "branch", "test")]
-    assert not any(torch.equal(a, b) for a, b in ((one[0], one[1]), (one[1], one[2])))
-    assert torch.equal(one[2], draw(task, 2, "test").clips) and not torch.equal(
-        one[1], draw(task, 2, "branch").clips[:32]
-    )
-    assert torch.equal(one[1], draw(task, 1, "branch").clips[:32])
+    """Clips of backbone, branches and test differ, and so do those of other seeds, on which settings are chosen."""
+    for task in tiny.values():
+        drawn = [draw(task, seed, part).clips[:32] for seed in (1, 2) for part in ("backbone", "branch", "test")]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+        assert torch.equal(drawn[2], draw(task, 1, "test").clips)
 
 
 def test_symmetries_of_an_epoch(tiny):
@@ -272,7 +270,28 @@ def test_frozen_sides_are_upstream(shared):
     assert len(frozen) == 1 and frozen[0] is model.dsts.layers[0].gate
 
 
-def test_refuses_unknown_arms(capsys):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--arms", "dst"], "--arms: got 'dst', wanted some of"),
+        (["--seeds", "10", "2"], "--seeds: got 2, wanted some of 10, 11"),
+        (["--tune", "--seeds", "10"], "--seeds: got 10, wanted some of 0, 1, 2"),
+    ],
+)
+def test_refuses_what_is_unknown(capsys, given, says):
     with pytest.raises(SystemExit):
-        command.main(["--arms", "dst", "--minutes", "0"])
-    assert "--arms: got 'dst', wanted some of" in capsys.readouterr().err
+        command.main([*given, "--minutes", "0"])
+    assert says in capsys.readouterr().err
+
+
+def test_a_report_is_of_all_that_is_there(tiny, tmp_path):
+    """Whichever seeds were asked for: else a command that goes on with one of them would write the others away."""
+    for run in runs.planned(["cells"], SEEDS[:2], ["head"]):
+        task, name, arm, seed = run
+        record = {"accuracy": 0.5, "train_loss": 1.0, "seconds": 1, "machine": {"device": "one", "torch": "2"}}
+        path = runs.path_of(tmp_path / "protocol", task, name, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"settings": runs.settings_of(task, arm)}))
+    for seeds in ([], ["--seeds", str(SEEDS[0])]):
+        assert command.main(["--minutes", "0", "--out", str(tmp_path), *seeds]) == 0
+        assert json.loads((tmp_path / "protocol.json").read_text())["cells"]["arms"]["head"]["seeds"] == 2
