@@ -12,7 +12,7 @@ import torch
 
 from dsts_kernels.learning import upstream_parameters
 from examples.protocol import __main__ as command
-from examples.protocol import runs, settings
+from examples.protocol import branches, runs, settings
 from examples.protocol.analysis import (
     compared,
     difference,
@@ -152,6 +152,23 @@ def test_symmetries_of_an_epoch(tiny):
         eight += [one.flip(-1) for one in eight]
         kinds |= {next(i for i, one in enumerate(eight) if torch.equal(one, clip))}
     assert len(kinds) > 3
+
+
+def test_all_arms_see_clips_turned_alike(tiny):
+    """From the second epoch on DSTS, too, gets features of the clips that the backbone's own arm gets."""
+    task = replace(tiny["dives"], epochs=2)
+    shared = Seeded(task, 4, backbone_of(task, 16).eval(), branch_clips(task, 4), draw(task, 4, "test"))
+    again = draw_again(shared.train_clips, 9)
+    wanted = features_of(shared.backbone, again).features
+    torch.testing.assert_close(shared.features_again(9), wanted)
+    assert not torch.allclose(wanted, shared.train.features)
+    seeds = {"draw_again": [], "features_again": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branches, "draw_again", lambda own, seed: (seeds["draw_again"].append(seed), own)[1])
+        patch.setattr(shared, "features_again", lambda seed: (seeds["features_again"].append(seed), wanted)[1])
+        for name in ("backbone", "dsts"):
+            train(shared, ARMS[name])
+    assert seeds["draw_again"] == seeds["features_again"] == [4 + task.branch_clips // task.batch]
 
 
 @pytest.fixture
