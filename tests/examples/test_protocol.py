@@ -262,6 +262,14 @@ def test_parts_share_the_work(tiny, tmp_path):
         assert there == [f"head-{seed}.json" for seed in ([0, 2] if part[0] == 0 else [0, 1, 2])]
 
 
+def test_what_is_kept_of_a_seed(tiny, tmp_path):
+    """Variants of other rates share clips and features; of other clips or another seed they do not."""
+    task, seeds = tiny["cells"], runs.Seeds(tmp_path)
+    first = seeds.of(task, 0)
+    assert seeds.of(replace(task, rate=9.0), 0) is first and first.task.rate == 9.0
+    assert seeds.of(replace(task, test_clips=16), 0) is not first and seeds.of(task, 1).seed == 1
+
+
 def test_other_settings_are_run_anew(tiny, tmp_path):
     (run,) = runs.planned(["cells"], [0], ["head"])
     runs.run_all([run], tmp_path, tmp_path, 60.0)
