@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends.base import accumulate_dtype
-from .centering import follow
+from .centering import follow, run_again
 from .layer_state import LayerState
 from .module_base import check_input
 from .norm import normalize
@@ -178,8 +178,7 @@ class DSTSLayer(LayerState):
             z = ops.mixing_conv3d(z, routed.neuron, operators[2], backend=self.backend)
         neuron, scores, gate, _ = routed
         if center is not None and self.training:
-            away = scores.detach() if subtracts else scores.detach() - center
-            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
+            self._follow(center, scores.detach(), subtracts)
         if self.training and scores.requires_grad:
             z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:
@@ -187,6 +186,18 @@ class DSTSLayer(LayerState):
         if self.activation == "relu":
             z = F.relu(z, inplace=self._owns(z))  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z
+
+    def _follow(self, center: Tensor, scores: Tensor, subtracted: bool) -> None:
+        """Bring the centre up to date, once for each batch; ``subtracted`` says whether scores are less the centre."""
+        if not run_again():
+            away = scores if subtracted else scores - center
+            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
+        elif subtracted:
+            raise RuntimeError(
+                "center_in_training: got a pass that runs once more in a backward pass (torch.utils.checkpoint), when "
+                "the centre has moved on and choices may be others; wanted DSTS outside of it, or "
+                "center_in_training=False"
+            )
 
     def _owns(self, z: Tensor) -> bool:
         """Whether nobody else holds what the norm returned: autograd, a hook, a norm of another kind, a tracer."""

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dsts_kernels import DSTSLayer, FrozenDSTS, FusedDSTS, reference
 from dsts_kernels.deploy import standard
@@ -239,6 +240,28 @@ def test_switched_off():
     layer, scores = dsts.train().layers[0], before[0]
     layer(x)
     assert torch.equal(layer.center, centers[0]) and layer.evaluation_scores(scores) is scores
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", ["mean", "balance"])
+def test_activation_checkpointing(how, reentrant):
+    """A pass that is run once more counts once; one that would subtract another centre than it did is an error."""
+    dsts = FusedDSTS(6, num_neurons=3, num_layers=2, norm=None, score_center=how)
+    twin = copy.deepcopy(dsts)
+    for step in range(2):
+        x, draws, gradients = torch.randn(4, 6, 2, 3, 3), sample_draws(4, 6, 3, 2), []
+        for module in (dsts, twin):
+            module.zero_grad()
+            given = (x.clone().requires_grad_(), draws)
+            y = module(*given) if module is dsts else checkpoint(module, *given, use_reentrant=reentrant)
+            y.square().sum().backward()
+            gradients.append([p.grad for p in module.parameters()])
+        assert all(map(torch.equal, *gradients)) and all(map(torch.equal, dsts.buffers(), twin.buffers()))
+        assert twin.layers[1].center_batches == step + 1
+    twin = FusedDSTS(6, num_neurons=3, score_center=how, center_in_training=True)
+    y = checkpoint(twin, x.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="center_in_training: got a pass that runs once more"):
+        y.sum().backward()
 
 
 def test_casts_copies_and_starts():
