@@ -13,7 +13,12 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["follow"]
+__all__ = ["follow", "run_again"]
+
+
+def run_again() -> bool:
+    """Whether this pass lies in a backward pass: activation checkpointing runs it once more, for its activations."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()

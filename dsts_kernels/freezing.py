@@ -100,7 +100,7 @@ def _read_layer(layer: nn.Module, where: str) -> Source:
         if 0 in value.shape or tuple(value.shape) not in [(*sizes, *kernel) for kernel in kernels]:
             wanted = " or ".join(str((*sizes, *kernel)) for kernel in kernels)
             raise ValueError(f"{where}.{name}: got {_checks.describe(value)}, wanted {wanted}")
-    center = layer.center if layer.center is None else _weight(f"{where}.center", layer.center, 1)
+    center = None if layer.subtracted is None else _weight(f"{where}.center", layer.subtracted, 1)
     if center is not None and center.shape != (n,):
         raise ValueError(f"{where}.center: got {_checks.describe(center)}, wanted shape {(n,)}")
     return Source(layer, gate=gate, **weights, **_norm(layer.norm, f"{where}.norm", o, gate.device), center=center)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends.base import accumulate_dtype
-from .centering import follow
+from .centering import follow, run_again
 from .layer_state import LayerState
 from .module_base import check_input
 from .norm import normalize
@@ -103,6 +103,8 @@ class DSTSLayer(LayerState):
     def set_noise(self, *, noise_std: float | None = None, gumbel_scale: float | None = None) -> None:
         """Change the noise of later passes; ``None`` leaves it. What was changed travels in ``state_dict``.
 
+        A :class:`FusedDSTS` draws for all of its layers with the noise of the first: change it by its own method.
+
         Args:
             noise_std: standard deviation of the noise on gate logits.
             gumbel_scale: of the Gumbel noise on scores.
@@ -113,8 +115,8 @@ class DSTSLayer(LayerState):
 
     def evaluation_scores(self, scores: Tensor) -> Tensor:
         """What evaluation would choose by, of ``scores (B, N)`` that a pass in the layer's present mode returned."""
-        subtracted = self.center is None or self.center_in_training or not self.training
-        return scores if subtracted else scores - self.center
+        center = self.subtracted
+        return scores if center is None or self.center_in_training or not self.training else scores - center
 
     def extra_repr(self) -> str:
         kernels = f"scoring_kernel={self.scoring_kernel}, mixing_kernel={self.mixing_kernel}"
@@ -150,7 +152,7 @@ class DSTSLayer(LayerState):
             draws = Draws(*(field[0] for field in sampled))
 
         noise, hard, gumbel = draws if self.training else (None, None, None)
-        center = self.center if self.score_center else None
+        center = self.subtracted
         subtracts = center is not None and (self.center_in_training or not self.training)
         scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
         named = dict(reduction=self.score_reduction, backend=self.backend)
@@ -176,8 +178,7 @@ class DSTSLayer(LayerState):
             z = ops.mixing_conv3d(z, routed.neuron, operators[2], backend=self.backend)
         neuron, scores, gate, _ = routed
         if center is not None and self.training:
-            away = scores.detach() if subtracts else scores.detach() - center
-            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
+            self._follow(center, scores.detach(), subtracts)
         if self.training and scores.requires_grad:
             z = self._weigh(z, x, routed, draws, gate_logits, operators)
         if self.norm is not None:
@@ -185,6 +186,18 @@ class DSTSLayer(LayerState):
         if self.activation == "relu":
             z = F.relu(z, inplace=self._owns(z))  # large fresh memory costs more than the pass
         return (z, Routing(neuron, scores, gate)) if return_routing else z
+
+    def _follow(self, center: Tensor, scores: Tensor, subtracted: bool) -> None:
+        """Bring the centre up to date, once for each batch; ``subtracted`` says whether scores are less the centre."""
+        if not run_again():
+            away = scores if subtracted else scores - center
+            follow(center, self.center_batches, away, self.score_center, self.center_momentum)
+        elif subtracted:
+            raise RuntimeError(
+                "center_in_training: got a pass that runs once more in a backward pass (torch.utils.checkpoint), when "
+                "the centre has moved on and choices may be others; wanted DSTS outside of it, or "
+                "center_in_training=False"
+            )
 
     def _owns(self, z: Tensor) -> bool:
         """Whether nobody else holds what the norm returned: autograd, a hook, a norm of another kind, a tracer."""

@@ -25,9 +25,20 @@ class LayerState(Routed):
     """A layer with a centre, or ``None``, and noise that may change."""
 
     center: Tensor | None
+    score_center: bool | str
     noise_std: float
     gumbel_scale: float
     _noise_at_start: tuple[float, float]
+
+    @property
+    def noise(self) -> Tensor:
+        """``noise_std`` and ``gumbel_scale`` as a state has them: tools look every name of a state up in its module."""
+        return torch.tensor((self.noise_std, self.gumbel_scale), dtype=torch.float64, device="cpu")
+
+    @property
+    def subtracted(self) -> Tensor | None:
+        """The centre, where ``score_center`` says that there is one now."""
+        return self.center if self.score_center else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerState:
         """Follows a move or a cast; the centre stays as wide as scores are, and is not rounded on the way."""
@@ -50,9 +61,8 @@ class LayerState(Routed):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        now = self.noise_std, self.gumbel_scale
-        if now != self._noise_at_start:
-            destination[prefix + NOISE] = torch.tensor(now, dtype=torch.float64, device="cpu")
+        if (self.noise_std, self.gumbel_scale) != self._noise_at_start:
+            destination[prefix + NOISE] = self.noise
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -69,9 +79,12 @@ class LayerState(Routed):
                 "as if there were none; score_center=True keeps it",
                 stacklevel=2,
             )
-        elif self.center is not None and not theirs and any(key.startswith(prefix) for key in state_dict):
-            with torch.no_grad():
-                state_dict |= {prefix + name: torch.zeros_like(self._buffers[name]) for name in CENTER}
+        elif self.center is not None and not theirs:
+            tensors = (value for key, value in state_dict.items() if key.startswith(prefix))
+            given = next((value for value in tensors if isinstance(value, Tensor)), None)
+            if given is not None:  # with assign=True its device becomes the layer's
+                anew = {name: torch.zeros_like(self._buffers[name], device=given.device) for name in CENTER}
+                state_dict |= {prefix + name: value for name, value in anew.items()}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

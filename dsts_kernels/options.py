@@ -45,7 +45,8 @@ class LayerOptions:
             evaluation. ``True`` (or ``"mean"``): their running mean over training samples, so that a neuron that
             scores high on everything does not take everything. ``"balance"``: it starts at the first mean, and
             falls for neurons that evaluation would choose too seldom and rises for the others.
-        center_in_training: subtract it in training too.
+        center_in_training: subtract it in training too; an error under ``torch.utils.checkpoint``, whose second pass
+            would subtract another.
         center_momentum: share of a batch in the running mean; of ``"balance"``, the step, in standard deviations of
             the scores over a batch.
         gate_offset: **ours, not the paper's**, which says nothing of the start: mean of the gate logits at the start.

@@ -9,7 +9,7 @@ from typing import Any
 from dsts_kernels.backbones import BACKBONES
 from dsts_kernels.classify import ClassifierConfig
 from dsts_kernels.data import ClipSampling
-from dsts_kernels.data.named import DATA
+from dsts_kernels.data.named import DATA, SYNTHETIC
 
 OWN = None  # what the registry says of the backbone
 
@@ -123,15 +123,21 @@ def parser() -> argparse.ArgumentParser:
     learning.add_argument(
         "--gumbel-scale", **pair, help=ours + "of the noise in choices: one number, or the first and the last"
     )
-    learning.add_argument("--gate-noise", **pair, help="deviation of the noise on gates, the same way")
+    learning.add_argument(
+        "--gate-noise", **pair, help=ours + "deviation of the noise on gates, the same way; the paper has 1"
+    )
     learning.add_argument("--noise-shape", choices=("linear", "cosine"), default="linear", help="from first to last")
     learning.add_argument("--noise-wait", type=int, default=0, help="steps at the first value")
     learning.add_argument("--epochs", type=int, default=20)
     learning.add_argument("--batch", type=int, default=32, help="clips a process and step, of each split")
     learning.add_argument("--rate", type=float, default=4e-3, help="AdamW's, at its highest")
     learning.add_argument("--upstream-rate", type=float, default=1e-3, help="of gates and scoring kernels")
-    learning.add_argument("--gate-rate", type=float, default=OWN, help="of gates (default: that of scoring kernels)")
-    learning.add_argument("--one-rate", action="store_true", help="--rate for gates and scoring kernels too")
+    learning.add_argument(
+        "--gate-rate", type=float, default=OWN, help=ours + "of gates (default: that of scoring kernels)"
+    )
+    learning.add_argument(
+        "--one-rate", action="store_true", help="as the paper: --rate for gates and scoring kernels too"
+    )
     learning.add_argument(
         "--backbone-rate", type=float, default=OWN, help="of all but DSTS and the classifier (default: --rate)"
     )
@@ -169,9 +175,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         this.error(f"--aux-head: got it with --backbone {options.backbone}, wanted tpn")
     if options.where is not None and not options.dsts:
         this.error(f"--where: got {options.where!r} with --no-dsts, wanted none: there is no DSTS to put there")
-    if options.stride is not None and options.data == "synthetic":
+    if options.stride is not None and options.data in SYNTHETIC:
         this.error(
-            f"--stride: got {options.stride} with --data synthetic, wanted none: its clips have all their frames"
+            f"--stride: got {options.stride} with --data {options.data}, wanted none: its clips have all their frames"
         )
     for name in ("frames", "size", "width", "mean", "std"):
         if getattr(options, name) is None:

@@ -35,7 +35,7 @@ from dsts_kernels import files
 from dsts_kernels.backbones import classification_loss
 from dsts_kernels.classify.classifier import usable
 from dsts_kernels.classify.config import CLASSIFIER
-from dsts_kernels.data.named import build_data
+from dsts_kernels.data.named import SYNTHETIC, build_data
 from dsts_kernels.learning import (
     RoutingMonitor,
     UpstreamDownstream,
@@ -76,7 +76,7 @@ def import_packages(options: argparse.Namespace) -> None:
     Raises:
         ImportError: names what is missing, or does not load, and how to get it.
     """
-    packages = PACKAGES if options.data == "synthetic" else (*PACKAGES, "av")
+    packages = PACKAGES if options.data in SYNTHETIC else (*PACKAGES, "av")
     missing = []
     for name in packages:
         try:

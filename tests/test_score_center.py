@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dsts_kernels import DSTSLayer, FrozenDSTS, FusedDSTS, reference
 from dsts_kernels.deploy import standard
@@ -212,6 +213,55 @@ def test_states_with_and_without():
     incomplete = {key: value for key, value in centered.state_dict().items() if key != "layers.0.center_batches"}
     with pytest.raises(RuntimeError, match=r"Missing key.*layers.0.center_batches"):
         other.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("kind", [FusedDSTS, reference.DSTS])
+def test_a_state_without_one_assigned(kind):
+    """A module without memory of its own takes an older state's, and a centre beside it."""
+    options = dict(num_neurons=2, num_layers=1)
+    with torch.device("meta"):
+        dsts = kind(6, score_center=True, **options)
+    dsts.load_state_dict(kind(6, **options).state_dict(), assign=True)
+    assert {b.device.type for b in dsts.buffers()} == {"cpu"} and dsts.layers[0].center.count_nonzero() == 0
+    assert dsts.eval()(torch.randn(2, 6, 2, 3, 3)).isfinite().all()
+
+
+def test_switched_off():
+    """Without ``score_center`` a layer that has a centre does nothing with it: by itself, frozen, or in a monitor."""
+    dsts, _, x = frozen_pair()
+    with torch.no_grad():
+        before = dsts(x, return_routing=True)[1].scores
+        centers = [layer.center.clone() for layer in dsts.layers]
+        for layer in dsts.layers:
+            layer.score_center = False
+        found = [module(x, return_routing=True)[1] for module in (dsts, dsts.freeze())]
+    assert_close(found[1].scores, found[0].scores)
+    assert_close(found[0].scores[0] - before[0], centers[0].expand(len(x), -1))
+    layer, scores = dsts.train().layers[0], before[0]
+    layer(x)
+    assert torch.equal(layer.center, centers[0]) and layer.evaluation_scores(scores) is scores
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", ["mean", "balance"])
+def test_activation_checkpointing(how, reentrant):
+    """A pass that is run once more counts once; one that would subtract another centre than it did is an error."""
+    dsts = FusedDSTS(6, num_neurons=3, num_layers=2, norm=None, score_center=how)
+    twin = copy.deepcopy(dsts)
+    for step in range(2):
+        x, draws, gradients = torch.randn(4, 6, 2, 3, 3), sample_draws(4, 6, 3, 2), []
+        for module in (dsts, twin):
+            module.zero_grad()
+            given = (x.clone().requires_grad_(), draws)
+            y = module(*given) if module is dsts else checkpoint(module, *given, use_reentrant=reentrant)
+            y.square().sum().backward()
+            gradients.append([p.grad for p in module.parameters()])
+        assert all(map(torch.equal, *gradients)) and all(map(torch.equal, dsts.buffers(), twin.buffers()))
+        assert twin.layers[1].center_batches == step + 1
+    twin = FusedDSTS(6, num_neurons=3, score_center=how, center_in_training=True)
+    y = checkpoint(twin, x.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="center_in_training: got a pass that runs once more"):
+        y.sum().backward()
 
 
 def test_casts_copies_and_starts():

@@ -85,9 +85,10 @@ def average_centers(module: nn.Module) -> None:
     """The centres of scores (``score_center``) become their means over the processes that share ``module``'s batches.
 
     A running mean of means is the mean of running means, so this gives what one process would have of the whole batch,
-    where all have gone through the same passes. :class:`UpstreamDownstream` does it, and so does each training pass of
-    ``DistributedDataParallel`` by itself. What is left is a loop with ``fully_shard`` and graphs (``dsts.graphed``)
-    inside ``DistributedDataParallel``: once a step, by every process.
+    where all have gone through the same passes with as many samples. A ``"balance"`` centre takes the mean of the
+    processes' steps instead: each counts the choices of its own samples. :class:`UpstreamDownstream` averages so, and
+    each training pass of ``DistributedDataParallel`` shares its batch by itself. What is left is a loop with
+    ``fully_shard`` and graphs (``dsts.graphed``) inside ``DistributedDataParallel``: once a step, by every process.
 
     Raises:
         ValueError: a wrapper that is not supported.

@@ -10,6 +10,8 @@ model itself:
              ``random gates``        each channel of each neuron by a coin
              ``all spatial``, ``all temporal``
 
+Behind a changed layer, others choose anew, by the features that they are then given.
+
 Routing that costs nothing when permuted does not matter to the answer, whatever it follows. A single neuron that does
 as well says that one expert would have been enough. Gates whose flip costs nothing are not specialised.
 """

@@ -152,11 +152,15 @@ class DSTSLayer(nn.Module):
             self.center.zero_()
             self.center_batches.zero_()
 
+    @property
+    def noise(self) -> Tensor:
+        """What a state has of it, by the name that it has there: ``noise_std`` and ``gumbel_scale``."""
+        return torch.tensor([self.noise_std, self.gumbel_scale], dtype=torch.float64, device="cpu")
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (self.noise_std, self.gumbel_scale) != self.started_with:
-            now = [self.noise_std, self.gumbel_scale]
-            destination[prefix + "noise"] = torch.tensor(now, dtype=torch.float64, device="cpu")
+            destination[prefix + "noise"] = self.noise
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         if prefix + "noise" in state_dict:
@@ -165,7 +169,8 @@ class DSTSLayer(nn.Module):
             if not self.score_center:
                 state_dict.pop(prefix + name, None)
             elif prefix + "scoring" in state_dict and prefix + name not in state_dict:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+                device = state_dict[prefix + "scoring"].device  # with assign=True it becomes the layer's
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()

@@ -74,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(given.arms or ()) - known
     if unknown:
         this.error(f"--arms: got {sorted(unknown)[0]!r}, wanted some of {', '.join(sorted(known))}")
-    seeds = given.seeds or (TUNING_SEEDS if given.tune else SEEDS)
+    named = TUNING_SEEDS if given.tune else SEEDS
+    seeds = given.seeds or named
+    if not set(seeds) <= set(named):
+        this.error(f"--seeds: got {min(set(seeds) - set(named))}, wanted some of {', '.join(map(str, named))}")
     folder = given.cache / "tuning" if given.tune else given.out / "protocol"
     runs = list(tried(given.tasks, seeds) if given.tune else planned(given.tasks, seeds))
     if given.arms:
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = sum(load(folder, run) is not None for run in runs)
     print(f"{done} of {len(runs)} runs are done" + ("" if done == len(runs) else f"; {COMMAND} goes on"))
     # The report is of all that is there, whatever part of it was asked for.
-    records = records_of(folder, list(tried(list(TASKS), seeds) if given.tune else planned(list(TASKS), seeds)))
+    records = records_of(folder, list((tried if given.tune else planned)(list(TASKS), named)))
     if given.tune:
         for task, own in records.items():
             print(f"\n{task}\n{tried_text(own)}")

@@ -95,7 +95,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given: any of them below 0.05 happens by chance in 5% of families."""
+    """Holm's adjusted p values, in the order given. At most 5% of families have one below 0.05 whose arms are alike."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, index in enumerate(order):

@@ -25,7 +25,18 @@ from dsts_kernels.probe import probe
 from dsts_kernels.probe.counterfactuals import wilson_interval
 
 from .settings import Arm, Task
-from .tasks import Clips, batches, coloured, draw_again, features_of, rate_share
+from .tasks import (
+    SYMMETRIES,
+    Clips,
+    batches,
+    coloured,
+    draw_again,
+    features_of,
+    picked,
+    rate_share,
+    symmetries,
+    turned,
+)
 
 __all__ = ["Branch", "Seeded", "measure", "train"]
 
@@ -85,6 +96,15 @@ class Seeded:
         self.task, self.seed, self.backbone = task, seed, backbone
         self.train_clips, self.test_clips = train_clips, test_clips
         self.train, self.test = features_of(backbone, train_clips), features_of(backbone, test_clips)
+        self._views: list[Tensor] = []
+
+    def features_again(self, seed: int) -> Tensor:
+        """Features of the training clips as :func:`draw_again` turns them; those of all symmetries stay in memory."""
+        own = self.train_clips
+        if not self._views:
+            others = (own._replace(clips=turned(own.clips, one)) for one in range(1, SYMMETRIES))
+            self._views = [self.train.features, *(features_of(self.backbone, one).features for one in others)]
+        return picked(self._views, symmetries(len(own.labels), seed))
 
 
 def build(shared: Seeded, arm: Arm) -> nn.Module:
@@ -167,8 +187,9 @@ def train(shared: Seeded, arm: Arm) -> tuple[nn.Module, dict[str, Any]]:
         share = rate_share((step + 1) / steps)
         for group, rate in zip((g for o in tuned for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * share
-        if raw and task.name == "dives" and step and step % each == 0:
-            inputs = coloured(draw_again(clips, shared.seed + step).clips)
+        if task.name == "dives" and step and step % each == 0:  # all arms see the same clips, turned alike
+            anew = shared.seed + step
+            inputs = coloured(draw_again(clips, anew).clips) if raw else shared.features_again(anew)
         if step == last and monitor is not None:
             monitor.reset()
         if learner is not None:

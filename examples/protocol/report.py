@@ -155,8 +155,8 @@ def task_text(records: Records, task: str) -> list[str]:
         *routing_table(records, task),
         "",
         "*Chance*: bits that shuffled labels give in at most 5 of 100 permutations. *Beyond chance*: neurons whose "
-        "share of spatial channels no figure of random gates would show, in 95 of 100. *Crossed*: gates on the other "
-        "side of the threshold than at the start.",
+        "share of spatial channels no figure of random gates would show, in 95 of 100; gates that start apart "
+        "lie there from the start. *Crossed*: gates on the other side of the threshold than at the start.",
         "",
     ]
     return lines

@@ -90,6 +90,7 @@ BACKBONE = (
     "weight_decay",
     "clip_norm",
 )  # what a backbone depends on
+SHARED = (*BACKBONE, "branch_clips", "test_clips")  # what all that is kept of a seed depends on
 
 
 class Seeds:
@@ -99,7 +100,7 @@ class Seeds:
         self.folder, self.key, self.shared = folder, None, None
 
     def of(self, task: Task, seed: int) -> Seeded:
-        key = json.dumps([asdict(task), seed])
+        key = json.dumps([{name: getattr(task, name) for name in SHARED}, seed])
         if key != self.key:
             self.key, self.shared = None, None  # let go of the last one first
             test = draw(task, seed, "test")
@@ -107,6 +108,7 @@ class Seeds:
                 task, seed, self.backbone(task, seed, len(test.class_names)), branch_clips(task, seed), test
             )
             self.key = key
+        self.shared.task = task  # of other rates, it may be
         return self.shared
 
     def backbone(self, task: Task, seed: int, num_classes: int) -> torch.nn.Module:

@@ -188,19 +188,19 @@ CONTRASTS = (
     Contrast(claim="DSTS helps (Table 4)", first="dsts", second="backbone", changes=BOTH),
     Contrast(claim="DSTS helps, with our recipe", first="recipe", second="backbone", changes=BOTH, extension=True),
     Contrast(
-        claim="neurons specialise in space or time: learned gates",
+        claim="neurons specialise in space or time, with our recipe: its gates against random ones",
         first="recipe",
         second="gates still",
         changes=("gates flipped",),
     ),
     Contrast(
-        claim="similar samples activate the same neurons: learned scores",
+        claim="similar samples activate the same neurons, with our recipe: learned scores against random ones",
         first="recipe",
         second="scores still",
         changes=("permuted neurons",),
     ),
     Contrast(
-        claim="several neurons are better than one",
+        claim="several neurons are better than one, with our recipe",
         first="recipe",
         second="one neuron",
         changes=("best single neuron",),

@@ -5,7 +5,7 @@ Everything here depends on the task and the seed alone, so that all arms of a se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,13 +28,19 @@ __all__ = [
     "draw",
     "draw_again",
     "features_of",
+    "picked",
     "rate_share",
+    "symmetries",
     "train_backbone",
+    "turned",
 ]
 
 SETS = {"dives": SyntheticDives, "cells": SyntheticCells}
 PARTS = ("backbone", "branch", "test")
-TEST_SEED = 1_000_003  # of the test set, which all seeds share, as the resolution over clips is stated
+SYMMETRIES = 8  # of the square
+# Of seed 0's test clips. Each seed has test clips of its own: on shared ones arms differ alike in all seeds by what
+# these clips are like, which an interval over seeds does not see, and settings would be chosen on them.
+TEST_SEED = 1_000_003
 WARM_UP = 0.15  # of the steps, to the full learning rate
 
 
@@ -83,7 +89,7 @@ class CellNet(nn.Module):
 def draw(task: Task, seed: int, part: str, epoch: int = 0) -> Clips:
     """Clips of a seed's part; those to train on are under a symmetry of the square where that keeps labels."""
     count = getattr(task, f"{part}_clips")
-    own = TEST_SEED if part == "test" else len(PARTS) * seed + PARTS.index(part)
+    own = TEST_SEED + seed if part == "test" else len(PARTS) * seed + PARTS.index(part)
     data = SETS[task.name](count, size=task.size, noise=task.noise, seed=own)
     items = data
     if part != "test" and task.name == "dives":
@@ -154,16 +160,31 @@ def train_backbone(task: Task, seed: int) -> nn.Module:
     return net.eval()
 
 
+def symmetries(count: int, seed: int) -> Tensor:
+    """Which of the square's eight symmetries each of so many clips is under: ``(count,)`` int64."""
+    return torch.randint(SYMMETRIES, (count,), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def turned(clips: Tensor, one: int) -> Tensor:
+    """Clips ``(..., S, S)`` under a symmetry; 0 leaves them as they are."""
+    found = torch.rot90(clips, one // 2, (-2, -1))
+    return found.flip(-1) if one % 2 else found
+
+
 def draw_again(drawn: Clips, seed: int) -> Clips:
     """The same clips, each under another symmetry of the square."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    which = torch.randint(8, (len(drawn.labels),), generator=generator)
-    clips = torch.empty_like(drawn.clips)
-    for one in range(8):
+    which = symmetries(len(drawn.labels), seed)
+    return drawn._replace(clips=picked((turned(drawn.clips, one) for one in range(SYMMETRIES)), which))
+
+
+def picked(views: Iterable[Tensor], which: Tensor) -> Tensor:
+    """Row ``b`` of the result is that of ``views[which[b]]``, all of one shape ``(B, ...)``."""
+    found = None
+    for one, view in enumerate(views):
+        found = torch.empty_like(view, memory_format=torch.contiguous_format) if found is None else found
         mine = which == one
-        turned = torch.rot90(drawn.clips[mine], one // 2, (-2, -1))
-        clips[mine] = turned.flip(-1) if one % 2 else turned
-    return drawn._replace(clips=clips)
+        found[mine] = view[mine]
+    return found
 
 
 def shown_of(drawn: Clips, indices: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from dsts_kernels.learning import upstream_parameters
 from examples.protocol import __main__ as command
-from examples.protocol import runs, settings
+from examples.protocol import branches, runs, settings
 from examples.protocol.analysis import (
     compared,
     difference,
@@ -134,14 +135,11 @@ def test_order_and_split():
 
 
 def test_parts_are_apart(tiny):
-    """Clips of backbone, branches and test differ, and those of other seeds; the test clips are one set."""
-    task = tiny["dives"]
-    one = [draw(task, 1, part).clips[:32] for part in ("backbone", "branch", "test")]
-    assert not any(torch.equal(a, b) for a, b in ((one[0], one[1]), (one[1], one[2])))
-    assert torch.equal(one[2], draw(task, 2, "test").clips) and not torch.equal(
-        one[1], draw(task, 2, "branch").clips[:32]
-    )
-    assert torch.equal(one[1], draw(task, 1, "branch").clips[:32])
+    """Clips of backbone, branches and test differ, and so do those of other seeds, on which settings are chosen."""
+    for task in tiny.values():
+        drawn = [draw(task, seed, part).clips[:32] for seed in (1, 2) for part in ("backbone", "branch", "test")]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+        assert torch.equal(drawn[2], draw(task, 1, "test").clips)
 
 
 def test_symmetries_of_an_epoch(tiny):
@@ -154,6 +152,23 @@ def test_symmetries_of_an_epoch(tiny):
         eight += [one.flip(-1) for one in eight]
         kinds |= {next(i for i, one in enumerate(eight) if torch.equal(one, clip))}
     assert len(kinds) > 3
+
+
+def test_all_arms_see_clips_turned_alike(tiny):
+    """From the second epoch on DSTS, too, gets features of the clips that the backbone's own arm gets."""
+    task = replace(tiny["dives"], epochs=2)
+    shared = Seeded(task, 4, backbone_of(task, 16).eval(), branch_clips(task, 4), draw(task, 4, "test"))
+    again = draw_again(shared.train_clips, 9)
+    wanted = features_of(shared.backbone, again).features
+    torch.testing.assert_close(shared.features_again(9), wanted)
+    assert not torch.allclose(wanted, shared.train.features)
+    seeds = {"draw_again": [], "features_again": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branches, "draw_again", lambda own, seed: (seeds["draw_again"].append(seed), own)[1])
+        patch.setattr(shared, "features_again", lambda seed: (seeds["features_again"].append(seed), wanted)[1])
+        for name in ("backbone", "dsts"):
+            train(shared, ARMS[name])
+    assert seeds["draw_again"] == seeds["features_again"] == [4 + task.branch_clips // task.batch]
 
 
 @pytest.fixture
@@ -247,6 +262,14 @@ def test_parts_share_the_work(tiny, tmp_path):
         assert there == [f"head-{seed}.json" for seed in ([0, 2] if part[0] == 0 else [0, 1, 2])]
 
 
+def test_what_is_kept_of_a_seed(tiny, tmp_path):
+    """Variants of other rates share clips and features; of other clips or another seed they do not."""
+    task, seeds = tiny["cells"], runs.Seeds(tmp_path)
+    first = seeds.of(task, 0)
+    assert seeds.of(replace(task, rate=9.0), 0) is first and first.task.rate == 9.0
+    assert seeds.of(replace(task, test_clips=16), 0) is not first and seeds.of(task, 1).seed == 1
+
+
 def test_other_settings_are_run_anew(tiny, tmp_path):
     (run,) = runs.planned(["cells"], [0], ["head"])
     runs.run_all([run], tmp_path, tmp_path, 60.0)
@@ -272,7 +295,28 @@ def test_frozen_sides_are_upstream(shared):
     assert len(frozen) == 1 and frozen[0] is model.dsts.layers[0].gate
 
 
-def test_refuses_unknown_arms(capsys):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--arms", "dst"], "--arms: got 'dst', wanted some of"),
+        (["--seeds", "10", "2"], "--seeds: got 2, wanted some of 10, 11"),
+        (["--tune", "--seeds", "10"], "--seeds: got 10, wanted some of 0, 1, 2"),
+    ],
+)
+def test_refuses_what_is_unknown(capsys, given, says):
     with pytest.raises(SystemExit):
-        command.main(["--arms", "dst", "--minutes", "0"])
-    assert "--arms: got 'dst', wanted some of" in capsys.readouterr().err
+        command.main([*given, "--minutes", "0"])
+    assert says in capsys.readouterr().err
+
+
+def test_a_report_is_of_all_that_is_there(tiny, tmp_path):
+    """Whichever seeds were asked for: else a command that goes on with one of them would write the others away."""
+    for run in runs.planned(["cells"], SEEDS[:2], ["head"]):
+        task, name, arm, seed = run
+        record = {"accuracy": 0.5, "train_loss": 1.0, "seconds": 1, "machine": {"device": "one", "torch": "2"}}
+        path = runs.path_of(tmp_path / "protocol", task, name, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"settings": runs.settings_of(task, arm)}))
+    for seeds in ([], ["--seeds", str(SEEDS[0])]):
+        assert command.main(["--minutes", "0", "--out", str(tmp_path), *seeds]) == 0
+        assert json.loads((tmp_path / "protocol.json").read_text())["cells"]["arms"]["head"]["seeds"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from dsts_kernels.backbones import BACKBONES, create
 from dsts_kernels.classify import Classifier, ClassifierConfig
 from dsts_kernels.cli import main as cli
 from dsts_kernels.data import Symmetries, SyntheticDives
+from dsts_kernels.data.named import DATA, SYNTHETIC
 from dsts_kernels.learning import load_checkpoint, save_checkpoint
 from dsts_kernels.viz import information_table
 from examples import tables, train
@@ -320,6 +322,16 @@ def test_a_missing_extra_is_one_line(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("data", DATA)
+def test_only_videos_are_decoded(monkeypatch, data):
+    """Generated clips need no decoder."""
+    monkeypatch.setattr(train, "PACKAGES", ())
+    monkeypatch.setitem(sys.modules, "av", None)
+    wants = pytest.raises(ImportError, match="av") if data not in SYNTHETIC else contextlib.nullcontext()
+    with wants:
+        train.import_packages(train.parse(["--data", data]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta", "gpu"])
 def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch, device):
@@ -432,6 +444,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         (["--aux-head"], "--aux-head: got it with --backbone tiny, wanted tpn"),
         (["--where", "stem", "--no-dsts"], "--where: got 'stem' with --no-dsts"),
         (["--stride", "2"], "--stride: got 2 with --data synthetic"),
+        (["--data", "cells", "--stride", "2"], "--stride: got 2 with --data cells"),
         (["--backbone", "tnp"], "invalid choice: 'tnp'"),
         (["--size", "0"], "--size: got 0, wanted at least 1"),
         (["--no-dsts", "--score-center", "mean"], "--score-center: got it with --no-dsts"),

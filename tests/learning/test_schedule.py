@@ -97,6 +97,18 @@ def test_changed_noise_travels_in_a_state():
         dsts.set_noise(noise_std="1")
 
 
+@pytest.mark.parametrize("kind", [FusedDSTS, reference.DSTS])
+def test_changed_noise_in_distributed_checkpoints(kind):
+    """Their tools look every name of a state up in its module."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    dsts, other = (nn.Sequential(kind(4, num_neurons=2, num_layers=1)) for _ in range(2))
+    dsts[0].set_noise(noise_std=0.5, gumbel_scale=0.25)
+    state = dcp.get_model_state_dict(dsts)
+    assert state["0.layers.0.noise"].tolist() == [0.5, 0.25]
+    dcp.set_model_state_dict(other, state)
+    assert (other[0].layers[0].noise_std, other[0].layers[0].gumbel_scale) == (0.5, 0.25)
+
+
 def steps(net: Net, optimizer: torch.optim.Optimizer, schedule: NoiseSchedule, count: int) -> None:
     for _ in range(count):
         (clips, *_), targets = batch(4)

@@ -48,15 +48,28 @@ def as_it_is(index, layer, own):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"scoring_kernel": (1, 3, 3), "mixing_kernel": (3, 1, 1)}, {"norm": None}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scoring_kernel": (1, 3, 3), "mixing_kernel": (3, 1, 1)},
+        {"norm": None},
+        {"score_center": True},
+        {"score_center": "balance", "center_in_training": True},
+    ],
+)
 def test_own_choice_changes_nothing(backend, options, dtype):
-    """To the last bit, on every backend; weights, statistics, modes and hooks are those of before."""
+    """To the last bit, on every backend; weights, statistics, centres, modes and hooks are those of before."""
     dsts = FusedDSTS(6, num_layers=2, num_neurons=3, score_reduction="mean", backend=backend, **options)
     enliven(dsts)
     model = Layered(dsts.to(dtype)).eval()
+    for layer in dsts.layers if "score_center" in options else ():
+        layer.center.normal_()
     x = torch.randn(5, 6, 3, 4, 4).to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(x).detach()
+    with torch.no_grad():  # where a layer may be one native call
+        assert torch.equal(model(x), expected)
     with changed(model, as_it_is):
         assert torch.equal(model(x), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
