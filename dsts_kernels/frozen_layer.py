@@ -84,7 +84,7 @@ class FrozenLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what only this process can read."""
-        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
+        return {name: value for name, value in super().__getstate__().items() if name != "prepared"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, version 0.1's too, which had bool gates, lists among its buffers, and strides."""

@@ -14,7 +14,7 @@ from .backends.base import accumulate_dtype
 from .centering import follow, run_again
 from .layer_state import LayerState
 from .module_base import check_input
-from .norm import normalize
+from .norm import is_plain, normalize
 from .ops import _checks
 from .ops._library import listened
 from .options import LayerOptions, OptionKeywords, count, device_of, gate_offsets, number, takes_options
@@ -203,9 +203,7 @@ class DSTSLayer(LayerState):
         """Whether nobody else holds what the norm returned: autograd, a hook, a norm of another kind, a tracer."""
         if torch.is_grad_enabled() or listened((z,)):
             return False
-        norm = self.norm
-        hooks = torch.nn.modules.module._global_forward_hooks
-        return norm is None or (type(norm) is nn.BatchNorm3d and not (norm._forward_hooks or hooks))
+        return self.norm is None or is_plain(self.norm)
 
     def _operate(self, x: Tensor, gate: Tensor, neuron: Tensor, operators: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """A neuron's output ``z'``: gated convolution, then mixing."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
+import mmap
 import re
 import subprocess
 import sys
@@ -376,6 +378,32 @@ def test_memory_of_gradients_in_use_is_nobody_elses():
     assert len(memory._waiting[size]) == memory.KEPT_OF_A_SIZE
     again = [lazy_zeros(shape, torch.float64, CPU) for _ in range(memory.KEPT_OF_A_SIZE + 1)]
     assert not memory._waiting[size] and not any(t.any() for t in again)
+
+
+@pytest.mark.skipif(not memory.KEEPS_MAPS, reason="maps are kept on Linux only")
+@pytest.mark.parametrize("refused", ["MADV_HUGEPAGE", "MADV_FREE", "MADV_DONTNEED"])
+def test_memory_of_gradients_where_linux_takes_no_advice(monkeypatch, refused):
+    """As kernels without huge pages, sandboxes and locked memory do: zeros all the same, and no error anywhere."""
+    real, errors = mmap.mmap, []
+
+    class Map(real):
+        def madvise(self, advice: int, *part: int) -> None:
+            if advice == getattr(mmap, refused):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            super().madvise(advice, *part)
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: errors.append(error))
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    shape = torch.Size((3, LAZY_ZEROS_BYTES // 4 + 33))
+    memory._waiting.pop(shape.numel() * 4, None)
+    for rows in ({}, {1: False}, {0: True}):
+        zeros = lazy_zeros(shape, torch.float32, CPU, rows)
+        clean = [n for n in range(3) if not rows.get(n)]
+        assert not zeros[clean].any()
+        zeros.fill_(7)
+        del zeros
+    assert not errors and len(memory._waiting.pop(shape.numel() * 4)) == (refused != "MADV_FREE")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -7,16 +7,16 @@ from __future__ import annotations
 from contextvars import ContextVar
 
 ALGORITHMS = ("auto", "direct", "winograd")
-_wanted: ContextVar[str] = ContextVar("dsts_kernels.use_algorithm", default="auto")
+_blocks: ContextVar[tuple[use_algorithm, ...]] = ContextVar("dsts_kernels.use_algorithm", default=())  # innermost last
 
 
 class use_algorithm:
     """A block in which convolutions on CPUs run by ``name``: ``"auto"``, ``"direct"`` or ``"winograd"``.
 
     It holds for gated ones, and for mixing kernels but those of 1x1x1, which are products of matrices by any name; for
-    its thread or asyncio task; for evaluation and training. A backward pass asks again, so call ``backward()`` in the
-    block too. Frozen modules of ``algorithm="auto"`` follow it; others were packed for one. On a GPU every convolution
-    is direct.
+    its thread or asyncio task, several of which may share the object; for evaluation and training. A backward pass asks
+    again, so call ``backward()`` in the block too. Frozen modules of ``algorithm="auto"`` follow it; others were packed
+    for one. On a GPU every convolution is direct.
 
     >>> with dsts_kernels.backends.use_algorithm("direct"):
     ...     z = dsts_kernels.functional.gated_conv3d(x, gate, neuron, spatial, temporal)
@@ -30,17 +30,20 @@ class use_algorithm:
         if name not in ALGORITHMS:
             raise ValueError(f"use_algorithm(name): got {name!r}, wanted {' or '.join(map(repr, ALGORITHMS))}")
         self.name = name
-        self._before: list[str] = []
 
     def __enter__(self) -> use_algorithm:
-        self._before.append(_wanted.get())
-        _wanted.set(self.name)
+        _blocks.set((*_blocks.get(), self))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _wanted.set(self._before.pop())
+        """Ends this block, also where those within have not ended yet."""
+        left = list(_blocks.get())
+        if self in left:
+            del left[len(left) - 1 - left[::-1].index(self)]
+            _blocks.set(tuple(left))
 
 
 def wanted_algorithm() -> str:
     """What the innermost block of this thread asks for."""
-    return _wanted.get()
+    found = _blocks.get()
+    return found[-1].name if found else "auto"

@@ -5,6 +5,9 @@ than the gradient itself. On Linux a large one is a map of the system's own, on 
 map is kept for the next gradient of its size, for the system takes longer to provide and clear a page than a kernel to
 fill it. Rows that will be written again keep their pages; all others give theirs back, as nobody knows what was written
 to them meanwhile. A map that waits is the system's for the asking (``MADV_FREE``): it holds no memory that is short.
+
+Not every Linux takes each advice: some have no huge pages, some are sandboxes, some programs lock their memory. Nothing
+is wrong then, but slower: small pages, zeros that are written, maps that go back.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def lazy_zeros(
         found, used = waiting.pop(), True
     except IndexError:
         found, used = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), False
-        found.madvise(mmap.MADV_HUGEPAGE)
+        _advise(found, mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(found, np.uint8)
     if used:
         _clear(found, memory, size // shape[0], rows or {})
@@ -55,10 +58,20 @@ def lazy_zeros(
 
 def _keep(waiting: list[mmap.mmap], found: mmap.mmap) -> None:
     """What becomes of a map whose tensor is gone: the oldest one that waits makes room for it."""
-    found.madvise(mmap.MADV_FREE)
+    if not _advise(found, mmap.MADV_FREE):  # it would hold memory
+        return
     waiting.append(found)
     if len(waiting) > KEPT_OF_A_SIZE:
         waiting.pop(0)
+
+
+def _advise(found: mmap.mmap, advice: int, *part: int) -> bool:
+    """Whether the system took an advice, for the whole map or for ``start, length``."""
+    try:
+        found.madvise(advice, *part)
+    except OSError:
+        return False
+    return True
 
 
 def _clear(found: mmap.mmap, memory: np.ndarray, row: int, rows: Mapping[int, bool]) -> None:
@@ -68,8 +81,7 @@ def _clear(found: mmap.mmap, memory: np.ndarray, row: int, rows: Mapping[int, bo
         first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if end == len(memory):
             last = end
-        if first < last:
-            found.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if first < last and _advise(found, mmap.MADV_DONTNEED, first, last - first):
             memory[begin:first] = 0
             memory[last:end] = 0
         else:

@@ -79,7 +79,7 @@ def speedup(dtype: torch.dtype, step: str = "forward") -> float:
     images, channels, side = PROBE
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         wide = [
-            torch.ones(size, device="cpu").contiguous(memory_format=torch.channels_last)
+            torch.ones(size, dtype=torch.float32, device="cpu").contiguous(memory_format=torch.channels_last)
             for size in ((images, channels, side, side), (channels, channels, 3, 3))
         ]
         best = [float("inf")] * 2

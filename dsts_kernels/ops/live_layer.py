@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ._library import autocast_on, listened, tracked
-from .relevance import SCORING_KERNELS, summed_over_outputs
+from .relevance import REDUCTIONS, SCORING_KERNELS, summed_over_outputs
 from .route import Routed, score_divisor
 
 
@@ -30,7 +30,9 @@ def live_layer(
     take as they are, or no backend has it in one call.
     """
     given = x, scoring, logits, spatial, temporal
-    if not x.is_cpu or listened(given) or tracked(given) or autocast_on(x) or not _fit(*given):
+    if not x.is_cpu or listened(given) or tracked(given) or autocast_on(x):
+        return None
+    if reduction not in REDUCTIONS or not _fit(*given):
         return None
     chosen = choose("gated_conv3d", x.device, x.dtype, backend, x.shape)
     found = chosen.live_layer(x, lambda: summed_over_outputs(scoring), score_divisor(x, scoring, reduction), *given[2:])
@@ -42,6 +44,8 @@ def live_layer(
 
 def _fit(x: Tensor, scoring: Tensor, logits: Tensor, spatial: Tensor, temporal: Tensor) -> bool:
     """Whether the arguments go together, all in one dtype on the CPU; errors are for the single steps to raise."""
+    if spatial.dim() != 6 or 0 in scoring.shape:
+        return False
     (neurons, outputs), channels = spatial.shape[:2], x.shape[1]
     return (
         all(t.dtype == x.dtype and t.is_cpu for t in (scoring, logits, spatial, temporal))

@@ -16,6 +16,7 @@ from ._library import apply, define, without_autocast
 from .tap_sums import tap_sums_op
 
 SCORING_KERNELS = ((1, 1, 1), (1, 3, 3))
+REDUCTIONS = ("sum", "mean")
 
 
 def spread(grad: Tensor, like: Tensor) -> Tensor:
@@ -95,5 +96,5 @@ def check_scoring(x: Tensor, scoring: object, reduction: object) -> None:
     if (scoring.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(f"scoring: got {_checks.describe(scoring)}, wanted the precision of x, {x.dtype}")
     _checks.same_device("scoring", scoring, x.device)
-    if reduction not in ("sum", "mean"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, wanted 'sum' or 'mean'")

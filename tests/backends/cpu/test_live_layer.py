@@ -90,12 +90,37 @@ def test_where_single_ops_run():
         assert live(layer.to("meta"), x) is None
 
 
-def test_wrong_arguments_meet_the_checks_of_single_ops():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temporal", torch.ones(2, 8, 7, 3, 1, 1)),
+        ("spatial", torch.ones(3)),
+        ("scoring", torch.ones(2, 0, 8, 1, 1, 1)),
+    ],
+)
+def test_wrong_arguments_meet_the_checks_of_single_ops(name, value):
     """They raise as they do in training."""
     layer, x = DSTSLayer(8, num_neurons=2).eval(), torch.randn(1, 8, 2, 3, 3)
-    layer.temporal.data = torch.randn(2, 8, 7, 3, 1, 1)
-    with torch.no_grad(), pytest.raises(ValueError, match="temporal: got"):
+    setattr(layer, name, torch.nn.Parameter(value))
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{name}: got a tensor"):
         layer(x)
+
+
+def test_a_wrong_option_meets_the_checks_of_single_ops():
+    layer, x = DSTSLayer(8, num_neurons=2).eval(), torch.randn(1, 8, 2, 3, 3)
+    layer.score_reduction = "median"
+    with torch.no_grad(), pytest.raises(ValueError, match="reduction: got 'median'"):
+        layer(x)
+
+
+def test_what_a_norm_gave_to_others_stays():
+    """One whose ``forward`` somebody replaced may keep what it returns."""
+    layer, x, seen = DSTSLayer(8, num_neurons=2).eval(), torch.randn(1, 8, 2, 3, 3), []
+    own = layer.norm.forward
+    layer.norm.forward = lambda z: (seen.append(own(z)), seen[0])[1]
+    with torch.no_grad():
+        y = layer(x)
+    assert seen[0].min() < 0 and torch.equal(y, seen[0].relu())
 
 
 def test_one_call(monkeypatch):

@@ -123,6 +123,15 @@ def test_measures_what_it_measures():
         assert 0 < first < 1000 and processor.speedup(torch.bfloat16, step) == first
 
 
+def test_measures_against_float32(monkeypatch):
+    """Whatever the default dtype is."""
+    seen = []
+    monkeypatch.setitem(processor.PASSES, "forward", lambda x, w: seen.append({x.dtype, w.dtype}))
+    monkeypatch.setattr(torch, "ones", lambda *a, own=torch.ones, **k: own(*a, **({"dtype": torch.float64} | k)))
+    processor.speedup.__wrapped__(torch.bfloat16)
+    assert seen == [{torch.float32}, {torch.bfloat16}] * (1 + processor.PROBE_ROUNDS)
+
+
 def test_info_says_what_runs(monkeypatch):
     units.pretend(monkeypatch)
     assert "bfloat16      AMX, measured at 7.0 times float32's rate" in cli.info()
@@ -255,10 +264,31 @@ def test_kept_things_follow_their_tensor():
     for index in range(3 * kept.MOST):  # lists of channels that never come again
         assert get(source[3], str(index), again=True) is None
     before = len(kept._beside)
-    assert len(kept._beside[source]) <= kept.MOST
+    assert len(kept._beside[source.untyped_storage()]) <= kept.MOST
     del source
     gc.collect()
     assert len(kept._beside) == before - 1
+
+
+@pytest.mark.parametrize(
+    "what", [(..., 0, 1, 1), (..., 0, 0, 1), (slice(None), 5), (7,)], ids=["centre", "tap", "channel", "output"]
+)
+@pytest.mark.parametrize("channels", [64, 60, 256])
+def test_an_uncounted_write_to_a_part_of_a_filter_is_seen(channels, what):
+    """To one tap, one input channel or one output through ``.data``, as pruning does: samples lie everywhere."""
+    weight = torch.nn.Parameter(torch.randn(2, channels, channels, 1, 3, 3))
+    made = [kept.kept(weight[1], "a", object)]
+    weight.data[1][what] = 0
+    made.append(kept.kept(weight[1], "a", object))
+    assert made[0] is not made[1] and kept.kept(weight[1], "a", object) is made[1]
+
+
+def test_tensors_whose_filters_are_kept_can_be_swapped():
+    """As a module's conversion does in torch's new way; what was kept goes with the values."""
+    one, other = (torch.nn.Parameter(torch.randn(2, 3)) for _ in range(2))
+    made = kept.kept(one[0], "a", object)
+    torch.utils.swap_tensors(one, other)
+    assert kept.kept(other[0], "a", object) is made and kept.kept(one[0], "a", object) is not made
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -4,6 +4,7 @@ the single ops, whichever way the processor, the size, a packing or :class:`use_
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dsts_kernels import DSTSLayer, ops
 from dsts_kernels.backends import BACKENDS, cpu, explain, use_algorithm
+from dsts_kernels.backends.algorithm import wanted_algorithm
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.frozen_layer import FrozenLayer
 from dsts_kernels.testing import assert_close
@@ -114,6 +116,29 @@ def test_a_block_is_obeyed(asked, ways, large, algorithm, dtype):
         convolutions = [way for way in ways if "mix" not in way]
         assert all(not way.startswith("fast") for way in convolutions) and bool(convolutions) == direct
         assert torch.equal(frozen, by_pieces(fast, x)) and torch.equal(live, by_pieces(fused, x))
+
+
+def test_threads_may_share_a_block():
+    """Each comes out of it to where it was, and so does who leaves blocks in another order."""
+    shared, entered, leave, found = use_algorithm("direct"), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with shared:
+            entered.set()
+            leave.wait(60)
+        found.append(wanted_algorithm())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(60)
+    with use_algorithm("winograd") as outer:
+        with shared:
+            leave.set()
+            thread.join()
+            outer.__exit__()
+            assert wanted_algorithm() == "direct"
+        assert wanted_algorithm() == "auto"
+    assert found == ["auto"]
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
