@@ -114,8 +114,16 @@ class DSTSLayer(Routed):
         noise, hard, gumbel = draws if self.training else (None, None, None)
         scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
         named = dict(reduction=self.score_reduction, backend=self.backend)
-        live = None if self.training else ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
-        if live is None:
+        # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
+        fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
+        trained = live = None
+        if not self.training:
+            live = ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
+        elif self.routing_gradient == "selected" and not fresh:
+            trained = ops.training_layer(x, scoring, gate_logits, *operators, draws, tau=self.gumbel_tau, **named)
+        if trained is not None:
+            routed, z = trained
+        elif live is None:
             routed = ops.route(
                 x,
                 scoring,
@@ -132,8 +140,8 @@ class DSTSLayer(Routed):
             routed, z = live
             z = ops.mixing_conv3d(z, routed.neuron, operators[2], backend=self.backend)
         neuron, scores, gate, _ = routed
-        if self.training and scores.requires_grad:
-            z = self._weigh(z, x, routed, draws, gate_logits, operators)
+        if self.training and trained is None and scores.requires_grad:
+            z = self._weigh(z, x, routed, draws, gate_logits, operators, fresh)
         if self.norm is not None:
             z = normalize(self.norm, z)
         if self.activation == "relu":
@@ -162,10 +170,9 @@ class DSTSLayer(Routed):
         draws: Draws,
         logits: Tensor,
         operators: tuple[Tensor, Tensor, Tensor],
+        fresh: bool,
     ) -> Tensor:
         """Give the router its gradient: ``z`` is unchanged in value."""
-        # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
-        fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
         if self.routing_gradient == "selected":
             return ops.selected_weight(z, routed.share, fresh=fresh)
         neuron, scores = routed.neuron, routed.scores
