@@ -156,10 +156,16 @@ class DSTSLayer(LayerState):
         subtracts = center is not None and (self.center_in_training or not self.training)
         scoring, operators = self.scoring, (self.spatial, self.temporal, self.mixing)
         named = dict(reduction=self.score_reduction, backend=self.backend)
-        live = None
-        if not (self.training or subtracts):
+        # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
+        fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
+        trained = live = None
+        if not subtracts and not self.training:
             live = ops.live_layer(x, scoring, gate_logits, *operators[:2], **named)
-        if live is None:
+        elif not subtracts and self.routing_gradient == "selected" and not fresh:
+            trained = ops.training_layer(x, scoring, gate_logits, *operators, draws, tau=self.gumbel_tau, **named)
+        if trained is not None:
+            routed, z = trained
+        elif live is None:
             routed = ops.route(
                 x,
                 scoring,
@@ -179,8 +185,8 @@ class DSTSLayer(LayerState):
         neuron, scores, gate, _ = routed
         if center is not None and self.training:
             self._follow(center, scores.detach(), subtracts)
-        if self.training and scores.requires_grad:
-            z = self._weigh(z, x, routed, draws, gate_logits, operators)
+        if self.training and trained is None and scores.requires_grad:
+            z = self._weigh(z, x, routed, draws, gate_logits, operators, fresh)
         if self.norm is not None:
             z = normalize(self.norm, z)
         if self.activation == "relu":
@@ -219,10 +225,9 @@ class DSTSLayer(LayerState):
         draws: Draws,
         logits: Tensor,
         operators: tuple[Tensor, Tensor, Tensor],
+        fresh: bool,
     ) -> Tensor:
         """Give the router its gradient: ``z`` is unchanged in value."""
-        # BatchNorm and ReLU read z and return memory of their own; whatever else follows may change what it gets.
-        fresh = self.activation is None and type(self.norm) is not nn.BatchNorm3d
         if self.routing_gradient == "selected":
             return ops.selected_weight(z, routed.share, fresh=fresh)
         neuron, scores = routed.neuron, routed.scores

@@ -118,6 +118,10 @@ class Backend(ABC):
         """Whether ``route`` and ``route_backward`` do a layer's routing at once: see ``gpu.kernels.FusedRouting``."""
         return False
 
+    def trains_in_one_step(self) -> bool:
+        """Whether a layer in training is one step of autograd: see :mod:`dsts_kernels.ops.training_layer`."""
+        return False
+
     @abstractmethod
     def semhash_gate(self, logits: Tensor, neuron: Tensor | None, noise: Tensor | None, hard: Tensor | None) -> Tensor:
         """Gates ``(B, C)``: see :func:`dsts_kernels.ops.semhash.semhash_gate`."""

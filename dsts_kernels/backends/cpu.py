@@ -45,6 +45,9 @@ class CpuBackend(HostRouting, GroupedBackend):
     def fuses_routing(self, batch: int, neurons: int) -> bool:
         return self.one_call
 
+    def trains_in_one_step(self) -> bool:
+        return self.one_call
+
     def missing(self) -> str | None:
         why = why_no_module()
         return None if why is None else f"{why}; plain PyTorch runs instead, with more passes over memory"

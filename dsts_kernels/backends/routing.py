@@ -21,6 +21,10 @@ def _without_autocast() -> contextlib.AbstractContextManager:
     return torch.autocast("cpu", enabled=False) if on else contextlib.nullcontext()
 
 
+def _noisy(scores: Tensor, gumbel: Tensor | None) -> Tensor:
+    return scores if gumbel is None else scores + gumbel.to(scores.dtype)
+
+
 class HostRouting(Backend):
     """Both directions of a layer's routing; arguments and results are those of ``FusedRouting``."""
 
@@ -37,16 +41,29 @@ class HostRouting(Backend):
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         with _without_autocast():
-            sums = self.tap_sums(x, scoring.shape[2]).flatten(1)
-            scores = sums @ scoring.flatten(1).t()
-            scores = scores / divisor if divisor != 1 else scores
-            noisy = scores if gumbel is None else scores + gumbel.to(scores.dtype)
-            neuron = noisy.argmax(dim=1)
-            gate = self.semhash_gate(logits, neuron, None if noise is None else noise.to(logits.dtype), hard)
+            neuron, scores, gate, sums = self.choose_neurons(x, scoring, logits, noise, hard, gumbel, divisor)
             if not keep:
                 return neuron, scores, gate, None, None
-            share = torch.softmax(noisy / tau, dim=1).gather(1, neuron[:, None])[:, 0]
+            share = torch.softmax(_noisy(scores, gumbel) / tau, dim=1).gather(1, neuron[:, None])[:, 0]
         return neuron, scores, gate, share, sums
+
+    def choose_neurons(
+        self,
+        x: Tensor,
+        scoring: Tensor,
+        logits: Tensor,
+        noise: Tensor | None,
+        hard: Tensor | None,
+        gumbel: Tensor | None,
+        divisor: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The chosen ``neuron``, its ``scores`` and ``gate``, and the tap sums ``(B, C*taps)``."""
+        sums = self.tap_sums(x, scoring.shape[2]).flatten(1)
+        scores = sums @ scoring.flatten(1).t()
+        scores = scores / divisor if divisor != 1 else scores
+        neuron = _noisy(scores, gumbel).argmax(dim=1)
+        gate = self.semhash_gate(logits, neuron, None if noise is None else noise.to(logits.dtype), hard)
+        return neuron, scores, gate, sums
 
     def route_backward(
         self,
@@ -66,8 +83,7 @@ class HostRouting(Backend):
         dsums = dscoring = dlogits = None
         with _without_autocast():
             if dshare is not None and (needs[0] or needs[1]):
-                noisy = scores if gumbel is None else scores + gumbel.to(scores.dtype)
-                shares, chosen = torch.softmax(noisy / tau, dim=1), neuron[:, None]
+                shares, chosen = torch.softmax(_noisy(scores, gumbel) / tau, dim=1), neuron[:, None]
                 own = shares.gather(1, chosen) * (dshare[:, None] / tau)
                 through = (own * -shares).scatter_add_(1, chosen, own)  # own where chosen, less own * shares
                 dscores = through if dscores is None else dscores + through

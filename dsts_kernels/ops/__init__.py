@@ -17,6 +17,7 @@ from .route import Routed, route
 from .routing_weight import all_neurons_weight, selected_weight
 from .semhash import saturating_sigmoid, semhash_gate
 from .tap_sums import tap_sums
+from .training_layer import training_layer
 
 __all__ = [
     "Routed",
@@ -35,6 +36,7 @@ __all__ = [
     "sum_over_processes",
     "tap_sums",
     "to_memory_format",
+    "training_layer",
 ]
 
 for _file in pkgutil.iter_modules(__path__):

@@ -32,7 +32,7 @@ def live_layer(
     given = x, scoring, logits, spatial, temporal
     if not x.is_cpu or listened(given) or tracked(given) or autocast_on(x):
         return None
-    if reduction not in REDUCTIONS or not _fit(*given):
+    if reduction not in REDUCTIONS or not fit(*given):
         return None
     chosen = choose("gated_conv3d", x.device, x.dtype, backend, x.shape)
     found = chosen.live_layer(x, lambda: summed_over_outputs(scoring), score_divisor(x, scoring, reduction), *given[2:])
@@ -42,7 +42,7 @@ def live_layer(
     return Routed(neuron, scores, gate, None), z
 
 
-def _fit(x: Tensor, scoring: Tensor, logits: Tensor, spatial: Tensor, temporal: Tensor) -> bool:
+def fit(x: Tensor, scoring: Tensor, logits: Tensor, spatial: Tensor, temporal: Tensor) -> bool:
     """Whether the arguments go together, all in one dtype on the CPU; errors are for the single steps to raise."""
     if spatial.dim() != 6 or 0 in scoring.shape:
         return False

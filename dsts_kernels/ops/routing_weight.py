@@ -23,7 +23,7 @@ def identity(z: Tensor) -> Tensor:
     return torch.ops.aten.alias.default(z)
 
 
-def _inner(grad: Tensor, z: Tensor) -> Tensor:
+def inner(grad: Tensor, z: Tensor) -> Tensor:
     """``<grad, z>`` per sample: ``(B,)`` in float32 or float64."""
     wide = accumulate_dtype(z.dtype)
     if z.dtype == wide and z.shape[0] == 1:
@@ -46,7 +46,7 @@ class SelectedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, _inner(grad, ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
+        return grad, inner(grad, ctx.saved_tensors[0]) if ctx.needs_input_grad[1] else None
 
 
 class AllNeuronsWeight(torch.autograd.Function):
@@ -57,7 +57,7 @@ class AllNeuronsWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dshares = torch.stack([_inner(grad, other) for other in ctx.saved_tensors], dim=1)
+        dshares = torch.stack([inner(grad, other) for other in ctx.saved_tensors], dim=1)
         if torch.is_grad_enabled():  # a second derivative is wanted, and `others` came without a graph
             dshares = NoDerivativeOfOthers.apply(dshares.detach().requires_grad_())
         return grad, dshares, *(None for _ in ctx.saved_tensors)
