@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+INFO = re.compile(r"^(```\w+) .*$", re.MULTILINE)  # what follows a block's language is for tests/test_pages.py
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -51,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             log.warning("%s: links to %s, which is no file of the repository", page.file.src_uri, place)
         return text
 
-    return outside_code(lambda part: LINK.sub(kept, part), markdown)
+    return INFO.sub(r"\1", outside_code(lambda part: LINK.sub(kept, part), markdown))
 
 
 def outside_code(change, text: str) -> str:
