@@ -22,10 +22,13 @@ class Drawing:
             f'<rect width="{width}" height="{height}" fill="white"/>',
         ]
 
-    def text(self, x: float, y: float, words: str, *, size: int = 15, anchor: str = "middle", bold: bool = False) -> None:
+    def text(
+        self, x: float, y: float, words: str, *, size: int = 15, anchor: str = "middle", bold: bool = False
+    ) -> None:
         weight = ' font-weight="bold"' if bold else ""
         self.parts.append(
-            f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="#222"{weight}>{escape(words)}</text>'
+            f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="#222"{weight}>'
+            f"{escape(words)}</text>"
         )
 
     def box(self, x: float, y: float, width: float, height: float, *lines: str, fill: str = PLAIN) -> None:
@@ -97,7 +100,8 @@ def data_path(folder: Path) -> None:
     draw.box(660, 130, 300, 60, "frozen_layer", "route, convolve, bias, ReLU, skip", fill=TEMPORAL)
     draw.arrow((360, 80), (360, 128))
     draw.arrow((810, 80), (810, 128))
-    draw.box(120, 240, 840, 44, "an op: checks, autograd, the dispatcher where somebody listens, backends.choose(op, device, dtype)")
+    op = "an op: checks, autograd, the dispatcher where somebody listens, backends.choose(op, device, dtype)"
+    draw.box(120, 240, 840, 44, op)
     draw.arrow((360, 190), (360, 238))
     draw.arrow((810, 190), (810, 238))
     draw.box(120, 330, 260, 60, "cpu", "groups on the host; Winograd or oneDNN")

@@ -12,7 +12,7 @@ OPTIONS = "    {options}"
 
 
 class Docstrings(griffe.Extension):
-    """``{options}`` stands for the arguments of ``LayerOptions``, which are written out when the package is imported."""
+    """``{options}`` stands for the arguments of ``LayerOptions``, which an import of the package writes out."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         _, _, rest = pkg["options.LayerOptions"].docstring.value.partition("Args:\n")
