@@ -31,14 +31,16 @@ class Drawing:
             f"{escape(words)}</text>"
         )
 
-    def box(self, x: float, y: float, width: float, height: float, *lines: str, fill: str = PLAIN) -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, *lines: str, fill: str = PLAIN, size: int = 15
+    ) -> None:
         """A box with lines in its middle; the first is the larger one."""
         self.parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{fill}" stroke="#8a8f98"/>'
         )
         top = y + height / 2 + 5 - 9 * (len(lines) - 1)
         for index, line in enumerate(lines):
-            self.text(x + width / 2, top + 18 * index, line, size=15 if index == 0 else 12)
+            self.text(x + width / 2, top + 18 * index, line, size=size if index == 0 else 12)
 
     def arrow(self, *points: tuple[float, float], dashed: bool = False) -> None:
         path = " ".join(f"{x},{y}" for x, y in points)
@@ -87,14 +89,14 @@ def data_path(folder: Path) -> None:
     draw.box(120, 20, 480, 60, "FusedDSTS.forward: checks, draws", "per layer: DSTSLayer.forward", fill=SPATIAL)
     draw.box(660, 20, 300, 60, "FrozenDSTS.forward", "per layer, or all in one native call", fill=TEMPORAL)
     steps = (
-        ("tap_sums, scores", "which neuron"),
+        ("tap_sums", "scores, neuron"),
         ("semhash_gate", "its gates"),
         ("gated_conv3d", "both operators"),
         ("mixing_conv3d", "and the weight"),
     )
     for index, lines in enumerate(steps):
         x = 120 + 124 * index
-        draw.box(x, 130, 108, 60, *lines, fill=SPATIAL)
+        draw.box(x, 130, 108, 60, *lines, fill=SPATIAL, size=14)
         if index:
             draw.arrow((x - 16, 160), (x - 2, 160))
     draw.box(660, 130, 300, 60, "frozen_layer", "route, convolve, bias, ReLU, skip", fill=TEMPORAL)
@@ -147,7 +149,7 @@ def panel(folder: Path) -> None:
     draw.text(735, 304, "K blocks of 128 bytes: the temporal operator's", size=12)
     numbers = ("filters", "spatial_blocks", "temporal_blocks", "spatial_channels", "temporal_start", "row")
     for index, words in enumerate(numbers):
-        draw.box(120 + 140 * index, 340, 134, 40, words)
+        draw.box(120 + 140 * index, 340, 134, 40, words, size=14)
     draw.save("panel.svg", folder)
 
 
