@@ -1,4 +1,4 @@
-"""Docstrings as the site shows them: options written out, and Sphinx's roles as code."""
+"""Docstrings as the site shows them: options written out, Sphinx's roles as code, examples as blocks of code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?\.?([^`]+)`")
+EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 OPTIONS = "    {options}"
 
 
@@ -21,7 +22,7 @@ class Docstrings(griffe.Extension):
     def _change(self, owner: griffe.Object, options: str) -> None:
         if owner.docstring is not None:
             text = owner.docstring.value.replace(OPTIONS, options)
-            owner.docstring.value = ROLE.sub(r"`\1`", text)
+            owner.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", ROLE.sub(r"`\1`", text))
         for member in owner.members.values():
             if not member.is_alias:
                 self._change(member, options)
