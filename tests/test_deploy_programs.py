@@ -214,7 +214,7 @@ def refusals(program: Path, folder: Path) -> None:
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """Language and text of a page's code blocks."""
-    return re.findall(r"^```(python|bash)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(python|bash)[^\n]*\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def test_page_has_its_blocks():

@@ -91,7 +91,7 @@ def test_it_says_what_it_runs_on(package):
         ((7, 0), ["sm_75", "sm_80", "sm_90"], "install a build of torch for CUDA 12.6 (its version ends in +cu126)"),
         ((6, 1), ["sm_50", "sm_60", "sm_70"], "it needs compute capability 7.0 (tensor cores), this GPU has 6.1"),
     ],
-    ids=["as docs/gpu.md installs it", "torch without sm_70", "an older GPU"],
+    ids=["as docs/v100.md installs it", "torch without sm_70", "an older GPU"],
 )
 def test_it_says_what_is_missing(package, capability, archs, says):
     """On a GPU that is not here, beside a torch that is not here."""

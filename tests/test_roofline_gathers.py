@@ -10,7 +10,7 @@ from dsts_kernels.roofline.cases import SHAPES, Case
 from dsts_kernels.roofline.chips import CHIPS
 from dsts_kernels.roofline.gathers import WAYS, gather_time, markdown
 
-MEASURED = {  # us on an H100, commit e4cf77207fe6: benchmarks/results/h100.json, docs/performance.md
+MEASURED = {  # us on an H100, commit e4cf77207fe6: benchmarks/results/h100.json, docs/log/h100.md
     ("training, before", "tpn"): 106.5,
     ("training, before", "swin"): 41.2,
     ("frozen, before", "tpn"): 97.0,

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.compiled.ahead`` traces the launchers of the Triton backend on meta tensors of the paper's
 shapes, so what is compiled is what would be launched, with the tiles that ship; it needs no GPU. The table goes to
-docs/performance.md; tests/backends/triton/test_ahead.py asserts what must hold.
+docs/log/h100.md; tests/backends/triton/test_ahead.py asserts what must hold.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.compiled.ahead_gluon`` compiles what is launched with their switches on, for every tile that
 ships and every end of a tile: the frozen convolution as :func:`.ahead.trace` sees it, and both gradients of a step.
-The table goes to docs/performance.md; tests/backends/triton/test_ahead_gluon.py asserts what must hold.
+The table goes to docs/log/gluon.md; tests/backends/triton/test_ahead_gluon.py asserts what must hold.
 """
 
 from __future__ import annotations

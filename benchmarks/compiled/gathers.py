@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.compiled.gathers`` compiles Triton's two gathers for chips that are not here, at the paper's
 channels, and runs a CTA of each on the CPU (:mod:`.ptx`) with sorted random lists. The table goes to
-docs/performance.md; tests/backends/triton/test_ahead_gathers.py asserts what must hold.
+docs/log/h100.md; tests/backends/triton/test_ahead_gathers.py asserts what must hold.
 """
 
 from __future__ import annotations

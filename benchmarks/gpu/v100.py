@@ -36,7 +36,7 @@ OUT = ROOT / "build" / "v100.json"
 PAPER = f"the paper, V100 ({WITH_MODULE:g} - {WITHOUT:g})"
 NO_GPU = (
     "benchmarks.gpu.v100: no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured. It needs one "
-    "of compute capability 7.0 or later, and a torch and our kernels that were built for it: docs/gpu.md, 'On a V100'"
+    "of compute capability 7.0 or later, and a torch and our kernels that were built for it: docs/v100.md"
 )
 
 

@@ -230,7 +230,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
     axes.set_ylim(y - 0.6, -0.7)
     axes.set_xlim(0, longest * 1.32)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("milliseconds a step (in brackets: times faster than literal)", fontsize=8.5)
+    axes.set_xlabel("ms per step (in brackets: times faster than literal)", fontsize=8.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
@@ -249,7 +249,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     rows = sorted(results["rows"], key=lambda row: order(row, results["rows"]))
     modes, shapes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "shape"))
     height = 1.0 + 0.36 * max(sum(row["mode"] == mode for row in rows) + 1.4 * len(shapes) for mode in modes)
-    canvas, panels = plt.subplots(1, len(modes), figsize=(5.6 * len(modes), height), squeeze=False)
+    canvas, panels = plt.subplots(1, len(modes), figsize=(4.7 * len(modes), height), squeeze=False)
     for axes, mode in zip(panels[0], modes, strict=True):
         draw_panel(axes, [row for row in rows if row["mode"] == mode], shapes)
         title = "evaluation" if mode == "evaluation" else "training step (forward and backward)"

@@ -7,7 +7,7 @@ channels-first panels ``(b, c, T, H, W)`` in the wide dtypes, which measure up t
 channels-last ones in half types, whose kernels take no other layout without reordering it.
 
 Large filters are run in blocks: oneDNN loses up to a third of its rate once a filter, or its gradient, falls out
-of the cache that the cores share. The sizes below were measured (docs/performance.md). In half types panels are
+of the cache that the cores share. The sizes below were measured (docs/log/cpu.md). In half types panels are
 widened with zeros to whole tiles. A filter that stays is reordered once (:func:`prepare`), which oneDNN else does at
 every call.
 """

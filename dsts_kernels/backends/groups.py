@@ -29,7 +29,7 @@ DIRECT_COSTS = Costs(spatial=9, temporal=3, weight_positions=160, call=12e6)
 # F(4x4, 3x3) and F(4, 3); transforming both filters took 2.4 ms where the products of 2048 positions took 16.
 WINOGRAD_COSTS = Costs(spatial=2.25, temporal=1.5, weight_positions=300, call=1e6)
 # In half types on a matrix unit: its times in the multiply-adds that fast convolution does meanwhile. Fitted to what
-# passes and products of a layer took on an Intel machine with AMX (docs/performance.md).
+# passes and products of a layer took on an Intel machine with AMX (docs/log/cpu.md).
 MATRIX_COSTS = Costs(spatial=1.1, temporal=0.7, weight_positions=450, call=20e6)
 MATRIX_POSITIONS = 256  # of a sample: smaller ones were not measured, and of a 1x1 plane fast convolution skips taps
 # Beyond this a call has nothing left to share, and its results outgrow the memory that malloc reuses.

@@ -30,7 +30,7 @@ class Unit(NamedTuple):
 
 
 # Best first. An AMX tile multiplies 16 times as much as an AVX-512 register of float32; 7.2 times were measured on an
-# Intel machine (docs/performance.md). `vdpbf16ps` does twice as much: less than fast convolution saves. AVX512-FP16 is
+# Intel machine (docs/log/cpu.md). `vdpbf16ps` does twice as much: less than fast convolution saves. AVX512-FP16 is
 # left out, since oneDNN widens float16 to float32 there.
 UNITS = {
     torch.bfloat16: (Unit("amx_bf16", "AMX", 3.0, True), Unit("avx512_bf16", "AVX512_BF16", 1.2, False)),

@@ -1,4 +1,4 @@
-"""``python -m dsts_kernels bench``: the README's table for this machine."""
+"""``python -m dsts_kernels bench``: the table of README and docs/performance.md for this machine."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A program is one turn of the loop, of one warp, as the compiler scheduled it: st
 each instruction needs. Blocks of warps run it over and over on four schedulers, which share one pipe to shared memory
 and L1. :func:`simulate` gives the cycles a turn, :func:`estimate` its mean over what the model does not know: how far
 blocks are apart when they start, and whether a scheduler stays with a warp. benchmarks/compiled/cuda_program.py reads
-programs from cubins; docs/performance.md says what the model got right.
+programs from cubins; docs/log/cuda.md says what the model got right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's section on backbones: its code runs as it stands, on real models made small."""
+"""What README.md and docs/plug-in.md say of backbones: code runs as it stands, on real models made small."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from dsts_kernels.testing import assert_close
 
 from .counting import copies
 
-README = Path(__file__).parents[2] / "README.md"
-SECTION = "Plug it into a backbone"
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/plug-in.md")
+FENCE = r'^```python run-by="tests/backbones/test_plug_in.py"\n(.*?)^```'
 
 
 def blocks() -> list[str]:
-    """The code of the section, block by block."""
-    text = README.read_text(encoding="utf-8")
-    section = re.search(rf"^## {SECTION}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
-    assert section is not None, f"README.md has no section {SECTION!r}"
-    return re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    """The code of both pages that plugs in, block by block."""
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    return [code for text in texts for code in re.findall(FENCE, text, re.MULTILINE | re.DOTALL)]
 
 
 def block(name: str) -> str:
@@ -34,7 +33,7 @@ def block(name: str) -> str:
 def run(code: str) -> dict[str, object]:
     """What the code leaves; drawn anew, DSTS is small."""
     names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(code, "a page", "exec"), names)
     return names
 
 

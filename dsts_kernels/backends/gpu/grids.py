@@ -21,7 +21,7 @@ INT32 = 2**31 - 1
 TILE = 128  # positions, and outputs, of a tile of the CUDA C++ products
 MIN_K_BLOCKS = 8  # of a CTA that shares a tile: a shorter range costs more to add up than it saves
 # Percent of a mean tile that the busiest CTA may have above the mean before tiles are shared: 15 is a last wave that is
-# 85% full. Sharing costs about as much (docs/performance.md).
+# 85% full. Sharing costs about as much (docs/log/gluon.md).
 IDLE_PERCENT, ALWAYS_SHARE = 15, -1
 MAX_CTAS = 1024  # of a persistent CUDA C++ kernel, whose schedule lies in shared memory
 GATHER_POSITIONS = 64  # of a CTA that gathers

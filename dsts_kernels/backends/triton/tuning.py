@@ -69,7 +69,7 @@ def _tiles(*rows: tuple[int, ...], tma: bool = False) -> tuple[Tile, ...]:
 
 # Every tile that ships, the one to take first: rows, columns, K block, warps, stages, and programs a multiprocessor
 # where more than one. None spills a register at the paper's shapes, which is what decided between neighbours;
-# docs/performance.md.
+# docs/log/h100.md.
 CANDIDATES = {
     "half": {
         "sm_80": {

@@ -134,7 +134,7 @@ def clustered_kernel(filters):
 
 @pytest.mark.slow
 def test_what_clusters_lack():
-    """Why no kernel here multicasts, docs/performance.md. Where this fails, Triton has learned it."""
+    """Why no kernel here multicasts, docs/log/gluon.md. Where this fails, Triton has learned it."""
     if OLD:
         assert "multicast" not in inspect.signature(tma.async_copy_global_to_shared).parameters
         assert not hasattr(hopper, "cluster")

@@ -24,7 +24,7 @@ GRADIENT_PART = 32  # channels of a data gradient's tile, likewise: it has three
 CONSUMER_WARPS = 8
 PRODUCER_WARPS, PRODUCER_REGISTERS = 1, 40
 # How full waves must be. A step of this kernel is predicted at 0.80 us where the older one's takes 0.90, and a launch
-# of that takes 34 us beside its steps (docs/performance.md): at Swin-B's 85% both predictions still favour this one.
+# of that takes 34 us beside its steps (docs/log/gluon.md): at Swin-B's 85% both predictions still favour this one.
 LEAST_FILL = 0.8
 # A tile's steps and its end, in steps of the largest tile: predicted, to choose between tiles by.
 STEP_COST, END_COST = {256: 1.0, 128: 0.55}, {256: 8.0, 128: 4.0}
