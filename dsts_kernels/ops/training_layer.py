@@ -52,8 +52,8 @@ class TrainingLayer(torch.autograd.Function):
 
 def _gradients(ctx, dout: Tensor | None, dscores: Tensor | None, dgate: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of ``x, scoring, logits, spatial, temporal, mixing``."""
-    x, scoring, *weights, neuron, scores, collapsed, sums, gate, z = ctx.saved_tensors[:12]
-    weighed = ctx.saved_tensors[12:]
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+    (x, scoring, *weights, neuron, scores, collapsed, sums, gate, z), weighed = saved[:12], saved[12:]
     logits, spatial, temporal, mixing = (t.contiguous() for t in weights)  # native code reads plain memory
     need_x, need_scoring, need_logits, *need_operators, need_mixing = ctx.needs_input_grad[:6]
     noise, _, gumbel = ctx.draws
