@@ -89,5 +89,5 @@ def test_from_autograd_to_a_kernel(walks, way):
     x = torch.randn(3, 16, 4, 7, 7).requires_grad_()
     FusedDSTS(16, num_neurons=2, **options)(x, draws=draws).sum().backward()
     first = {} if way == "in one step" else {"semhash_backward": "route.py:backward"}
-    stacks = {name: frames(stack, first.get(name, ":_gradients")) for name, stack in walks.items()}
-    assert {name: len(stacks[name]) for name in BACKWARD[way]} == BACKWARD[way], walks
+    stacks = {name: frames(walks[name], first.get(name, ":_gradients")) for name in BACKWARD[way]}
+    assert {name: len(stack) for name, stack in stacks.items()} == BACKWARD[way], walks
