@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks.report import gpu, overheads, pages, performance
+from benchmarks.report import gpu, memory, overheads, pages, performance, wide
 from benchmarks.report.pages import ROOT
+from dsts_kernels import FusedDSTS
 
 COMMAND = "python -m benchmarks.report.gpu benchmarks/results/h100.json"
 HEAD = "| step | shape | Triton | CUDA C++ |\n| --- | --- | ---: | ---: |\n"
@@ -144,3 +145,25 @@ def test_missed_goals_are_in_bold():
         if row["variant"] == "frozen":
             row["ms"] *= 2
     assert "| 9 and 7 | **6.61** | **5.24** |" in performance.goals(results)
+
+
+def test_wide_table_of_a_run():
+    """A column for each variant that was timed, the fastest in bold; a training step has no frozen module."""
+    rows = [
+        {"mode": mode, "shape": "tpn 1x2x3x4x5", "variant": variant, "ms": ms}
+        for mode, variant, ms in (
+            ("training", "literal", 30.0), ("evaluation", "literal", 20.0), ("evaluation", "frozen", 2.5),
+            ("evaluation", "compiled", None), ("training", "fused", 10.04),
+        )
+    ]  # fmt: skip
+    assert wide.markdown({"rows": rows, "dtype": "float32"}).splitlines() == [
+        "| step | shape | literal PyTorch | FusedDSTS | FrozenDSTS |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| evaluation, float32 | TPN | 20.0 | | **2.50** |",
+        "| training step, float32 | TPN | 30.0 | **10.0** | |",
+    ]
+
+
+def test_memory_is_that_of_the_parameters():
+    held = sum(p.numel() * p.element_size() for p in FusedDSTS(64).parameters())
+    assert f"| `FusedDSTS(64)` | 1.7 | {held / 2**20:.0f} | {4 * held / 2**20:.0f} |" in memory.markdown((64,))

@@ -17,10 +17,10 @@ from benchmarks.cpu.sweep import ALLOWED, BATCHES, CHANNELS, FRAMES, PLANES, SHA
 from dsts_kernels.roofline import SHAPES, Case
 
 from .tables import speedup
+from .wide import SHORT as TITLES
 
 __all__ = ["floors", "goals", "main", "sweep"]
 
-TITLES = {"tpn": "TPN", "swin": "Swin-B"}
 COMMAND = "`pytest benchmarks/ --benchmark-only`"
 MORE_NEURONS, LARGE_BATCH, IMPORT, PEAK = 1.15, 8.2, 0.2, 0.4  # goals: ratios, but for seconds of an import
 # Multiplications of fast convolution for each output, tiles of 4x4 positions and of 8 frames: spatial, temporal.

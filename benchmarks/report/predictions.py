@@ -15,9 +15,10 @@ from dsts_kernels.roofline.chips import backend_on
 from dsts_kernels.roofline.counted import COUNTED
 from dsts_kernels.roofline.tables import run_on
 
+from .wide import SHORT as TITLES
+
 __all__ = ["choice", "cycles", "gather_times", "main", "older", "roofline"]
 
-TITLES = {"tpn": "TPN", "swin": "Swin-B"}
 LOOPS = {
     "by_k": "conv packed, rows",
     "by_output": "conv listed, columns",
