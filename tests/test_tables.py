@@ -106,6 +106,26 @@ def test_figures_need_a_source(tmp_path, monkeypatch):
     assert "which is not there" in next(iter(pages.problems(path)))
 
 
+HEADLINE = (
+    "python -m benchmarks.report.headline benchmarks/results/cpu-avx512-2-cores.json benchmarks/results/h100.json"
+)
+
+
+def test_figures_of_a_paragraph(tmp_path, monkeypatch):
+    """Each number has to be one that the command prints; names and versions with digits are no numbers."""
+    pages.printed(HEADLINE)  # from here
+    text = (
+        f"# Page\n\n<!-- figures: {HEADLINE} -->\n\n- **13 times** on a CPU, 27%\n- 5.6 on an H100, v2.1\n\n99 more\n"
+    )
+    path = page_of(tmp_path, monkeypatch, text)
+    assert list(pages.problems(path)) == []
+    path.write_text(text.replace("13 times", "14 times").replace("5.6", "5.60"), encoding="utf-8")
+    assert [line.partition(", wanted")[0] for line in pages.problems(path)] == [
+        "page.md:3: got 14",
+        "page.md:3: got 5.60",
+    ]
+
+
 def test_write(tmp_path, monkeypatch, capsys):
     """Only cells that differ change, and the line of a row that does not stays as it is laid out."""
     monkeypatch.setattr(pages, "printed", lambda command: gpu.markdown(json.loads(H100.read_text())))

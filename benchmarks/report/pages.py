@@ -7,6 +7,8 @@ A comment before a table, in the same section, says where its figures come from:
     <!-- table: log, WHAT -->                measured, counted or predicted once: WHAT says so, and when, and how
     <!-- table: held by tests/FILE.py -->    a test compares its figures
     <!-- table: words -->                    its numbers are names, settings and formulas
+    <!-- figures: COMMAND -->                of the paragraph or list that follows: each number begins a line of
+                                             what the command prints
 
 A page may show fewer rows and columns than a command prints; what it shows is to be the same. A row is found by its
 cells before the first column of figures, which is the first that is aligned to the right. ``--write`` puts in what
@@ -33,6 +35,8 @@ __all__ = ["Table", "has_figures", "kind", "main", "named_in_log", "pages", "pri
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = re.compile(r"<!-- table: (.+?) -->")
+FIGURES = re.compile(r"^ *<!-- figures: (.+?) -->\n+((?:.+\n)+)", re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.-])\d+(?:\.\d+)?%?(?!\w)")
 SEPARATOR = re.compile(r"\|(\s*:?-+:?\s*\|)+\s*$")
 FIGURE = re.compile(r"[*~<>+-]*(about |at most |at least |above |below |under )?[+-]?\d+([.,]\d+)*\b")
 LOG = re.compile(r"log, .*(measured|counted|predicted|compiled).*(\b[0-9a-f]{7,12}\b|\d{4}-\d\d-\d\d)")
@@ -216,8 +220,19 @@ def rewritten(text: str) -> str:
     return "\n".join(lines)
 
 
+def strangers(text: str) -> Iterable[tuple[int, str]]:
+    """Numbers that a command should print and does not, each with the line of its comment, from 0."""
+    for said in FIGURES.finditer(text):
+        known = {line.split()[0].rstrip(":") for line in printed(said[1]).splitlines() if line.strip()}
+        for number in NUMBER.findall(said[2]):
+            if number not in known:
+                yield text.count("\n", 0, said.start()), f"got {number}, wanted a figure that {said[1]} prints"
+
+
 def problems(path: Path) -> Iterable[str]:
-    """What is wrong with the tables of a page, a line each."""
+    """What is wrong with the figures of a page, a line each."""
+    for line, complaint in strangers(path.read_text(encoding="utf-8")):
+        yield f"{path.relative_to(ROOT)}:{line + 1}: {complaint}"
     for table in tables(path.read_text(encoding="utf-8")):
         place = f"{path.relative_to(ROOT)}:{table.line + 1}"
         try:
