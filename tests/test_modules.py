@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dsts_kernels import FusedDSTS
 from dsts_kernels.testing import assert_close
@@ -193,6 +194,23 @@ def test_frozen_sides(target):
         assert_same_gradients(gradients, {name: wanted[name] for name in gradients}, dtype, 5)
         for p in frozen:
             p.requires_grad_(True)
+
+
+@large
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("options", ["default", "bare", "mixing-3x1x1", "all-neurons-gradient"])
+def test_activation_checkpointing(target, options, reentrant):
+    """A pass that ``torch.utils.checkpoint`` runs once more gives the bits of one whose tensors are kept."""
+    ref, fused = pair(target, 12, target.dtype, **OPTIONS[options])
+    x, grad = target.randn(3, 12, *target.size), target.randn(3, 12, *target.size)
+    draws, runs = draws_for(ref, x, target.dtype), []
+    for again in (False, True):
+        fused.zero_grad()
+        given = x.clone().requires_grad_()
+        y = checkpoint(fused, given, draws, use_reentrant=reentrant) if again else fused(given, draws)
+        y.backward(grad)
+        runs.append([y.detach(), given.grad, *(p.grad for p in fused.parameters())])
+    assert_same_bits(runs)
 
 
 @large

@@ -57,10 +57,11 @@ class AllNeuronsWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dshares = torch.stack([inner(grad, other) for other in ctx.saved_tensors], dim=1)
+        others = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        dshares = torch.stack([inner(grad, other) for other in others], dim=1)
         if torch.is_grad_enabled():  # a second derivative is wanted, and `others` came without a graph
             dshares = NoDerivativeOfOthers.apply(dshares.detach().requires_grad_())
-        return grad, dshares, *(None for _ in ctx.saved_tensors)
+        return grad, dshares, *(None for _ in others)
 
 
 class NoDerivativeOfOthers(torch.autograd.Function):

@@ -52,8 +52,8 @@ class TrainingLayer(torch.autograd.Function):
 
 def _gradients(ctx, dout: Tensor | None, dscores: Tensor | None, dgate: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of ``x, scoring, logits, spatial, temporal, mixing``."""
-    x, scoring, *weights, neuron, scores, collapsed, sums, gate, z = ctx.saved_tensors[:12]
-    weighed = ctx.saved_tensors[12:]
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+    (x, scoring, *weights, neuron, scores, collapsed, sums, gate, z), weighed = saved[:12], saved[12:]
     logits, spatial, temporal, mixing = (t.contiguous() for t in weights)  # native code reads plain memory
     need_x, need_scoring, need_logits, *need_operators, need_mixing = ctx.needs_input_grad[:6]
     noise, _, gumbel = ctx.draws
@@ -120,7 +120,7 @@ def training_layer(
     reduction: str = "sum",
     backend: str | None = None,
 ) -> tuple[Routed, Tensor] | None:
-    """What ``route``, ``gated_conv3d``, ``mixing_conv3d`` and ``selected_weight`` give in training, and their gradients.
+    """What ``route``, ``gated_conv3d``, ``mixing_conv3d`` and ``selected_weight`` give in training, with gradients.
 
     ``draws`` are noise ``(B, C)``, hard ``(B,)`` and gumbel ``(B, N)``, checked. ``None`` where the single steps must
     run: where something listens, no derivative is wanted, arguments are none that all would take as they are, or no
