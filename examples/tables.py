@@ -29,6 +29,7 @@ from examples.options import parse
 from examples.train import Trainer
 
 SEEDS = (0, 1, 2)
+MARKER = "<!-- table: python examples/tables.py --print -->"  # before each table: benchmarks/report/pages.py
 NOTES = "## What to make of it"  # what follows it in results.md is written by hand and kept
 BASE = "DSTS"
 
@@ -70,6 +71,17 @@ TABLES = (
     ),
     ("Ours: scale of the scores, joint", (("joint", "mean over positions"), ("sum, joint", "sum, as the paper"))),
 )
+BY_SEED = {
+    "backbone": "backbone",
+    BASE: "with DSTS, upstream-downstream, 1e-3",
+    "joint": "with DSTS, joint, 1e-3",
+    "joint, fast gates": "with DSTS, joint, 4e-3",
+}
+IN_README = {
+    "backbone": "backbone",
+    BASE: "with DSTS, upstream-downstream (default)",
+    "joint, fast gates": "with DSTS, joint, gates and scores at the rate of the rest",
+}
 TOLD = {  # rows whose routing is looked into
     BASE: "upstream-downstream",
     "joint": "joint",
@@ -193,7 +205,7 @@ def markdown(results: dict) -> str:
         "",
     ]
     for title, listed in TABLES:
-        lines += [f"## {title}", "", "| | top-1 % | against the first row | loss | dead | usage, bits |"]
+        lines += [f"## {title}", "", MARKER, "", "| | top-1 % | against the first row | loss | dead | usage, bits |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         first = rows[listed[0][0]]["mean"]
         for name, shown in listed:
@@ -204,7 +216,7 @@ def markdown(results: dict) -> str:
                 f"{own['train_loss']:.2f} | {health} |".replace("%", "")
             )
         lines.append("")
-    lines += ["## What the neurons tell", "", "| | layer | shape, bits | timing, bits | class, bits |"]
+    lines += ["## What the neurons tell", "", MARKER, "", "| | layer | shape, bits | timing, bits | class, bits |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for name, layers in results["specialization"].items():
         for layer, own in enumerate(layers):
@@ -219,7 +231,7 @@ def markdown(results: dict) -> str:
         *(f"![{title}](training/{name}.png)" for name, title in FIGURES.items()),
         "",
     ]
-    lines += ["## Training time", "", "| | ms a step | against the backbone |", "| --- | ---: | ---: |"]
+    lines += ["## Training time", "", MARKER, "", "| | ms a step | against the backbone |", "| --- | ---: | ---: |"]
     base_ms = results["step_ms"]["backbone"]
     for name, ms in results["step_ms"].items():
         lines.append(f"| {name} | {ms:.1f} | {ms / base_ms:.2f}x |")
@@ -232,6 +244,25 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
+def by_seed(results: dict) -> str:
+    """Two more tables: top-1 of each seed beside the backbone's, for results.md and for README."""
+    rows, backbone = results["rows"], results["rows"]["backbone"]["top1"]
+    lines = ["| | top-1 % | beyond the backbone |", "| --- | --- | --- |"]
+    for name, title in BY_SEED.items():
+        top1 = rows[name]["top1"]
+        beyond = [f"{(own - base) * 100:+.1f}" for own, base in zip(top1, backbone, strict=True)]
+        cells = [", ".join(f"{own:.1%}".rstrip("%") for own in top1), "" if name == "backbone" else ", ".join(beyond)]
+        lines.append(f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    epochs, device = results["options"]["epochs"], results["machine"]["device"].removesuffix(" Processor")
+    lines += ["", f"| {len(results['seeds'])} seeds, {epochs} epochs, {device}, one thread a run | top-1 % | by seed |"]
+    lines.append("| --- | ---: | --- |")
+    for name, title in IN_README.items():
+        own = rows[name]
+        seen = ", ".join(f"{one:.1%}".rstrip("%") for one in own["top1"])
+        lines.append(f"| {title} | {own['mean'] * 100:.1f} ± {own['spread'] * 100:.1f} | {seen} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.add_argument("--runs", type=Path, default=ROOT / "runs" / "tables", help="where runs are kept")
@@ -239,7 +270,12 @@ def main(arguments: list[str] | None = None) -> None:
     cli.add_argument("--jobs", type=int, default=2, help="runs side by side")
     cli.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     cli.add_argument("--timing", type=float, default=60.0, help="seconds")
+    cli.add_argument("--print", action="store_true", help="every table of results.json, and run nothing")
     given, extra = cli.parse_known_args(arguments)  # the rest goes to train.py
+    if given.print:
+        results = json.loads((given.out / "results.json").read_text(encoding="utf-8"))
+        print(markdown(results), by_seed(results), sep="\n")
+        return
     work = [(name, seed) for seed in given.seeds for name in ROWS]
     with ThreadPoolExecutor(given.jobs) as pool:
         found = list(pool.map(lambda one: run_one(*one, given.runs, extra), work))

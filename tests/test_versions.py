@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,23 @@ def test_steps_of_each_kind(tmp_path):
     system = asked("system")
     assert "venv --system-site-packages" in system and "--no-deps --no-build-isolation -e ." in system
     assert f"--no-deps --no-index {wheel}" in asked("system", wheel)
+
+
+def test_packages_of_a_virtual_environment_are_lent(tmp_path):
+    """A path file names them; an interpreter that is in none lends nothing, as a virtual environment sees its own."""
+    packages = tmp_path / "env/lib/python3.11/site-packages"
+    packages.mkdir(parents=True)
+    venv = tmp_path / "lender"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    base = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    for python, lent in ((base, None), (venv / "bin/python", venv)):
+        step = versions.steps_of(versions.Combination(str(python), "system", None, None), tmp_path / "env/bin/python")[
+            1
+        ]
+        subprocess.run(step, check=True)
+        found = packages / "lent.pth"
+        assert found.exists() == (lent is not None)
+        assert lent is None or found.read_text().split("\n") == [str(next(lent.glob("lib/python*/site-packages")))]
 
 
 def test_bad_arguments(capsys, monkeypatch):

@@ -3,8 +3,8 @@
 Without options: the oldest torch that the package takes and the newest. A torch of these brings CUDA, so a run takes
 gigabytes and a quarter of an hour: for every night, not for every change. ``--python``, ``--compiler`` and versions of
 torch multiply; ``--wheel`` tests a wheel instead of the sources; ``--system`` takes the torch that an interpreter has,
-such as a distribution's, and downloads nothing. ``--save`` adds each result to a file, and ``--table`` prints that file
-as the table of docs/versions.md.
+a distribution's or a virtual environment's, and downloads nothing. ``--save`` adds each result to a file, and
+``--table`` prints that file as the table of docs/versions.md.
 
 ``--resolve`` only asks pip which versions it would install, for the pinned set too: seconds, and part of ``.ci/run``.
 """
@@ -46,6 +46,14 @@ kernels = f"{info['compiler']} {info['version']}, {_C.get_isa()}" if info else f
 print(json.dumps({
     "python": platform.python_version(), "torch": torch.__version__, "triton": triton, "machine": platform.machine(),
     "system": release.get("PRETTY_NAME", platform.system()), "kernels": kernels}))
+"""
+
+# Of an interpreter in a virtual environment: lets another one see its packages, where --system-site-packages would not.
+LEND = """
+import pathlib, site, sys
+if sys.prefix != sys.base_prefix:
+    for packages in pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages"):
+        (packages / "lent.pth").write_text("\\n".join(site.getsitepackages()))
 """
 
 
@@ -115,7 +123,7 @@ def steps_of(chosen: Combination, own: Path) -> list[list[str | Path]]:
     torch = [] if chosen.torch in ("newest", "system") else [f"torch=={chosen.torch}"]
     make = [chosen.python, "-m", "venv", *(["--system-site-packages"] if system else []), own.parents[1]]
     if system:
-        return [make, [*build, chosen.wheel or "."]]
+        return [make, [chosen.python, "-c", LEND, own.parents[1]], [*build, chosen.wheel or "."]]
     if chosen.wheel is not None:
         return [make, [*pip, "--upgrade", "pip"], [*pip, f"dsts_kernels[test] @ {chosen.wheel.as_uri()}", *torch]]
     return [make, [*pip, "--upgrade", "pip"], [*pip, "-e", ".[test]", *torch]]

@@ -51,6 +51,12 @@ def saturating_sigmoid(q: Tensor) -> Tensor:
     return torch.where((r > 0) & (r < 1), r, r.detach().clamp(0, 1))
 
 
+def numbers(indices: Tensor) -> list[int]:
+    """Python's numbers: brought over together, then read one by one, as torch 2.6 has no ``tolist`` under
+    ``torch.func``."""
+    return [int(index) for index in indices.cpu()]
+
+
 def gate_values(logits: Tensor, noise: Tensor | None, hard: Tensor | None) -> Tensor:
     """Gates ``(B, C)`` from the chosen neurons' logits ``(B, C)``; hard ``(B,)``, ``None`` meaning every sample.
 
@@ -248,7 +254,7 @@ class DSTSLayer(nn.Module):
     def run_chosen(self, x: Tensor, gate: Tensor, neuron: Tensor) -> Tensor:
         """Every sample through its own neuron; the samples of a neuron share its convolutions."""
         rows, outputs = [], []
-        for i in sorted(set(neuron.tolist())):
+        for i in sorted(set(numbers(neuron))):
             chosen = (neuron == i).nonzero()[:, 0]
             rows.append(chosen)
             outputs.append(self.neuron_output(i, x[chosen], gate[chosen]))

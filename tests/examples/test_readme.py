@@ -1,4 +1,4 @@
-"""Commands that train, plot and classify a real clip, as README.md and docs/classify.md have them."""
+"""Commands that train, plot and classify a real clip, as README.md, docs/train.md and docs/classify.md have them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 
 from benchmarks.features import default_clip
 from dsts_kernels.cli import main as cli
+from dsts_kernels.probe import CHANGES
 from examples import train
 
 pytestmark = [pytest.mark.needs("torchmetrics", "tensorboard", "tqdm", "av", "skvideo", "matplotlib"), pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-README, PAGE = ROOT / "README.md", ROOT / "docs/classify.md"
+README, PAGE, TRAIN = ROOT / "README.md", ROOT / "docs/classify.md", ROOT / "docs/train.md"
 TOY = ["--epochs", "1", "--clips", "48", "--test-clips", "32", "--size", "16", "--frames", "4", "--width", "4"]
 TOY += ["--batch", "8", "--neurons", "2", "--threads", "1", "--quiet"]
 
@@ -35,8 +36,8 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_train_and_plot(tmp_path, monkeypatch):
-    """README's recipe, made small."""
+def test_train_plot_and_probe(tmp_path, monkeypatch, capsys):
+    """README's recipe and the page's probe, made small."""
     monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     training, plotting = commands(README)
@@ -44,6 +45,12 @@ def test_train_and_plot(tmp_path, monkeypatch):
     assert train.main(TOY) == 0
     assert cli(plotting[3:]) == 0
     assert list((tmp_path / "runs/synthetic").rglob("*.png"))
+    ((*start, checkpoint),) = commands(TRAIN)
+    assert start == ["python", "-m", "dsts_kernels", "probe"] and checkpoint == plotting[-1]
+    capsys.readouterr()
+    assert cli([*start[3:], checkpoint]) == 0
+    said = capsys.readouterr().out
+    assert all(change in said for change in CHANGES)
     torch.set_num_threads(before)
 
 

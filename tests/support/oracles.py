@@ -51,7 +51,7 @@ def products() -> Iterator[None]:
 def literal_gated(x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temporal: Tensor) -> Tensor:
     """Each sample under its neuron's spatial operator where the gate is open, under its temporal one elsewhere."""
     samples = []
-    for b, n in enumerate(neuron.tolist()):
+    for b, n in enumerate(reference.numbers(neuron)):
         g = gate[b, :, None, None, None]
         z = conv3d((g * x[b])[None], spatial[n], padding=(0, 1, 1))
         samples.append(z + conv3d(((1 - g) * x[b])[None], temporal[n], padding=(1, 0, 0)))
@@ -61,7 +61,7 @@ def literal_gated(x: Tensor, gate: Tensor, neuron: Tensor, spatial: Tensor, temp
 def literal_mixing(z: Tensor, neuron: Tensor, mixing: Tensor) -> Tensor:
     """Each sample under its neuron's kernel."""
     padding = tuple(k // 2 for k in mixing.shape[3:])
-    samples = [conv3d(z[b : b + 1], mixing[n], padding=padding) for b, n in enumerate(neuron.tolist())]
+    samples = [conv3d(z[b : b + 1], mixing[n], padding=padding) for b, n in enumerate(reference.numbers(neuron))]
     return torch.cat(samples) if samples else torch.empty_like(z)
 
 
