@@ -6,8 +6,9 @@ In half precision the oracle is the reference in float32 on the same rounded wei
 
 The output of a training step is compared as it is timed. Gradients are compared with BatchNorm on its running
 statistics: with batch statistics of one sample, scaling a neuron's output changes nothing, so the router's
-exact gradient is zero and what any implementation returns for it is rounding. BatchNorm itself is torch's in
-every variant.
+exact gradient is zero and what any implementation returns for it is rounding. And they are compared without the
+activation: one within rounding of zero falls on either side of a ReLU, and each that does moves a whole gradient
+element, which in bfloat16 is nine tenths of the error. Both are torch's in every variant.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.variants import training_step
-from dsts_kernels.reference import DSTS, Draws
+from dsts_kernels import DSTSLayer as FusedLayer
+from dsts_kernels.reference import DSTS, Draws, DSTSLayer
 
 __all__ = [
     "TOLERANCES",
@@ -36,12 +38,10 @@ __all__ = [
 TOLERANCES = {  # relative error in norm: output, gradients
     torch.float64: (1e-10, 1e-9),
     torch.float32: (1e-4, 5e-3),
-    torch.bfloat16: (5e-2, 2e-1),
+    torch.bfloat16: (5e-2, 1e-1),
     torch.float16: (1e-2, 5e-2),
 }
-"""Gradients are allowed more than the output: an activation within rounding of zero falls on either side of
-the ReLU, and each that does moves a whole gradient element (seven in ten thousand of the norm at two million
-elements)."""
+"""Gradients are allowed more than the output, as they come through twice as many roundings and long sums."""
 
 OPERATORS = ("spatial", "temporal", "mixing")
 
@@ -77,14 +77,19 @@ def evaluation_oracle(reference: DSTS, x: Tensor) -> Oracle:
 
 
 @contextlib.contextmanager
-def running_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in evaluation mode inside the block, the rest as it is."""
+def smooth(module: nn.Module) -> Iterator[None]:
+    """BatchNorm in evaluation mode and layers without activation inside the block, the rest as it is."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
+    layers = [(m, m.activation) for m in module.modules() if isinstance(m, (DSTSLayer, FusedLayer))]
     for norm in norms:
         norm.eval()
+    for layer, _ in layers:
+        layer.activation = None
     yield
     for norm in norms:
         norm.train()
+    for layer, activation in layers:
+        layer.activation = activation
 
 
 def training_oracle(literal: DSTS, x: Tensor, draws: Draws, grad: Tensor) -> Oracle:
@@ -93,7 +98,7 @@ def training_oracle(literal: DSTS, x: Tensor, draws: Draws, grad: Tensor) -> Ora
     module = widened(literal).train()
     dtype = module.layers[0].gate.dtype
     leaf = x.detach().to(dtype).requires_grad_()
-    with running_statistics(module):
+    with smooth(module):
         y, routing = module(leaf, draws=draws, return_routing=True)
         y.backward(grad.to(dtype))
     oracle = Oracle(y, {"input": leaf.grad})
@@ -121,7 +126,7 @@ def training_errors(
     """Relative errors of a training step by name; a gradient outside the chosen neurons counts as
     infinite. ``step`` is how it runs: as a graph, say."""
     leaf = x.detach().requires_grad_()
-    with running_statistics(module):
+    with smooth(module):
         step(module, leaf, draws, grad)
     errors = {"input": relative_error(leaf.grad, oracle.gradients["input"])}
     for name, parameter in module.named_parameters():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.features import make_features
 from benchmarks.gpu.timing import rotation_count
 from benchmarks.margins import separate_draws, separate_features
-from benchmarks.parity import Oracle, evaluation_oracle, running_statistics, training_oracle
+from benchmarks.parity import Oracle, evaluation_oracle, smooth, training_oracle
 from benchmarks.shapes import NAMED_SHAPES, Problem
 from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.backends import BACKENDS
@@ -152,7 +152,7 @@ class Workload:
 
             for _ in range(SEPARATION_ROUNDS):
                 before = draws
-                draws = separate_draws(lambda d: route(d, lambda: running_statistics(module)), draws)
+                draws = separate_draws(lambda d: route(d, lambda: smooth(module)), draws)
                 draws = separate_draws(route, draws)
                 if draws is before:
                     break

@@ -120,7 +120,7 @@ def training_layer(
     reduction: str = "sum",
     backend: str | None = None,
 ) -> tuple[Routed, Tensor] | None:
-    """What ``route``, ``gated_conv3d``, ``mixing_conv3d`` and ``selected_weight`` give in training, with gradients.
+    """What ``route``, ``gated_conv3d``, ``mixing_conv3d`` and ``selected_weight`` give, with their gradients.
 
     ``draws`` are noise ``(B, C)``, hard ``(B,)`` and gumbel ``(B, N)``, checked. ``None`` where the single steps must
     run: where something listens, no derivative is wanted, arguments are none that all would take as they are, or no
