@@ -280,14 +280,6 @@ TileSizes tile_sizes_of(const Arguments& check, const std::array<int, 3>& tiles,
   return {tiles[0], tiles[1], tiles[2]};
 }
 
-double* seconds_of(const Arguments& check, py::handle value) {
-  const Tensor t = check.dense("stage_seconds", value, 1, true);
-  if (t.given())
-    check.dtype_is("stage_seconds", t.dtype(), kFloat64),
-        check.size_is("stage_seconds", "stages", t.sizes[0], 4);
-  return static_cast<double*>(t.data);
-}
-
 void winograd_py(py::handle x, py::handle x_samples, py::handle spatial, py::handle temporal,
                  py::handle epilogue, const std::array<int, 3>& tiles, int threads,
                  py::handle stage_seconds) {
@@ -303,7 +295,7 @@ void winograd_py(py::handle x, py::handle x_samples, py::handle spatial, py::han
   a.temporal = operator_of(check, "temporal", temporal, out.C, a.x);
   check.require(a.spatial.k_channels + a.temporal.k_channels > 0, "both operators have no channels");
   a.tiles = tile_sizes_of(check, tiles, out), a.threads = check.threads(threads);
-  a.stage_seconds = seconds_of(check, stage_seconds);
+  a.stage_seconds = stage_seconds_of(check, stage_seconds);
   run(check, cpu::winograd, a);
 }
 
@@ -323,7 +315,7 @@ void winograd_weight_gradient_py(py::handle x, py::handle grad, py::handle sampl
     check.require(op.k_channels == 0 || (op.stride_tap == 1 && !op.blocked), "stride_tap is ", op.stride_tap,
                   "; wanted 1, and a filter without blocks");
   a.tiles = tile_sizes_of(check, tiles, a.grad), a.add = add, a.threads = check.threads(threads);
-  a.stage_seconds = seconds_of(check, stage_seconds);
+  a.stage_seconds = stage_seconds_of(check, stage_seconds);
   run(check, cpu::winograd_weight_gradient, a);
 }
 

@@ -12,6 +12,12 @@ namespace dsts::cpu {
 
 constexpr int64_t kCallPositions = 4096;  // groups.CALL_POSITIONS
 
+inline int64_t bytes_of(DType dtype) {
+  for (const DTypeFacts& known : kDTypes)
+    if (known.dtype == dtype) return known.bytes;
+  return 0;
+}
+
 // Scores [B, N] and neuron [B] of x by collapsed scoring kernels, centered or not (see Route); tap sums are taken
 // where they are not given.
 inline Status choose_neurons(const Features& x, const float* sums, const float* scoring, int64_t N, int taps,

@@ -67,14 +67,6 @@ struct Prepared {
   }
 };
 
-double* stage_seconds_of(const Arguments& check, py::handle value) {
-  const Tensor t = check.dense("stage_seconds", value, 1, true);
-  if (t.given())
-    check.dtype_is("stage_seconds", t.dtype(), kFloat64),
-        check.size_is("stage_seconds", "stages", t.sizes[0], 4);
-  return static_cast<double*>(t.data);
-}
-
 void same_features(const Arguments& check, const char* name, const Features& f, const Features& x,
                    int64_t O) {
   check.dtype_is(name, f.dtype, x.dtype), check.same_grid(name, f, x);
@@ -87,6 +79,7 @@ void frozen_layers_py(const std::vector<const Prepared*>& layers, py::handle x, 
   const Arguments check("frozen_layers");
   const int64_t L = int64_t(layers.size());
   check.require(L >= 1, "layers is empty; wanted one at least");
+  for (const Prepared* prepared : layers) check.require(prepared, "layers has a None; wanted frozen layers");
   FrozenCall call{};
   call.x = check.features("x", x), call.y = check.features("y", y),
   call.skip = check.features("skip", skip, true);

@@ -19,11 +19,6 @@ constexpr int64_t kFilterRows = 12;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t outputs) { return ceil_div(outputs, kBlockOutputs) * kBlockOutputs; }
-size_t bytes_of(DType dtype) {
-  for (const DTypeFacts& known : kDTypes)
-    if (known.dtype == dtype) return size_t(known.bytes);
-  return 0;
-}
 
 template <class Tiles>
 int64_t points_of(int tile) {
@@ -35,7 +30,7 @@ int64_t points_of(int tile) {
 // A filter packed in blocks at `element`, over `count` channels listed from `channels` on (null: 0, 1, ...).
 Operator packed(void* flat, int64_t element, DType dtype, int64_t count, const int32_t* channels) {
   Operator op{};
-  op.weight = static_cast<char*>(flat) + element * int64_t(bytes_of(dtype));
+  op.weight = static_cast<char*>(flat) + element * bytes_of(dtype);
   op.dtype = dtype, op.k_channels = count, op.channels = channels, op.blocked = true;
   return op;
 }
@@ -141,6 +136,8 @@ Status frozen_layers(const FrozenLayer* const* layers, int count, const FrozenCa
   const float* sums = call.sums;
   // Features between layers, and their sums, in two pieces of memory that take turns.
   std::unique_ptr<char[]> between[2];
+  int64_t widest = 0;  // of those features
+  for (int l = 0; l + 1 < count; ++l) widest = std::max(widest, layers[l]->O);
   std::vector<float> between_sums[2], scores(call.neuron ? 0 : size_t(B * layers[0]->N));
   std::vector<int64_t> neuron(call.neuron ? 0 : size_t(B));
   for (int l = 0; l < count; ++l) {
@@ -153,7 +150,7 @@ Status frozen_layers(const FrozenLayer* const* layers, int count, const FrozenCa
       epilogue.out = call.y, epilogue.skip = call.skip, epilogue.sums = call.next_sums;
     } else {
       if (l < 2)
-        between[l % 2] = memory(size_t(B * layer.O * grid.T * grid.H * grid.W) * bytes_of(call.x.dtype));
+        between[l % 2] = memory(size_t(B * widest * grid.T * grid.H * grid.W * bytes_of(call.x.dtype)));
       between_sums[l % 2].resize(size_t(B * layer.O * epilogue.taps));
       epilogue.out = features_at(between[l % 2].get(), B, layer.O, grid, call.x.dtype);
       epilogue.sums = between_sums[l % 2].data();

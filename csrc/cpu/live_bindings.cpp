@@ -32,8 +32,7 @@ void live_layer_py(py::handle x, py::handle scoring, double divisor, py::handle 
   check.same_grid("z", a.z, a.x), check.size_is("z", "B", a.z.B, a.x.B);
   const Tensor s = check.dense("scoring", scoring, 3), l = check.dense("logits", logits, 2),
                g = check.dense("gate", gate, 2), v = check.dense("scores", scores, 2),
-               n = check.integers("neuron", neuron, 1, kInt64),
-               seconds = check.dense("stage_seconds", stage_seconds, 1, true);
+               n = check.integers("neuron", neuron, 1, kInt64);
   a.N = l.sizes[0], a.taps = int(s.sizes[2]), a.threads = check.threads(threads);
   check.require(a.N >= 1 && a.x.C >= 1, "logits and x have no neurons or channels");
   check.require(s.sizes[2] == 1 || s.sizes[2] == 9, "scoring has ", s.sizes[2], " taps; wanted 1 or 9");
@@ -44,14 +43,11 @@ void live_layer_py(py::handle x, py::handle scoring, double divisor, py::handle 
   check.size_is("neuron", "B", n.sizes[0], a.x.B);
   check.dtype_is("scoring", s.dtype(), kFloat32), check.dtype_is("scores", v.dtype(), kFloat32);
   check.dtype_is("logits", l.dtype(), a.x.dtype), check.dtype_is("gate", g.dtype(), a.x.dtype);
-  if (seconds.given())
-    check.dtype_is("stage_seconds", seconds.dtype(), kFloat64),
-        check.size_is("stage_seconds", "stages", seconds.sizes[0], 4);
   a.scoring = static_cast<const float*>(s.data), a.logits = l.data, a.gate = g.data;
   a.spatial = filters_of(check, "spatial", spatial, a, 9),
   a.temporal = filters_of(check, "temporal", temporal, a, 3);
   a.neuron = static_cast<int64_t*>(n.data), a.scores = static_cast<float*>(v.data);
-  a.stage_seconds = static_cast<double*>(seconds.data);
+  a.stage_seconds = stage_seconds_of(check, stage_seconds);
   run(check, live_layer, a);
 }
 

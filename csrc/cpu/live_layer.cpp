@@ -10,12 +10,6 @@ namespace dsts::cpu {
 
 namespace {
 
-int64_t bytes_of(DType dtype) {
-  for (const DTypeFacts& known : kDTypes)
-    if (known.dtype == dtype) return known.bytes;
-  return 0;
-}
-
 // A neuron's filter [O, C, taps] on its listed channels.
 Operator listed(void* weights, int64_t neuron, int64_t O, int64_t C, int64_t taps,
                 const std::vector<int32_t>& list, DType dtype) {

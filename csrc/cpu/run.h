@@ -28,6 +28,15 @@ void run(const Arguments& check, Status (*kernel)(const A&), const A& arguments)
   run_unlocked(check, [&] { return kernel(arguments); });
 }
 
+// Where a fast convolution adds up the time of its stages, or null: see Winograd.
+inline double* stage_seconds_of(const Arguments& check, pybind11::handle value) {
+  const Tensor t = check.dense("stage_seconds", value, 1, true);
+  if (t.given())
+    check.dtype_is("stage_seconds", t.dtype(), kFloat64),
+        check.size_is("stage_seconds", "stages", t.sizes[0], 4);
+  return static_cast<double*>(t.data);
+}
+
 void bind_frozen(pybind11::module_& m);  // frozen_bindings.cpp
 void bind_live(pybind11::module_& m);    // live_bindings.cpp
 

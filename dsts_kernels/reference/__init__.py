@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -171,6 +172,9 @@ class DSTSLayer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         if prefix + "noise" in state_dict:
             self.noise_std, self.gumbel_scale = state_dict.pop(prefix + "noise").tolist()
+        if not self.score_center and prefix + "center" in state_dict:
+            what = f"{prefix}center: got a state with one, wanted none: score_center=True keeps it"
+            warnings.warn(what, stacklevel=2)
         for name in ("center", "center_batches"):
             if not self.score_center:
                 state_dict.pop(prefix + name, None)

@@ -204,6 +204,25 @@ def test_copies_share_nothing():
         fast.layers[0].filters.copy_(other.layers[0].filters)
     fast.to(torch.bfloat16)
     assert all(layer.prepared is None for layer in fast.layers)
+    fast.layers[0]._compiled_call_impl = lambda: None  # as of compile(): torch's own modules leave it behind
+    pickle.loads(pickle.dumps(fast))
+
+
+def test_layers_of_several_widths():
+    """Memory between layers holds the widest, wherever it comes: bit for bit the layers one by one."""
+    x, prepared = torch.randn(2, 8, 2, 7, 7), []
+    for channels, outputs in ((8, 8), (8, 8), (8, 96), (96, 16), (16, 8)):
+        weights = FusedDSTS(channels, num_layers=1, num_neurons=2).eval().freeze().layers[0].weights()
+        spatial = weights.starts.diff()
+        size = sum(-(-outputs // 16) * 16 * (9 * s + 3 * (channels - s)) for s in spatial.tolist())
+        weights = weights._replace(filters=0.1 * torch.randn(size), bias=torch.randn(2, outputs))
+        prepared.append((_C.FrozenLayer(*weights, 0, [1, 1, 1], True), outputs))
+    y, h = torch.empty_like(x), x
+    _C.frozen_layers([layer for layer, _ in prepared], x, None, None, y, None, None, None, 1, None)
+    for layer, outputs in prepared:
+        h, given = torch.empty(2, outputs, 2, 7, 7), h
+        _C.frozen_layers([layer], given, None, None, h, None, None, None, 1, None)
+    assert torch.equal(y, h)
 
 
 def test_where_somebody_listens_layers_are_ops():
@@ -238,6 +257,7 @@ def arguments() -> dict[str, object]:
     ("changed", "message"),
     [
         (dict(layers=[]), "layers is empty"),
+        (dict(layers=[None]), "layers has a None"),
         (dict(x=torch.zeros(2, 9, 1, 3, 3)), "layers has C = 8; wanted 9"),
         (dict(x=torch.zeros(2, 8, 1, 3, 3, dtype=torch.bfloat16)), "x has dtype bfloat16; wanted float32"),
         (dict(y=torch.full((2, 8, 1, 3, 4), 7.0)), "y has W = 4; wanted 3"),
