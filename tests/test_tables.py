@@ -91,7 +91,8 @@ def test_figures_need_a_source(tmp_path, monkeypatch):
     plain = "| option | |\n| --- | --- |\n| `a` | `1.5` |\n| b | over 3 |\n"
     path = page_of(tmp_path, monkeypatch, plain)
     assert list(pages.problems(path)) == []
-    for text in (f"{HEAD}{ROW}", f"<!-- table: words -->\n\n## Next\n\n{HEAD}{ROW}"):
+    timed = plain.replace("over 3", "in 5.6 to 6.6 ms")
+    for text in (f"{HEAD}{ROW}", timed, f"<!-- table: words -->\n\n## Next\n\n{HEAD}{ROW}"):
         path.write_text(text, encoding="utf-8")
         (found,) = pages.problems(path)
         assert "no <!-- table: ... --> that says where they come from" in found

@@ -39,6 +39,8 @@ FIGURES = re.compile(r"^ *<!-- figures: (.+?) -->\n+((?:.+\n)+)", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.-])\d+(?:\.\d+)?%?(?!\w)")
 SEPARATOR = re.compile(r"\|(\s*:?-+:?\s*\|)+\s*$")
 FIGURE = re.compile(r"[*~<>+-]*(about |at most |at least |above |below |under )?[+-]?\d+([.,]\d+)*\b")
+MEASURED = re.compile(r"(?<![\w.-])\d+([.,]\d+)*( ?(ms|us|MB|MiB|KiB|GB|GiB|GFLOP|TFLOP)\b| ?%)")
+CODE = re.compile(r"`[^`]*`")
 LOG = re.compile(r"log, .*(measured|counted|predicted|compiled).*(\b[0-9a-f]{7,12}\b|\d{4}-\d\d-\d\d)")
 HELD = re.compile(r"held by (tests/\S+\.py)$")
 
@@ -80,8 +82,8 @@ def tables(text: str) -> list[Table]:
 
 
 def has_figures(table: Table) -> bool:
-    """Whether a cell begins with a number; the header, and numbers in code, do not count."""
-    return any(FIGURE.match(cell) for row in table.rows[1:] for cell in row)
+    """Whether a cell begins with a number or has one with a unit; the header, and numbers in code, do not count."""
+    return any(FIGURE.match(cell) or MEASURED.search(CODE.sub("", cell)) for row in table.rows[1:] for cell in row)
 
 
 def kind(marker: str) -> str:
@@ -199,7 +201,7 @@ def remade(table: Table) -> list[tuple[str, ...]]:
             return rows
         reasons.append(rows)
     # Of a command's tables those with all columns tell most.
-    reason = next((text for text in reasons if "row" in text), reasons[0] if reasons else "no table")
+    reason = next((text for text in reasons if text.startswith("no row")), reasons[0] if reasons else "no table")
     raise ValueError(f"{command}: prints {reason}")
 
 
