@@ -18,16 +18,18 @@ from typing import NamedTuple
 
 import pytest
 
+import dsts_kernels
 from dsts_kernels import FusedDSTS
 
 pytestmark = pytest.mark.pages
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(dsts_kernels.__file__).parent  # of a wheel it lies elsewhere
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INFO = re.compile(r'\s+(run-by|not-run)="([^"]+)"\s*')
 SHELL = re.compile(r"(\w+=\S+ )*(pip|python3?|pytest|make|cmake|bash|git|torchrun|conda|docker|import|from) ")
 # What blocks find where they run.
-LINKED = ("benchmarks", "constraints.txt", "csrc", "dsts_kernels", "examples", "tests")
+LINKED = ("benchmarks", "constraints.txt", "csrc", "examples", "tests")
 
 
 class Block(NamedTuple):
@@ -103,7 +105,7 @@ def test_page_runs(page, tmp_path, monkeypatch):
 
 def source_text() -> str:
     """The package's Python with adjacent string literals joined and each value of an f-string as ``...``."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dsts_kernels").rglob("*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     text = re.sub(r'"\s*\n\s*f?"', "", text)
     return re.sub(r"\{[^{}\n]*\}", "...", text)
 
