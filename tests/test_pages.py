@@ -195,3 +195,22 @@ def test_memory_of_modules_is_as_readme_counts():
         count = sum(p.numel() for p in FusedDSTS(int(channels), device="meta").parameters())
         assert float(millions) == pytest.approx(count / 1e6, rel=0.02)
         assert (int(weights), int(training)) == (round(4 * count / 2**20), round(16 * count / 2**20))
+
+
+def test_tables_of_readme_are_from_the_files_of_results():
+    """Milliseconds by step, features and variant, on the CPU and on the GPU."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").replace(" ms", "")
+    rows = re.findall(r"^\| (FrozenDSTS|evaluation|training)[^|]* \| (TPN|Swin-B) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    cpu = ("literal", "compiled", "handwritten", "fused", "frozen")
+    for number, (step, features, cells) in enumerate(rows):
+        batch, of = (1, "cpu-avx512-2-cores.json") if number < 4 else (8, "h100.json")
+        kind = "frozen" if step == "FrozenDSTS" else "fused"
+        variants = cpu if batch == 1 else ("literal", "handwritten", f"{kind} triton", f"{kind} cuda")
+        shape = f"tpn {batch}x1024x8x16x16" if features == "TPN" else f"swin {batch}x1024x16x7x7"
+        found, mode = measured(of, shape), "training" if step == "training" else "evaluation"
+        for variant, cell in zip(variants, cells.split("|"), strict=True):
+            wanted = found.get((mode, variant), {"ms": None})["ms"]
+            shown = cell.strip()
+            digits = len(shown.partition(".")[2])
+            assert shown == ("" if wanted is None else f"{wanted:.{digits}f}"), (number, variant, shown, wanted)
