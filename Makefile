@@ -1,7 +1,7 @@
 # Each target is one command of README.md, CONTRIBUTING.md or docs/gpu.md.
 PYTHON ?= python3
 
-.PHONY: test versions lint bench sdist wheel hub clean gpu
+.PHONY: exhaustive test versions lint bench sdist wheel hub clean gpu
 
 test:
 	$(PYTHON) -m pytest
@@ -9,6 +9,9 @@ test:
 # The oldest torch and the newest; options in VERSIONS, such as: make versions VERSIONS='2.9.1 --python python3.13'
 versions:
 	$(PYTHON) -m tests.versions $(VERSIONS)
+
+exhaustive:
+	$(PYTHON) -m pytest -m exhaustive
 
 lint:
 	ruff check . && ruff format --check .

@@ -7,7 +7,6 @@ namespace, unless its info string says otherwise: ``run-by="FILE"`` names the te
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import pytest
 
 import dsts_kernels
-from dsts_kernels import FusedDSTS
 
 pytestmark = pytest.mark.pages
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,60 +155,3 @@ def test_readme_is_short_and_keeps_its_commands():
         assert command in text, command
     if (ROOT / ".ci").exists():  # not in an sdist
         assert test in (ROOT / ".ci/run").read_text(encoding="utf-8").replace(" -q", "")
-
-
-def measured(file: str, shape: str) -> dict[tuple[str, str], dict]:
-    """Rows of a file of results that are of one shape, by mode and variant."""
-    rows = json.loads((ROOT / "benchmarks/results" / file).read_text(encoding="utf-8"))["rows"]
-    return {(row["mode"], row["variant"]): row for row in rows if row["shape"] == shape}
-
-
-def test_first_screen_says_what_was_measured():
-    """The bold figures of README's first screen, and those beside them, from the files of results."""
-    cpu = measured("cpu-avx512-2-cores.json", "tpn 1x1024x8x16x16")
-    gpu = measured("h100.json", "tpn 8x1024x8x16x16")
-
-    def ratio(rows: dict, mode: str, slow: str, fast: str, of: str = "ms") -> float:
-        return rows[mode, slow][of] / rows[mode, fast][of]
-
-    said = [
-        ("{:.1f} times faster inference** on a CPU", ratio(cpu, "evaluation", "literal", "frozen")),
-        ("and {:.1f} times faster than the best PyTorch", ratio(cpu, "evaluation", "handwritten", "frozen")),
-        ("{:.1f} times faster training steps**", ratio(cpu, "training", "literal", "fused")),
-        ("with {:.0f}% of the extra memory", 100 / ratio(cpu, "training", "literal", "fused", "peak_mib")),
-        ("{:.1f} times faster inference** on an H100", ratio(gpu, "evaluation", "literal", "frozen triton")),
-        ("and {:.2f} times faster than the best PyTorch", ratio(gpu, "evaluation", "handwritten", "frozen triton")),
-    ]
-    screen = (ROOT / "README.md").read_text(encoding="utf-8").partition("## ")[0]
-    for words, value in said:
-        assert words.format(value) in screen, words.format(value)
-
-
-def test_memory_of_modules_is_as_readme_counts():
-    """README's table: millions of parameters, MiB of weights, MiB with AdamW (four times the parameters)."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `FusedDSTS\((\d+)\)` \| ([\d.]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
-    assert len(rows) == 3
-    for channels, millions, weights, training in rows:
-        count = sum(p.numel() for p in FusedDSTS(int(channels), device="meta").parameters())
-        assert float(millions) == pytest.approx(count / 1e6, rel=0.02)
-        assert (int(weights), int(training)) == (round(4 * count / 2**20), round(16 * count / 2**20))
-
-
-def test_tables_of_readme_are_from_the_files_of_results():
-    """Milliseconds by step, features and variant, on the CPU and on the GPU."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "").replace(" ms", "")
-    rows = re.findall(r"^\| (FrozenDSTS|evaluation|training)[^|]* \| (TPN|Swin-B) \| (.*) \|$", text, re.MULTILINE)
-    assert len(rows) == 8
-    cpu = ("literal", "compiled", "handwritten", "fused", "frozen")
-    for number, (step, features, cells) in enumerate(rows):
-        batch, of = (1, "cpu-avx512-2-cores.json") if number < 4 else (8, "h100.json")
-        kind = "frozen" if step == "FrozenDSTS" else "fused"
-        variants = cpu if batch == 1 else ("literal", "handwritten", f"{kind} triton", f"{kind} cuda")
-        shape = f"tpn {batch}x1024x8x16x16" if features == "TPN" else f"swin {batch}x1024x16x7x7"
-        found, mode = measured(of, shape), "training" if step == "training" else "evaluation"
-        for variant, cell in zip(variants, cells.split("|"), strict=True):
-            wanted = found.get((mode, variant), {"ms": None})["ms"]
-            shown = cell.strip()
-            digits = len(shown.partition(".")[2])
-            assert shown == ("" if wanted is None else f"{wanted:.{digits}f}"), (number, variant, shown, wanted)

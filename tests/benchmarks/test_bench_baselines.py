@@ -68,7 +68,7 @@ def test_rounded_activations_do_not_count(variant: str) -> None:
     module = build(variant, "training", problem, reference)
     errors = training_errors(module, x, draws, grad, oracle)
     del errors["output"]
-    assert max(errors.values()) < 0.02
+    assert max(errors.values()) < 0.03
     assert all(layer.activation == "relu" for layer in module.layers)
 
 

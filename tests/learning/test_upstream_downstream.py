@@ -137,7 +137,7 @@ def test_gradients_of_the_frozen_side_are_never_computed(monkeypatch):
     run = CpuBackend.gated_conv3d_backward
     hash_back = CpuBackend.semhash_gate_backward
 
-    def spy(self, grad, x, gate, neuron, spatial, temporal, needs, kept):
+    def spy(self, grad, x, gate, neuron, spatial, temporal, needs, kept=()):
         calls.append(("conv", tuple(needs)))
         return run(self, grad, x, gate, neuron, spatial, temporal, needs, kept)
 

@@ -21,13 +21,21 @@ from tests.emulator import build as emulator
 
 pytestmark = pytest.mark.slow
 ARCHS = (70, 75, 80, 90, 100, 110, 120)  # the first of every generation
+EXHAUSTIVE = (110,)  # like 100 but for memory
 CTA_SMEM_KIB = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 110: 227, 120: 99}  # that a CTA may have
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float": torch.float32}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(arch, marks=pytest.mark.xdist_group(f"cuda-{arch}"), id=f"sm_{arch}") for arch in ARCHS],
+    params=[
+        pytest.param(
+            arch,
+            marks=[pytest.mark.xdist_group(f"cuda-{arch}"), *[pytest.mark.exhaustive] * (arch in EXHAUSTIVE)],
+            id=f"sm_{arch}",
+        )
+        for arch in ARCHS
+    ],
 )
 def arch(request: pytest.FixtureRequest) -> int:
     reason = cuda_compilers.missing(request.param)

@@ -1,7 +1,7 @@
 """The CUDA kernels under sanitizers: nothing to report of them as they are, and a report where a barrier is left out.
 
 AddressSanitizer and UndefinedBehaviorSanitizer see the kernels of sm_80 and the half products of sm_75, ThreadSanitizer
-those of sm_70; marked slow, with all tests, the other way round. Each takes a process of its own, started with the
+those of sm_70; marked exhaustive, with all tests, the other way round. Each takes a process of its own, started with the
 sanitizer's library.
 """
 
@@ -58,6 +58,7 @@ def test_nothing_to_report(flavour, arch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("flavour, arch", [("address", 700), ("thread", 800)])
 def test_nothing_to_report_in_all_tests(flavour, arch):
     passes(flavour, arch, SUITE, "-m", "emulated")  # those of many tiles take too long: the ones chosen must do
