@@ -1,8 +1,8 @@
 """The CUDA kernels under sanitizers: nothing to report of them as they are, and a report where a barrier is left out.
 
 AddressSanitizer and UndefinedBehaviorSanitizer see the kernels of sm_80 and the half products of sm_75, ThreadSanitizer
-those of sm_70; marked exhaustive, with all tests, the other way round. Each takes a process of its own, started with the
-sanitizer's library.
+those of sm_70; with all tests, marked exhaustive, it is the other way round. Each takes a process of its own, started
+with the library of the sanitizer.
 """
 
 from __future__ import annotations
