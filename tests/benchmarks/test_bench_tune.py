@@ -65,7 +65,7 @@ def test_the_papers_row_without_a_gpu(capsys: pytest.CaptureFixture, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert v100.PAPER_MS == 129 and v100.main([]) == 1
     first, _, paper, mark, _, predicted = capsys.readouterr().out.splitlines()
-    assert "no CUDA GPU" in first and "nothing was measured" in first and "docs/gpu.md" in first
+    assert "no CUDA GPU" in first and "nothing was measured" in first and "docs/v100.md" in first
     assert paper.endswith("129 ms a batch of 8") and mark.startswith("PREDICTION, NOT A MEASUREMENT")
     case = run_on(Case(*SHAPES["tpn"], batch=8), CHIPS["v100"])
     expected = total(frozen_step(case, CHIPS["v100"]), case.kind, CHIPS["v100"])
