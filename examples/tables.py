@@ -191,13 +191,19 @@ def markdown(results: dict) -> str:
     lines = [
         "# Results on the synthetic task",
         "",
-        f"`{results['command']}`: seeds {', '.join(map(str, results['seeds']))}; {machine['device']}, torch "
-        f"{machine['torch']}, commit {machine.get('commit', 'unknown')}. "
-        f"{results['options']['clips']} training and {results['options']['test_clips']} test clips of 16 classes, "
-        f"{results['options']['epochs']} epochs. Top-1 of the last epoch on the test set, mean and standard deviation "
-        "over seeds; *dead*: neurons that took no training sample in the last epoch, over all layers. With "
-        "upstream-downstream, gates and scores learn from a quarter of an epoch's clips and all else from the rest, so "
-        "its epoch has three quarters of the steps that joint's has.",
+        f"`{results['command']}` trained these runs and wrote the tables: seeds "
+        f"{', '.join(map(str, results['seeds']))}, {machine['device']}, "
+        f"torch {machine['torch']}, commit {machine.get('commit', 'unknown')}. "
+        f"There are {results['options']['clips']} training and {results['options']['test_clips']} test clips of 16 "
+        f"classes, and {results['options']['epochs']} epochs.",
+        "",
+        "- *Top-1* is that of the last epoch on the test set: mean and standard deviation over seeds.",
+        "- *Loss* is the training loss of the last epoch.",
+        "- *Dead* counts neurons, over all layers, that took no training sample in the last epoch.",
+        "- *Usage* is the entropy of a layer's choices in training: 0 bits where one neuron takes all samples, 2 bits "
+        "where four neurons share them evenly.",
+        "- *Joint* training learns all parameters from all clips. With *upstream-downstream*, gates and scores learn "
+        "from a quarter of an epoch's clips, and all else from the rest. So its epoch has three quarters of the steps.",
         "",
     ]
     for title, listed in TABLES:
@@ -220,21 +226,22 @@ def markdown(results: dict) -> str:
             lines.append(f"| {TOLD[name]} | {layer} | {bits} |")
     lines += [
         "",
-        "Mutual information of a test clip's neuron with its shape, timing (2 bits each) and class (4 bits): the "
-        "mean over seeds; in brackets what shuffled labels give by chance. Figures are of the first seed, "
-        "upstream-downstream.",
+        "The table says how much the neuron of a test clip tells about its shape, timing (2 bits each) and class (4 "
+        "bits): mutual information, the mean over seeds. In brackets stands what shuffled labels give by chance. "
+        "Pictures are of the first seed, upstream-downstream.",
         "",
         *(f"![{title}](training/{name}.png)" for name, title in FIGURES.items()),
         "",
     ]
-    lines += ["## Training time", "", MARKER, "", "| | ms a step | against the backbone |", "| --- | ---: | ---: |"]
+    lines += ["## Training time", "", MARKER, "", "| | ms per step | against the backbone |", "| --- | ---: | ---: |"]
     base_ms = results["step_ms"]["backbone"]
     for name, ms in results["step_ms"].items():
         lines.append(f"| {name} | {ms:.1f} | {ms / base_ms:.2f}x |")
     lines += [
         "",
-        "A step of 32 clips; of upstream-downstream, which goes through lines 4, 6 and 8, 32 of each part. "
-        f"{results['timing_threads']} threads, all variants taking turns.",
+        "A step takes 32 clips. A step of upstream-downstream goes through lines 4, 6 and 8 of Algorithm 1, and takes "
+        f"32 clips of each part. All variants took turns, on {results['timing_threads']} threads.",
+        "",
         "",
     ]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .wide import SHORT
+from .tables import SHORT
 
 __all__ = ["main", "markdown"]
 

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.cpu.sweep import ALLOWED, BATCHES, CHANNELS, FRAMES, PLANES, SHARES
 from dsts_kernels.roofline import SHAPES, Case
 
+from .tables import SHORT as TITLES
 from .tables import speedup
-from .wide import SHORT as TITLES
 
 __all__ = ["floors", "goals", "main", "sweep"]
 

@@ -15,7 +15,7 @@ from dsts_kernels.roofline.chips import backend_on
 from dsts_kernels.roofline.counted import COUNTED
 from dsts_kernels.roofline.tables import run_on
 
-from .wide import SHORT as TITLES
+from .tables import SHORT as TITLES
 
 __all__ = ["choice", "cycles", "gather_times", "main", "older", "roofline"]
 

@@ -48,6 +48,8 @@ TITLES = {
 }
 """By variant; one of our own that was timed on each GPU backend in turn is followed by the backend's name, or by the
 way that was forced on a CPU."""
+SHORT = {"tpn": "TPN", "swin": "Swin-B"}
+"""The paper's backbones, by the first word of a shape."""
 COLOURS = {
     "literal": "#b8bcc4",
     "compiled": "#b8bcc4",
@@ -214,7 +216,9 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
     ticks, y = [], 0.0
     longest = max(row["ms"] or 0 for row in rows)
     for shape in shapes:
-        axes.text(0, y, shape, fontsize=9, fontweight="bold", va="center")
+        name, _, size = shape.partition(" ")
+        title = f"{SHORT[name]} features, {size}" if name in SHORT else f"features {shape}"
+        axes.text(0, y, title, fontsize=9, fontweight="bold", va="center")
         for variant in TITLES:
             for row in (r for r in rows if (r["shape"], r["variant"]) == (shape, variant)):
                 y += 1
@@ -230,7 +234,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[str]) -> None
     axes.set_ylim(y - 0.6, -0.7)
     axes.set_xlim(0, longest * 1.32)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("ms per step (in brackets: times faster than literal)", fontsize=8.5)
+    axes.set_xlabel("ms; in brackets: times faster than literal", fontsize=8.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
@@ -248,11 +252,11 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
     rows = sorted(results["rows"], key=lambda row: order(row, results["rows"]))
     modes, shapes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "shape"))
-    height = 1.0 + 0.36 * max(sum(row["mode"] == mode for row in rows) + 1.4 * len(shapes) for mode in modes)
+    height = 1.0 + 0.27 * max(sum(row["mode"] == mode for row in rows) + 1.4 * len(shapes) for mode in modes)
     canvas, panels = plt.subplots(1, len(modes), figsize=(4.7 * len(modes), height), squeeze=False)
     for axes, mode in zip(panels[0], modes, strict=True):
         draw_panel(axes, [row for row in rows if row["mode"] == mode], shapes)
-        title = "evaluation" if mode == "evaluation" else "training step (forward and backward)"
+        title = "Evaluation of one module" if mode == "evaluation" else "Training step of one module"
         axes.set_title(title, loc="left", fontsize=11)
     canvas.tight_layout(rect=(0, 0.02, 1, 1))
     caption = {"ha": "right", "va": "bottom", "fontsize": 6.5, "color": "#666666"}

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .tables import TITLES
+from .tables import SHORT, TITLES
 
-__all__ = ["SHORT", "main", "markdown"]
+__all__ = ["main", "markdown"]
 
-SHORT = {"tpn": "TPN", "swin": "Swin-B"}
 STEPS = {"evaluation": "evaluation", "training": "training step"}
 
 

@@ -56,7 +56,7 @@ class Drawing:
 
 def layer(folder: Path) -> None:
     """What a layer does with a sample."""
-    draw = Drawing(980, 250, "A DSTS layer")
+    draw = Drawing(980, 300, "A DSTS layer")
     draw.box(10, 150, 110, 60, "features", "C channels")
     draw.box(170, 20, 130, 60, "scores", "one per neuron")
     draw.box(350, 20, 150, 60, "chosen neuron", "the highest score")
@@ -78,6 +78,15 @@ def layer(folder: Path) -> None:
     draw.arrow((700, 180), (738, 180))
     draw.box(890, 150, 80, 60, "output", "C channels")
     draw.arrow((850, 180), (888, 180))
+    draw.text(
+        10,
+        270,
+        "Each neuron has gates and convolutions of its own. Each clip chooses a neuron in each layer.",
+        anchor="start",
+    )
+    draw.text(
+        10, 290, "A module chains three layers, and adds its input to the output of the last one.", anchor="start"
+    )
     draw.save("layer.svg", folder)
 
 
@@ -102,7 +111,7 @@ def data_path(folder: Path) -> None:
     draw.box(660, 130, 300, 60, "frozen_layer", "route, convolve, bias, ReLU, skip", fill=TEMPORAL)
     draw.arrow((360, 80), (360, 128))
     draw.arrow((810, 80), (810, 128))
-    op = "an op: checks, autograd, the dispatcher where somebody listens, backends.choose(op, device, dtype)"
+    op = "each op: checks, autograd, torch's dispatcher if a compiler listens, then backends.choose(op, device, dtype)"
     draw.box(120, 240, 840, 44, op)
     draw.arrow((360, 190), (360, 238))
     draw.arrow((810, 190), (810, 238))
@@ -125,12 +134,14 @@ def panel(folder: Path) -> None:
     gates = (1.0, 0.0, 1.0, 1.0, 0.5, 0.0)
     order = (0, 2, 3, 4, 1, 5)
     draw.text(10, 45, "gates", anchor="start", bold=True)
+    for line, words in enumerate(("gate 1: spatial only", "gate 0: temporal only", "between: both")):
+        draw.text(670, 30 + 20 * line, words, size=13, anchor="start")
     draw.text(10, 150, "list", anchor="start", bold=True)
     draw.text(10, 270, "panel", anchor="start", bold=True)
     draw.text(10, 365, "plan", anchor="start", bold=True)
     for channel, gate in enumerate(gates):
         draw.box(120 + 90 * channel, 20, 70, 40, f"{gate:g}", fill=colour[gate])
-        draw.text(155 + 90 * channel, 76, f"channel {channel}", size=11)
+        draw.text(155 + 90 * channel, 76, f"channel {channel}", size=12)
         place = order.index(channel)
         draw.arrow((155 + 90 * channel, 82), (155 + 90 * place, 122))
     for place, channel in enumerate(order):
@@ -145,11 +156,18 @@ def panel(folder: Path) -> None:
         draw.box(570 + 82 * index, 245, 78, 40, words, fill=fill)
     draw.arrow((320, 195), (320, 242))
     draw.arrow((560, 195), (735, 242))
-    draw.text(323, 304, "K blocks of 128 bytes: the spatial operator's taps read these", size=12)
-    draw.text(735, 304, "K blocks of 128 bytes: the temporal operator's", size=12)
-    numbers = ("filters", "spatial_blocks", "temporal_blocks", "spatial_channels", "temporal_start", "row")
-    for index, words in enumerate(numbers):
-        draw.box(120 + 140 * index, 340, 134, 40, words, size=14)
+    draw.text(323, 304, "the spatial convolution reads these: one K block of 128 bytes", size=12)
+    draw.text(735, 304, "the temporal convolution reads these: one more", size=12)
+    numbers = (
+        ("filters", "where they start"),
+        ("spatial_blocks", "1"),
+        ("temporal_blocks", "1"),
+        ("spatial_channels", "4"),
+        ("temporal_start", "3"),
+        ("row", "the list's number"),
+    )
+    for index, lines in enumerate(numbers):
+        draw.box(120 + 140 * index, 335, 134, 50, *lines, size=14)
     draw.save("panel.svg", folder)
 
 
