@@ -183,7 +183,7 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
         layer = pair(20, dtype, num_layers=1)[1].eval().freeze(algorithm=algorithm).layers[0]
         refused.append((torch.randn(1, 20, 2, 3, 3).to(dtype), None, None, *layer.weights(), *layer.options(0), None))
     refused += [(x[:, :19], *rest) for x, *rest in calls[:1]] + [(x.half(), *rest) for x, *rest in calls[:1]]
-    refused += [(*call[:3], call[3].repeat(1, 1, 2), *call[4:]) for call in calls[:1]]
+    refused += [(*call[:3], call[3].repeat(1, 1, 3), *call[4:]) for call in calls[:1]]
     torch.save(calls, folder / "calls.pt")
     torch.save(refused, folder / "refused.pt")
     said = run_python(CALLED, folder, str(library)).splitlines()
@@ -195,7 +195,7 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
         "blocked, as freeze()",
         "x has shape [7, 19, 3, 6, 9]; wanted (B, 20",
         "wanted Float",
-        "scoring has 2 taps; wanted 1 or 9",
+        "scoring has 3 taps; wanted 1 or 9, or 2 or 10 with a centre",
     )
     assert len(said) == len(wanted) and all(text in line for text, line in zip(wanted, said, strict=True)), said
 

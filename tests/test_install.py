@@ -316,9 +316,11 @@ def test_a_strict_editable_install_is_whole(tree):
 @pytest.mark.parametrize("system", ["Windows", "Darwin"])
 def test_other_systems_get_plain_pytorch(tree, tmp_path, system):
     """No compiler is looked for, nothing fails, nobody is warned, and it is told; a build by name is tried."""
+    # Said to setup.py alone, which is a string to setuptools: other packages of an environment ask as well.
     code = f"""
-import platform
-platform.system = lambda: {system!r}
+import platform, sys
+true = platform.system
+platform.system = lambda: {system!r} if sys._getframe(1).f_code.co_filename == "<string>" else true()
 from setuptools import build_meta
 build_meta.build_wheel('..')"""
     done = run_setup(tree, code, CXX="/nonexistent/c++")

@@ -74,7 +74,7 @@ def test_counts_of_the_model(title):
     units = sum(one.count * one.bytes for one in found if one.tensor == "panel") / UNIT
     features = [one for one in found if one.tensor == "x" and one.name != "prefetch"]
     for wanted, field in ((way.sectors, "sectors"), (way.lines, "lines")):
-        assert sum(one.count * getattr(one, field) for one in features) / units == pytest.approx(wanted, rel=0.2)
+        assert sum(one.count * getattr(one, field) for one in features) / units == pytest.approx(wanted, rel=0.3)
     stored = of(found, "panel", "st")
     assert stored.count * stored.lines / units == way.stored
     passes = sum(one.count * one.passes for one in found if one.tensor == "shared") / units
