@@ -332,7 +332,8 @@ build_meta.build_wheel('..')"""
     assert "/nonexistent/c++" in said(run_setup(tree, code, CXX="/nonexistent/c++", DSTS_BUILD="cpu"), "cpu")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    use = (
+    use = (  # an editable install of the tree would lend its native module
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
         "import torch; from dsts_kernels import FusedDSTS, cli; "
         "FusedDSTS(8, num_layers=1, num_neurons=2)(torch.randn(2, 8, 2, 3, 3)).sum().backward(); cli.main(['info'])"
     )
