@@ -79,6 +79,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Gives tests the names with their groups, by which pytest-xdist 3.8 sends a group to one process: it writes them
+    to ``_nodeid``, which pytest 9.2 no longer reads."""
+    for item in session.items:
+        named = item.__dict__.get("_nodeid", item.nodeid)
+        if named != item.nodeid:
+            item._id = type(item.id).parse(named)
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(request.config.getoption("--seed"))
