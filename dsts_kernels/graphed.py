@@ -9,6 +9,7 @@ before any replay; passes in an order that would read another pass's activations
 from __future__ import annotations
 
 import contextlib
+import gc
 import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -292,7 +293,8 @@ class Graphed:
         with undisturbed(self.module, self._sample), torch.set_grad_enabled(bool(phase.trained) or phase.features):
             x = self._sample.clone().requires_grad_(phase.features)
             draws = () if self._draws is None else tuple(field.clone() for field in self._draws)
-            replay = torch.cuda.make_graphed_callables(run, (x, *draws, *trained), allow_unused_input=True)
+            with capturing(x.device):
+                replay = torch.cuda.make_graphed_callables(run, (x, *draws, *trained), allow_unused_input=True)
         return Capture(replay, trained, given)
 
 
@@ -359,6 +361,26 @@ def no_graphs(device: torch.device) -> str | None:
 def waits(backend: object) -> str | None:
     """Why a graph cannot hold what ``backend`` does; ``None`` where it can."""
     return None if isinstance(backend, GpuBackend) else "which waits for the device; wanted backend='triton' or 'cuda'"
+
+
+@contextlib.contextmanager
+def capturing(device: torch.device) -> Iterator[None]:
+    """A block that captures CUDA graphs on ``device``: no graph that nobody holds any more is destroyed inside it, for
+    that ends a capture with an error, and one that fails leaves the generator usable."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    except BaseException:
+        if device.type == "cuda":  # it would go on to expect draws of a capture
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

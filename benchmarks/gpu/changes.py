@@ -76,10 +76,6 @@ WHERE: dict[str, Where] = {
     "keep_filters": Where(("training graph",)),
 }
 """By switch; one that is not here is timed in four modes at both of the paper's shapes."""
-AFTER = dict.fromkeys(("gluon_conv", "gluon_data_gradient", "gluon_weight_gradient"), "benchmarks.gpu.first_run")
-"""Switches that are timed only if they are named, and what is to be run before: a kernel that hangs would end all."""
-
-
 UNNAMED = ("plain_where_faster",)
 """Switches of how a backend is chosen, which show only in a module that names none."""
 
@@ -94,12 +90,12 @@ class Case(NamedTuple):
 
 
 def cases(changes: Sequence[str] | None = None) -> list[Case]:
-    """Every case of these changes, of all but :data:`AFTER` if ``None``.
+    """Every case of these changes, of all if ``None``.
 
     What is on by default first, for a kernel that faults ends all that follows; then shape by shape, so that what is
     late is the second shape.
     """
-    names = changes or [field.name for field in dataclasses.fields(Switches) if field.name not in AFTER]
+    names = changes or [field.name for field in dataclasses.fields(Switches)]
     found = [
         Case(name, mode, shape)
         for name in names
@@ -126,7 +122,8 @@ class Side:
             self.inputs = [x.detach().requires_grad_(self.training) for x in work.inputs(shape, TRAINING_BATCH)]
             self.steps = [self.step_on(x) for x in self.inputs]
             if graph:
-                self.graph, self.output = captured(self.steps[0], before=self.drop)
+                self.captured = self.steps[0]  # with the tensors that the graph reads
+                self.graph, self.output = captured(self.captured, before=self.drop)
                 self.steps = [self.replay]
 
     def step_on(self, x: Tensor) -> Callable[[], Tensor]:
@@ -300,9 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {} if options.dry_run else describe(device, options.commit)
     target = None if options.dry_run else options.out / f"changes-{slug(facts['device'])}.json"
     print("a dry run: times mean nothing" if options.dry_run else f"{facts['device']}, commit {facts['commit']}")
-    if not options.change:
-        for name, before in AFTER.items():
-            print(f"left out: {name}; first python -m {before}, then --change {name}")
     rows, failed = [], False
     for case, found in run(wanted, workloads(device, options.dry_run), options.backend, options.seconds):
         rows.append(case._asdict() | found)

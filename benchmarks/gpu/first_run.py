@@ -14,6 +14,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from unittest import mock
 
@@ -124,7 +125,8 @@ def same_routes(routing: Routing, wanted: Routing) -> Tensor:
 def compare(frozen: torch.nn.Module, module: torch.nn.Module, x: Tensor) -> int:
     """How many launches of the Gluon convolution a call made; raises ``AssertionError`` where it was wrong."""
     say("the older kernel")
-    older, older_routing = frozen(x, return_routing=True)
+    with switched(gluon_conv=False):
+        older, older_routing = frozen(x, return_routing=True)
     with switched(gluon_conv=True), counted_launches() as count:
         say("compiling and launching the Gluon kernel")
         y, routing = frozen(x, return_routing=True)
@@ -173,7 +175,8 @@ def run_frozen(case: Case, device: torch.device) -> None:
     if not launches:
         say("right, and its waves are not full enough: the older kernel ran")
         return
-    old = time_steps([lambda: frozen(x)], 0.3)
+    with switched(gluon_conv=False):
+        old = time_steps([lambda: frozen(x)], 0.3)
     with switched(gluon_conv=True):
         new = time_steps([lambda: frozen(x)], 0.3)
     say(f"right, {launches} launches; a module of two layers {old.median:.3f} ms, in Gluon {new.median:.3f} ms")
@@ -210,7 +213,8 @@ def compare_gradients(case: Gradients, operands: Sequence[Tensor]) -> int:
         return [t for t in getattr(BACKENDS["triton"], op)(*operands, case.needs) if t is not None]
 
     say("the older kernel")
-    older = gradients()
+    with switched(**{case.switch: False}):
+        older = gradients()
     with switched(**{case.switch: True}), counted_launches() as count:
         say("compiling and launching the Gluon kernel")
         found = gradients()
@@ -247,7 +251,8 @@ def run_gradients(case: Gradients, device: torch.device) -> None:
         return
     op = "gated_conv3d_backward" if case.kernel is None else "mixing_conv3d_backward"
     backward = getattr(BACKENDS["triton"], op)
-    old = time_steps([lambda: backward(*operands, case.needs)], 0.3)
+    with switched(**{case.switch: False}):
+        old = time_steps([lambda: backward(*operands, case.needs)], 0.3)
     with switched(**{case.switch: True}):
         new = time_steps([lambda: backward(*operands, case.needs)], 0.3)
     say(f"right, {launches} launches; with what surrounds it {old.median:.3f} ms, in Gluon {new.median:.3f} ms")
@@ -288,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.first_run", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a case, after which its process is killed")
     parser.add_argument("--case", action="append", choices=list(CASES), help="of these; without it every one")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time: sooner right or wrong, but no times")
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = require_gpu()
@@ -298,13 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         run_case(options.child, device)
         return 0
-    failed = []
-    for name in options.case or CASES:
-        ok, text = watched(name, options.seconds)
-        say(f"{name}: {'' if ok else 'FAILED: '}{text}")
-        failed += [] if ok else [name]
+    names, failed = options.case or list(CASES), []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name, (ok, text) in zip(names, pool.map(lambda name: watched(name, options.seconds), names), strict=True):
+            say(f"{name}: {'' if ok else 'FAILED: '}{text}")
+            failed += [] if ok else [name]
     wrong = {switch_of(name) for name in failed}
-    for switch in dict.fromkeys(map(switch_of, options.case or CASES)):
+    for switch in dict.fromkeys(map(switch_of, names)):
         say(f"{switch}: " + ("a case failed" if switch in wrong else "every case is right: it may be turned on"))
     if failed:
         say(f"failed: {', '.join(failed)}")

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from dsts_kernels.graphed import capturing
+
 __all__ = [
     "NOT_RUN",
     "Timing",
@@ -120,7 +122,7 @@ def captured(
         before()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capturing(torch.device("cuda")), torch.cuda.graph(graph, pool=pool):
         y = step()
     return graph, y
 

@@ -60,5 +60,5 @@ def test_refuses_layers_on_two_devices():
     """A layer elsewhere than the first is named."""
     dsts = FusedDSTS(40, num_neurons=3).eval()
     dsts.layers[1].to(DEVICE)
-    with pytest.raises(ValueError, match=r"layers.1.gate: got a tensor on cuda:0, wanted cpu"):
+    with pytest.raises(ValueError, match=r"layers.1.scoring: got a tensor on cuda:0, wanted cpu"):
         dsts.freeze()

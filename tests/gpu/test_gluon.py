@@ -53,9 +53,9 @@ def test_in_a_process_of_its_own(case, hopper):
 
 def test_explain_says_which_kernel_runs():
     """With the switch off, and on a GPU without the feature, the older one, with its reason."""
-    assert "not in Gluon: " in explain("frozen_layer", "cuda", torch.bfloat16)
-    with switched(gluon_conv=True):
-        text = explain("frozen_layer", "cuda", torch.bfloat16)
+    with switched(gluon_conv=False):
+        assert "not in Gluon: " in explain("frozen_layer", "cuda", torch.bfloat16)
+    text = explain("frozen_layer", "cuda", torch.bfloat16)
     fits = plan.unfit(torch.cuda.get_device_capability(), torch.bfloat16) is None
     assert ("its convolution in Gluon" in text) == fits
     with switched(gluon_data_gradient=True, gluon_weight_gradient=True):

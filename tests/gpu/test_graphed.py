@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dsts_kernels import FusedDSTS
 from dsts_kernels.learning import UpstreamDownstream
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
@@ -40,6 +42,12 @@ def step(dsts: nn.Module, call: object, x: Tensor, grad: Tensor, *draws: object)
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def differing(first: list[Tensor], second: list[Tensor]) -> list[tuple[int, float]]:
+    """Which are not the same bits, and how far they are from each other."""
+    pairs = enumerate(zip(first, second, strict=True))
+    return [(i, float((a.double() - b.double()).abs().max())) for i, (a, b) in pairs if not torch.equal(a, b)]
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["drawn-in-the-graph", "draws-given"])
@@ -156,7 +164,46 @@ def test_autocast(gpu_backend):
         for dsts, call in ((plain, plain), (mine, graphed)):
             torch.manual_seed(3)
             found.append(step(dsts, call, x, grad))
-    assert same(*found)
+    assert differing(*found) == []
+
+
+def test_a_lost_graph_is_not_destroyed_by_a_capture(gpu_backend):
+    """Python collects cycles at any time, and CUDA forbids to destroy a graph while another one is captured."""
+    lost = [torch.cuda.CUDAGraph()]
+    with torch.cuda.graph(lost[0]):
+        torch.zeros(1, device=DEVICE)
+    lost.append(lost)
+    dsts, sample, before = module(gpu_backend), features(), gc.get_threshold()
+    del lost
+    gc.set_threshold(1)
+    try:
+        dsts.graphed(sample)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+
+
+def test_after_a_capture_that_failed(gpu_backend, monkeypatch):
+    """What a graph cannot hold is an error; draws and another capture go on."""
+    dsts, forward = module(gpu_backend), FusedDSTS.forward
+
+    def waits(self: nn.Module, x: Tensor, *rest: object) -> object:
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return forward(self, x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedDSTS, "forward", waits)
+        with pytest.raises(RuntimeError, match="captur"):
+            dsts.graphed(features())
+    assert gc.isenabled()
+    assert len(torch.rand(3, device=DEVICE).unique()) == 3
+    x = features()
+    torch.manual_seed(1)
+    wanted = dsts(x)
+    graphed = dsts.graphed(x)
+    torch.manual_seed(1)
+    assert torch.equal(graphed(x), wanted)
 
 
 def test_two_streams(gpu_backend):

@@ -30,19 +30,18 @@ class Switches:
 
     gluon_gather: bool = False
     """A frozen layer's first launch on channels-last features in Gluon, where Triton has what it takes: whole positions
-    in shared memory, the choice worked out meanwhile (:mod:`..triton.route_rows`). No GPU has run it."""
+    in shared memory, the choice worked out meanwhile (:mod:`..triton.route_rows`). Right on an H200, and no faster."""
 
     turned_gather: bool = True
     """CUDA C++ gathers from features whose positions lie side by side 16 bytes at a time, not by elements."""
 
-    gluon_conv: bool = False
-    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full. Off
-    until ``python -m benchmarks.gpu.first_run`` was right on a GPU."""
+    gluon_conv: bool = True
+    """A frozen layer's convolution on Hopper is the kernel in Gluon (``triton/gluon``), where its waves are full."""
 
-    gluon_data_gradient: bool = False
+    gluon_data_gradient: bool = True
     """Likewise the gradients of features and gates, where gates train (``triton/gluon/data_gradient.py``)."""
 
-    gluon_weight_gradient: bool = False
+    gluon_weight_gradient: bool = True
     """Likewise the gradients of both operators' filters (``triton/gluon/weight_gradient.py``)."""
 
     fuse_routing: bool = True

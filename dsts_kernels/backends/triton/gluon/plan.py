@@ -90,7 +90,7 @@ def why_not(capability: tuple[int, int], dtype: torch.dtype, switch: str = "gluo
     if (reason := unfit(capability, dtype)) is not None:
         return reason
     if not getattr(switches.current(), switch):
-        return f"its switch {switch} is off: it has not run on a GPU yet"
+        return f"its switch {switch} is off"
     return None
 
 
