@@ -277,7 +277,7 @@ def workloads(device: torch.device, toy: bool) -> Callable[[str], Workload]:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.changes", description=__doc__.splitlines()[0])
     names = [field.name for field in dataclasses.fields(Switches)]
-    parser.add_argument("--change", action="append", choices=names, help="one of the switches (all that are safe)")
+    parser.add_argument("--change", action="append", choices=names, help="one of the switches (all)")
     parser.add_argument("--mode", action="append", choices=MODES, help="default: wherever the change may matter")
     parser.add_argument("--backend", choices=GPU_BACKENDS, default="triton")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all cases together ({SECONDS:g})")

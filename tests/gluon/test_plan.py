@@ -60,9 +60,9 @@ def test_waves(batch, size, outputs, columns, waves):
 )
 def test_why_not(capability, dtype, says):
     assert plan.unfit(capability, dtype) == says
-    with switched(gluon_conv=True):
-        assert plan.why_not(capability, dtype) == says
-    assert plan.why_not(capability, dtype) == (says or "its switch gluon_conv is off: it has not run on a GPU yet")
+    assert plan.why_not(capability, dtype) == says
+    with switched(gluon_conv=False):
+        assert plan.why_not(capability, dtype) == (says or "its switch gluon_conv is off")
 
 
 def test_a_triton_without_gluon(monkeypatch):
@@ -70,8 +70,10 @@ def test_a_triton_without_gluon(monkeypatch):
     assert plan.unfit((9, 0), torch.bfloat16) == "this triton has no triton.experimental.gluon"
 
 
-def test_the_switches_are_off_by_default():
-    assert not (current().gluon_conv or current().gluon_data_gradient or current().gluon_weight_gradient)
+def test_the_switches_are_on_by_default():
+    """They ran on an H200 and were faster; the gather was not."""
+    assert current().gluon_conv and current().gluon_data_gradient and current().gluon_weight_gradient
+    assert not current().gluon_gather
     with pytest.raises(TypeError, match="gluon_convolution"), switched(gluon_convolution=True):
         pass
 
@@ -89,19 +91,20 @@ def test_explain(capability, monkeypatch, fresh_capability):
     """Of a frozen layer it is said which kernel runs, and why not this one; of another op nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda *arguments: None)
-    text = explain("frozen_layer", "cuda", torch.bfloat16)
-    assert f"its convolution not in Gluon: {plan.why_not(capability, torch.bfloat16)}" in text
-    with switched(gluon_conv=True):
-        text = explain("frozen_layer", "cuda", torch.bfloat16)
-        assert ("its convolution in Gluon" in text) == (capability == (9, 0))
-        assert "Gluon" not in explain("tap_sums", "cuda", torch.bfloat16)
-        text = explain("gated_conv3d", "cuda", torch.bfloat16)
-        reason = plan.why_not(capability, torch.bfloat16, "gluon_data_gradient")
-        assert f"its gradients of features and gates not in Gluon: {reason}" in text
-    with switched(gluon_weight_gradient=True):
-        for op in ("gated_conv3d", "mixing_conv3d"):
-            text = explain(op, "cuda", torch.bfloat16)
-            assert ("its gradients of filters in Gluon" in text) == (capability == (9, 0))
+    assert "Gluon" not in explain("tap_sums", "cuda", torch.bfloat16)
+    parts = {
+        "gluon_conv": ("convolution", ("frozen_layer",)),
+        "gluon_data_gradient": ("gradients of features and gates", ("gated_conv3d",)),
+        "gluon_weight_gradient": ("gradients of filters", ("gated_conv3d", "mixing_conv3d")),
+    }
+    for switch, (what, ops) in parts.items():
+        for on in (True, False):
+            with switched(**{switch: on}):
+                texts = [explain(op, "cuda", torch.bfloat16) for op in ops]
+                reason = plan.why_not(capability, torch.bfloat16, switch)
+            assert (reason is None) == (on and capability == (9, 0))
+            says = f"its {what} in Gluon" if reason is None else f"its {what} not in Gluon: {reason}"
+            assert all(says in text for text in texts), texts
 
 
 @pytest.fixture
@@ -116,12 +119,12 @@ def on_hopper(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
 def test_which_grid_a_convolution_has(on_hopper):
     """Gluon's where the switch is on and filters are packed; a tile that is asked for by name runs as it is."""
-    assert isinstance(on_hopper(packed=True), tuning.ConvGrid)
-    with switched(gluon_conv=True):
-        assert isinstance(on_hopper(packed=True), plan.WaveGrid)
-        assert isinstance(on_hopper(), tuning.ConvGrid)
-        with tuning.forced(conv=tuning.CANDIDATES["half"]["sm_90"]["conv"][0]):
-            assert isinstance(on_hopper(packed=True), tuning.ConvGrid)
+    with switched(gluon_conv=False):
+        assert isinstance(on_hopper(packed=True), tuning.ConvGrid)
+    assert isinstance(on_hopper(packed=True), plan.WaveGrid)
+    assert isinstance(on_hopper(), tuning.ConvGrid)
+    with tuning.forced(conv=tuning.CANDIDATES["half"]["sm_90"]["conv"][0]):
+        assert isinstance(on_hopper(packed=True), tuning.ConvGrid)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
@@ -130,19 +133,19 @@ def test_where_gradients_run(on_hopper):
     data, weight = load("data_gradient"), load("weight_gradient")
     x = torch.empty(8, *TPN, 1024, dtype=torch.bfloat16, device="meta").permute(0, 4, 1, 2, 3)
     grad, filters = x.permute(0, 2, 3, 4, 1), torch.empty(96, 1024, 1024, dtype=torch.bfloat16, device="meta")
-    assert data.wave_grid(x, grad, filters) is None and weight.gluon_tile(grad, grad, 1024) is None
-    with switched(gluon_data_gradient=True, gluon_weight_gradient=True):
-        grid = data.wave_grid(x, grad, filters)
-        assert (grid.tile.n, grid.waves) == (256, 4)
-        assert weight.gluon_tile(grad, grad, 1024) == plan.WEIGHT_TILES[0]
-        assert weight.gluon_tile(grad, grad[..., :128], 1024) == plan.WEIGHT_TILES[1]
-        assert weight.gluon_tile(grad, grad[..., :64], 1024) is None, "narrower than a tile"
-        assert weight.gluon_tile(grad[:, :1, :1], grad[:, :1, :1], 1024) is None, "fewer positions than a step"
-        assert weight.gluon_tile(grad[..., :1020], grad, 1020) is None, "rows of no whole 16 bytes"
-        assert data.wave_grid(x.float(), grad, filters) is None
-        tiles = tuning.CANDIDATES["half"]["sm_90"]
-        with tuning.forced(**{name: tiles[name][0] for name in ("data_gradient", "weight_gradient")}):
-            assert data.wave_grid(x, grad, filters) is None and weight.gluon_tile(grad, grad, 1024) is None
+    with switched(gluon_data_gradient=False, gluon_weight_gradient=False):
+        assert data.wave_grid(x, grad, filters) is None and weight.gluon_tile(grad, grad, 1024) is None
+    grid = data.wave_grid(x, grad, filters)
+    assert (grid.tile.n, grid.waves) == (256, 4)
+    assert weight.gluon_tile(grad, grad, 1024) == plan.WEIGHT_TILES[0]
+    assert weight.gluon_tile(grad, grad[..., :128], 1024) == plan.WEIGHT_TILES[1]
+    assert weight.gluon_tile(grad, grad[..., :64], 1024) is None, "narrower than a tile"
+    assert weight.gluon_tile(grad[:, :1, :1], grad[:, :1, :1], 1024) is None, "fewer positions than a step"
+    assert weight.gluon_tile(grad[..., :1020], grad, 1020) is None, "rows of no whole 16 bytes"
+    assert data.wave_grid(x.float(), grad, filters) is None
+    tiles = tuning.CANDIDATES["half"]["sm_90"]
+    with tuning.forced(**{name: tiles[name][0] for name in ("data_gradient", "weight_gradient")}):
+        assert data.wave_grid(x, grad, filters) is None and weight.gluon_tile(grad, grad, 1024) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

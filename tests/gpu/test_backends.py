@@ -89,7 +89,7 @@ def check_calls(backend: str | None, calls: dict[str, list[str]], wanted: dict[s
     """A training step and a frozen evaluation run every op on what is wanted, at least once a layer."""
     dsts = pair(backend, 40, HALF)[1]
     dsts(randn(*SIZE, dtype=HALF)).sum().backward()
-    routed = BACKENDS[wanted["tap_sums"]].fuses_routing(SIZE[0], dsts.num_neurons)
+    routed = BACKENDS[wanted["tap_sums"]].fuses_routing(SIZE[0], dsts.layers[0].num_neurons)
     assert calls.keys() == {*CONVOLUTIONS, *(IN_ONE_LAUNCH if routed else ROUTING)}
     dsts.eval().freeze()(randn(*SIZE, dtype=HALF))
     for op, ran in calls.items():

@@ -154,12 +154,16 @@ def test_upstream_downstream(gpu_backend):
 
 
 def test_autocast(gpu_backend):
-    """A float32 module under autocast, forward and backward, in the order that mixed precision trains."""
+    """A float32 module under autocast, forward and backward, in the order that mixed precision trains.
+
+    Without autocast's cache, as in a graph: with it the features, a leaf here, are cast once, and the gradients of all
+    that reads them are added up in the half type.
+    """
     plain = pair(gpu_backend, SIZE[1], torch.float32, num_layers=2)[1].train()
     mine = copy.deepcopy(plain)
     x, grad = randn(*SIZE), randn(*SIZE)
     found = []
-    with torch.autocast("cuda", HALF):
+    with torch.autocast("cuda", HALF, cache_enabled=False):
         graphed = mine.graphed(x.clone().requires_grad_(), return_routing=True)
         for dsts, call in ((plain, plain), (mine, graphed)):
             torch.manual_seed(3)
