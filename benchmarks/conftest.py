@@ -224,7 +224,8 @@ class Workbench:
     def output_gradient(self, problem: Problem) -> Tensor:
         def make() -> Tensor:
             generator = torch.Generator().manual_seed(0)
-            return torch.randn(problem.feature_shape, generator=generator).to(self.features(problem))
+            # Of mean 1: a score's gradient is one sum over all features, and a sum that cancels is all rounding.
+            return (torch.randn(problem.feature_shape, generator=generator) + 1).to(self.features(problem))
 
         return self.once(("grad", problem), make)
 

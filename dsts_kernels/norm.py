@@ -32,7 +32,7 @@ def normalize(norm: nn.Module, z: Tensor) -> Tensor:
 
 def takes_flat(norm: nn.Module, z: Tensor) -> bool:
     """Whether torch would miss its channels-last kernels, and nobody would see that ``norm`` was given a view."""
-    return misses_fast_kernels(z) and not listened((z,)) and is_plain(norm) and lies_flat(z)
+    return misses_fast_kernels(z) and not listened((z,), profiled=False) and is_plain(norm) and lies_flat(z)
 
 
 def misses_fast_kernels(z: Tensor) -> bool:

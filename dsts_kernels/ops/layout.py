@@ -20,6 +20,6 @@ def _channels_last(grad: Tensor) -> Tensor:
 
 def to_memory_format(h: Tensor, memory_format: torch.memory_format) -> Tensor:
     """``h (B, C, T, H, W)`` in ``memory_format``, its gradient in ``torch.channels_last_3d``."""
-    if h.requires_grad and not listened((h,)):  # compilers lay out gradients by themselves
+    if h.requires_grad and not listened((h,), profiled=False):  # compilers lay out gradients by themselves
         h.register_hook(_channels_last)
     return h.contiguous(memory_format=memory_format)
