@@ -183,6 +183,15 @@ def test_wide_table_of_a_run():
         "| evaluation, float32 | TPN | 20.0 | | **2.50** |",
         "| training step, float32 | TPN | 30.0 | **10.0** | |",
     ]
+    half = {
+        "rows": [{"mode": "evaluation", "shape": "swin 1x2x3x4x5", "variant": "fused", "ms": 7.0}],
+        "dtype": "bfloat16",
+    }
+    assert wide.markdown({"rows": rows, "dtype": "float32"}, half).splitlines()[2:] == [
+        "| evaluation, float32 | TPN | 20.0 | | **2.50** |",
+        "| evaluation, bfloat16 | Swin-B | | **7.00** | |",
+        "| training step, float32 | TPN | 30.0 | **10.0** | |",
+    ]
 
 
 def test_memory_is_that_of_the_parameters():
