@@ -366,17 +366,19 @@ def waits(backend: object) -> str | None:
 @contextlib.contextmanager
 def capturing(device: torch.device) -> Iterator[None]:
     """A block that captures CUDA graphs on ``device``: no graph that nobody holds any more is destroyed inside it, for
-    that ends a capture with an error, and one that fails leaves the generator usable."""
+    that ends a capture with an error, and one that fails leaves generator and stream as they were."""
     collects = gc.isenabled()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     gc.collect()
     gc.disable()
     try:
         yield
     except BaseException:
-        if device.type == "cuda":  # it would go on to expect draws of a capture
-            index = torch.cuda.current_device() if device.index is None else device.index
-            generator = torch.cuda.default_generators[index]
-            generator.graphsafe_set_state(generator.clone_state())
+        if stream is not None:
+            torch.cuda.set_stream(stream)
+            # The generator would take every draw for one of a capture until one has ended well.
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros((), device=device)
         raise
     finally:
         if collects:
