@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", metavar="ARM", help="these alone")
     add("--seeds", type=int, nargs="+", help="these alone")
     add("--tune", action="store_true", help="variants of the recipe, on the seeds for it")
-    add("--out", type=Path, default=ROOT / "docs", help="protocol.md, protocol.json and a folder protocol of runs")
+    add("--out", type=Path, default=ROOT / "docs", help="protocol.md, protocol.json and a folder protocol of runs, with tuning inside")
     add("--cache", type=Path, default=ROOT / "runs" / "protocol", help="of backbones; not needed afterwards")
     add("--part", metavar="K/N", help=argparse.SUPPRESS)  # of the seeds, in a process of its own
     return found
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = given.seeds or named
     if not set(seeds) <= set(named):
         this.error(f"--seeds: got {min(set(seeds) - set(named))}, wanted some of {', '.join(map(str, named))}")
-    folder = given.cache / "tuning" if given.tune else given.out / "protocol"
+    folder = given.out / "protocol" / "tuning" if given.tune else given.out / "protocol"
     runs = list(tried(given.tasks, seeds) if given.tune else planned(given.tasks, seeds))
     if given.arms:
         runs = [run for run in runs if run[1] in given.arms]
