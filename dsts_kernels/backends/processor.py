@@ -36,7 +36,7 @@ UNITS = {
     torch.bfloat16: (Unit("amx_bf16", "AMX", 3.0, True), Unit("avx512_bf16", "AVX512_BF16", 1.2, False)),
     torch.float16: (Unit("amx_fp16", "AMX", 3.0, True),),
 }
-PROBE = (4, 256, 14)  # images, channels in and out, side: 0.9 GFLOP
+PROBE = (4, 256, 14)  # images (at least one a thread), channels in and out, side: 0.9 GFLOP
 PROBE_ROUNDS = 3
 
 
@@ -76,7 +76,7 @@ LEAST_BACKWARD = 3.5
 @functools.cache
 def speedup(dtype: torch.dtype, step: str = "forward") -> float:
     """Float32's time over this dtype's, of one pass of oneDNN's convolution: the best of turns, a few milliseconds."""
-    images, channels, side = PROBE
+    images, channels, side = max(PROBE[0], torch.get_num_threads()), *PROBE[1:]
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         wide = [
             torch.ones(size, dtype=torch.float32, device="cpu").contiguous(memory_format=torch.channels_last)
