@@ -26,6 +26,7 @@ import torch
 
 from dsts_kernels.backends.base import FrozenOptions, FrozenWeights
 from dsts_kernels.backends.gpu import grids
+from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.backends.triton import LAUNCHERS, TritonBackend, load, tuning
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -126,10 +127,17 @@ DTYPES = {
 }  # fmt: skip
 
 
+WITHOUT_GLUON = dict.fromkeys(("gluon_conv", "gluon_data_gradient", "gluon_weight_gradient"), False)
+"""Switches with which Triton's kernels run everywhere; :mod:`.ahead_gluon` has the others."""
+
+
 @contextlib.contextmanager
 def on_chip(architecture: str, processors: int, stand_in: Callable[[object], object]) -> Iterator[TritonBackend]:
     """The Triton backend on a chip that is not here, with something else in place of every kernel."""
     with contextlib.ExitStack() as stack:
+        forget = load("launch").gluon_runs.cache_clear  # of another chip
+        forget()
+        stack.callback(forget)
         stack.enter_context(mock.patch.object(load("launch"), "chip", lambda device: (architecture, processors)))
         for module in map(load, MODULES):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -195,14 +203,15 @@ def launches(architecture: str, shape: str, dtype: torch.dtype, precision: str) 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = trace(architecture, shape, dtype)
-        kind = tuning.kind_of(dtype)
-        for kernel in tuning.KERNELS:
-            for tile in tuning.candidates(kernel, architecture, kind):
-                with tuning.forced(**{kernel: tile}):
-                    more = trace(architecture, shape, dtype)
-                # Nine taps' sums take the registers of a large tile: the launchers never ask for both.
-                found += [m for m in more if not (tile.n > 128 and dict(m.constants).get(("SUM_TAPS",)) == 9)]
+        with switched(**WITHOUT_GLUON):
+            found = trace(architecture, shape, dtype)
+            kind = tuning.kind_of(dtype)
+            for kernel in tuning.KERNELS:
+                for tile in tuning.candidates(kernel, architecture, kind):
+                    with tuning.forced(**{kernel: tile}):
+                        more = trace(architecture, shape, dtype)
+                    # Nine taps' sums take the registers of a large tile: the launchers never ask for both.
+                    found += [m for m in more if not (tile.n > 128 and dict(m.constants).get(("SUM_TAPS",)) == 9)]
     finally:
         torch.set_float32_matmul_precision(before)
     unique = {}

@@ -25,9 +25,9 @@ graph     all launches with {GAP_US:g} us between them; launched: one by one, by
           each ({HOST_TORCH_US:g} us for one of torch's). Chips and estimates: dsts_kernels/roofline/chips.py
 alone     useful products at that share of the peak (Triton), at the peak (CUDA)"""
 MEASURED = """\
-Measured so far: on an H100 alone (bfloat16, batch 8, Triton, torch 2.11, earlier kernels), one by one: a frozen module
-1.43 ms (tpn) and 0.86 ms (swin), a training step 17.6 and 19.9 ms. docs/performance.md says more;
-'make gpu' measures yours."""
+Measured so far: on an H200 (bfloat16, batch 8, Triton and Gluon, torch 2.11), in CUDA graphs: a frozen module
+1.16 ms (tpn) and 0.59 ms (swin), a training step 9.7 and 5.1 ms. Gluon's kernels are in no prediction here.
+docs/performance.md says more; 'make gpu' measures yours."""
 OLD = (
     "{}: kernels of the CUDA backend, which have not run on it; in {}. Cycles: dsts_kernels/roofline/counted.py, by\n"
     "the model in dsts_kernels/roofline/multiprocessor.py, which knows neither clocks under load nor instruction caches"

@@ -34,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", metavar="ARM", help="these alone")
     add("--seeds", type=int, nargs="+", help="these alone")
     add("--tune", action="store_true", help="variants of the recipe, on the seeds for it")
-    add("--out", type=Path, default=ROOT / "docs", help="protocol.md, protocol.json and a folder protocol of runs, with tuning inside")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "docs",
+        help="protocol.md, protocol.json and a folder protocol of runs, with tuning inside",
+    )
     add("--cache", type=Path, default=ROOT / "runs" / "protocol", help="of backbones; not needed afterwards")
     add("--part", metavar="K/N", help=argparse.SUPPRESS)  # of the seeds, in a process of its own
     return found
