@@ -70,11 +70,13 @@ def test_sent_for_early(architecture):
 def test_counts_of_the_model(title):
     """What the roofline says of each way is what its compiled code does, within what other lists change."""
     way = WAYS[title]
-    found = gathers.count(way.kernel, "sm_90", "tpn", "channels-last", HALF, **way.changes)
+    draws = [gathers.count(way.kernel, "sm_90", "tpn", "channels-last", HALF, **way.changes) for _ in range(6)]
+    found = draws[0]
     units = sum(one.count * one.bytes for one in found if one.tensor == "panel") / UNIT
-    features = [one for one in found if one.tensor == "x" and one.name != "prefetch"]
+    features = [one for draw in draws for one in draw if one.tensor == "x" and one.name != "prefetch"]
     for wanted, field in ((way.sectors, "sectors"), (way.lines, "lines")):
-        assert sum(one.count * getattr(one, field) for one in features) / units == pytest.approx(wanted, rel=0.3)
+        mean = sum(one.count * getattr(one, field) for one in features) / len(draws)
+        assert mean / units == pytest.approx(wanted, rel=0.3)
     stored = of(found, "panel", "st")
     assert stored.count * stored.lines / units == way.stored
     passes = sum(one.count * one.passes for one in found if one.tensor == "shared") / units
