@@ -114,6 +114,16 @@ def test_forward_and_backward_get_it(on_torch_kernels):
         assert kernel_of(z) == kernel_of(grad) == "channels-last"
 
 
+def test_a_profile_is_of_what_runs(on_torch_kernels):
+    """The profiler sees the norm that runs without it, not one with other kernels."""
+    z, norm = channels_last(torch.randn(SHAPES["any"])), nn.BatchNorm3d(SHAPES["any"][1])
+    wanted = norms.normalize(norm, z)
+    with torch.profiler.profile():
+        found = norms.normalize(norm, z)
+    assert torch.equal(found, wanted)
+    assert [given.dim() for given, _ in on_torch_kernels] == [4, 4]
+
+
 def test_module_is_the_same(on_torch_kernels, monkeypatch):
     """A training step and an evaluation with the view and without: output, gradients, statistics."""
     results, x = [], torch.randn(4, 24, 2, 5, 3)
