@@ -76,6 +76,7 @@ WHERE: dict[str, Where] = {
     "keep_filters": Where(("training graph",)),
 }
 """By switch; one that is not here is timed in four modes at both of the paper's shapes."""
+
 UNNAMED = ("plain_where_faster",)
 """Switches of how a backend is chosen, which show only in a module that names none."""
 
