@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsts_kernels import deploy, ops
-from dsts_kernels.backends.build import build_record
+from dsts_kernels.backends.build import _C, build_record
 from dsts_kernels.ops.frozen_layer import frozen_layer_op
 from dsts_kernels.testing import assert_close
 
@@ -24,6 +26,8 @@ from .support.modules import pair
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = torch.export.Dim.DYNAMIC
 FRESH = "# In a fresh process"
+X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = ("portable", "avx2") if X86 else ("portable",)  # of the program: all of them take a minute to build
 SIZES = ((2, 3, 4, 8, 8), (1, 3, 4, 8, 8), (5, 3, 6, 12, 10))
 
 needs_kernels = pytest.mark.skipif(build_record()[0] == "none", reason="the install says that nothing was built")
@@ -126,8 +130,7 @@ def test_aoti_and_program_without_python(tmp_path):
     """Both packages in another Python process and in the C++ program, which has our op with ``DSTS_OPS``."""
     model, clips = packages(tmp_path, "frozen", "standard")
     run_python(PACKAGED, tmp_path)
-    isas = "portable;avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"
-    program = build_program(tmp_path / "build", "-DDSTS_OPS=ON", f"-DDSTS_ISAS={isas}")
+    program = build_program(tmp_path / "build", "-DDSTS_OPS=ON", f"-DDSTS_ISAS={';'.join(ISAS)}")
     for name in ("frozen", "standard"):
         assert_close(torch.load(tmp_path / f"{name}.pt"), model(clips), name=name, factor=2)
         done = run_program(program, tmp_path / f"{name}.pt2", tmp_path / "clips.pt", tmp_path / "out.pt", 2)
@@ -167,6 +170,16 @@ LAYERS = {
 }
 
 
+@contextlib.contextmanager
+def instructions_of_the_program() -> Iterator[None]:
+    """Ours with the instruction set that the program takes: scores are sums, whose order is that of the vectors."""
+    _C.set_isa([isa for isa in _C.supported_isas() if isa in ISAS][-1])
+    try:
+        yield
+    finally:
+        _C.set_isa("auto")
+
+
 def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
     """The op in a process without the package: bit for bit ours for options, dtypes and grids, sums and skips too."""
     calls, refused = [], []
@@ -188,7 +201,9 @@ def library_computes_what_the_package_does(library: Path, folder: Path) -> None:
     torch.save(refused, folder / "refused.pt")
     said = run_python(CALLED, folder, str(library)).splitlines()
     for call, results in zip(calls, torch.load(folder / "results.pt"), strict=True):
-        for ours, theirs in zip(frozen_layer_op(*call), results, strict=True):
+        with instructions_of_the_program():
+            here = frozen_layer_op(*call)
+        for ours, theirs in zip(here, results, strict=True):
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
     wanted = (
         "blocked, as freeze()",
