@@ -6,7 +6,7 @@ the union of their lists but fewer calls and fewer passes over the weights. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,41 +108,54 @@ def group_samples(
     ``limited`` groups stay within :data:`CALL_POSITIONS`; a weight gradient would have to be added up for each.
     """
     most = max(1, CALL_POSITIONS // positions) if limited else len(neuron)
-    chosen = check_neurons(neuron, num_neurons)
-    to_spatial = (gate != 0).cpu().numpy()  # (B, C); a NaN gate is in both lists
-    to_temporal = (gate != 1).cpu().numpy()
+    chosen, channels = check_neurons(neuron, num_neurons), gate.shape[1]
+    sides = [(gate != other).cpu().numpy() for other in (0, 1)]  # (B, C); a NaN gate is in both lists
     if len(chosen) == 1:
-        return [_group(chosen[0], _Cluster([0], to_spatial[0], to_temporal[0]), 1)]
+        return [Group(chosen[0], None, *(_indices(side[0]) for side in sides), bool((sides[0] & sides[1]).any()))]
+    alike: dict[tuple[int, bytes, bytes], list[int]] = {}  # in evaluation all samples of a neuron are
+    for sample, one in enumerate(zip(chosen, *map(_bits, sides), strict=True)):
+        alike.setdefault(one, []).append(sample)
     clusters: dict[int, list[_Cluster]] = {}
-    for sample, index in enumerate(chosen):
-        single = _Cluster([sample], to_spatial[sample], to_temporal[sample])
-        _place(clusters.setdefault(index, []), single, lambda cluster: cluster.cost(positions, outputs, costs), most)
+    for (index, *bits), samples in alike.items():
+        spatial, temporal = (int.from_bytes(side, "big") for side in bits)
+        for start in range(0, len(samples), most):
+            single = _Cluster(samples[start : start + most], spatial, temporal, positions, outputs, costs)
+            _place(clusters.setdefault(index, []), single, most)
     batch = len(chosen)
-    return [_group(index, cluster, batch) for index in sorted(clusters) for cluster in clusters[index]]
+    return [_group(index, cluster, batch, channels) for index in sorted(clusters) for cluster in clusters[index]]
 
 
-@dataclass
+def _bits(side: np.ndarray) -> Iterator[bytes]:
+    """Rows ``(B, C)`` of bool, eight channels a byte."""
+    rows = np.packbits(side, axis=1)
+    whole, width = rows.tobytes(), rows.shape[1]
+    return (whole[start : start + width] for start in range(0, len(whole), width))
+
+
 class _Cluster:
-    samples: list[int]
-    spatial: np.ndarray  # (C,) bool
-    temporal: np.ndarray
+    """Samples, the channels that any of them sends to either operator, a bit each, and what their call costs."""
 
-    def cost(self, positions: int, outputs: int, costs: Costs) -> float:
-        taps = costs.spatial * np.count_nonzero(self.spatial) + costs.temporal * np.count_nonzero(self.temporal)
-        return taps * (len(self.samples) * positions + costs.weight_positions) + costs.call / outputs
+    def __init__(
+        self, samples: list[int], spatial: int, temporal: int, positions: int, outputs: int, costs: Costs
+    ) -> None:
+        self.samples, self.spatial, self.temporal = samples, spatial, temporal
+        self.size = (positions, outputs, costs)
+        taps = costs.spatial * spatial.bit_count() + costs.temporal * temporal.bit_count()
+        self.cost = taps * (len(samples) * positions + costs.weight_positions) + costs.call / outputs
 
     def join(self, other: _Cluster) -> _Cluster:
-        return _Cluster(self.samples + other.samples, self.spatial | other.spatial, self.temporal | other.temporal)
+        samples = self.samples + other.samples
+        return _Cluster(samples, self.spatial | other.spatial, self.temporal | other.temporal, *self.size)
 
 
-def _place(clusters: list[_Cluster], single: _Cluster, cost: Callable[[_Cluster], float], most: int) -> None:
-    """Add a sample to the cluster where it costs least, or as a cluster of its own."""
-    best, best_cost, best_joint = None, cost(single), None
+def _place(clusters: list[_Cluster], single: _Cluster, most: int) -> None:
+    """Add samples to the cluster where they cost least, or as a cluster of their own."""
+    best, best_cost, best_joint = None, single.cost, None
     for index, cluster in enumerate(clusters):
-        if len(cluster.samples) >= most:
+        if len(cluster.samples) + len(single.samples) > most:
             continue
         joint = cluster.join(single)
-        extra = cost(joint) - cost(cluster)
+        extra = joint.cost - cluster.cost
         if extra < best_cost:
             best, best_cost, best_joint = index, extra, joint
     if best is None:
@@ -151,12 +164,17 @@ def _place(clusters: list[_Cluster], single: _Cluster, cost: Callable[[_Cluster]
         clusters[best] = best_joint
 
 
-def _group(neuron: int, cluster: _Cluster, batch: int) -> Group:
+def _group(neuron: int, cluster: _Cluster, batch: int, channels: int) -> Group:
+    packed = (one.to_bytes(-(-channels // 8), "big") for one in (cluster.spatial, cluster.temporal))
     return Group(
-        neuron=neuron,
-        samples=None if len(cluster.samples) == batch else torch.tensor(cluster.samples, device="cpu"),
-        spatial=torch.from_numpy(cluster.spatial.nonzero()[0].astype(np.int32)),
-        temporal=torch.from_numpy(cluster.temporal.nonzero()[0].astype(np.int32)),
+        neuron,
+        None if len(cluster.samples) == batch else torch.tensor(sorted(cluster.samples), device="cpu"),
+        *(_indices(np.unpackbits(np.frombuffer(one, np.uint8), count=channels)) for one in packed),
         # Lists that partition the channels leave nothing to multiply: each gate on a list is exactly 1.
-        scaled=bool((cluster.spatial & cluster.temporal).any()),
+        scaled=bool(cluster.spatial & cluster.temporal),
     )
+
+
+def _indices(side: np.ndarray) -> Tensor:
+    """Channels that are on a side ``(C,)``: ``(n,)`` int32."""
+    return torch.from_numpy(side.nonzero()[0].astype(np.int32))

@@ -20,7 +20,7 @@ from dsts_kernels import files
 from dsts_kernels.learning import load_checkpoint, save_checkpoint
 
 from .branches import Seeded, measure
-from .settings import TASKS, TRIED, Arm, Task, arms_of
+from .settings import FIRST, TASKS, TRIED, Arm, Task, arms_of
 from .tasks import backbone_of, branch_clips, draw, train_backbone
 
 __all__ = ["Run", "load", "path_of", "planned", "run_all", "tried"]
@@ -55,16 +55,16 @@ def planned(tasks: Sequence[str], seeds: Sequence[int], arms: Sequence[str] | No
 
 
 def tried(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
-    """Variants of the recipe, for the seeds on which settings are chosen."""
+    """Variants of the first guess, for the seeds on which settings are chosen."""
     for seed in seeds:
         for name in tasks:
             for own, (of_task, of_arm) in TRIED.items():
-                task, recipe = TASKS[name], arms_of(name)["recipe"]
+                task = TASKS[name]
                 task = replace(task, **{key: getattr(task, key) * factor for key, factor in of_task.items()})
                 changed = dict(of_arm)
                 if "dsts" in changed:
-                    changed["dsts"] = {**recipe.dsts, **changed["dsts"]}
-                yield task, own, replace(recipe, title=own, **changed), seed
+                    changed["dsts"] = {**FIRST.dsts, **changed["dsts"]}
+                yield task, own, replace(FIRST, title=own, **changed), seed
 
 
 def load(folder: Path, run: Run) -> dict[str, Any] | None:
