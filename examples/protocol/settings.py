@@ -7,7 +7,19 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["ARMS", "CONTRASTS", "FIRST", "SEEDS", "TASKS", "TRIED", "TUNING_SEEDS", "Arm", "Contrast", "Task", "arms_of"]
+__all__ = [
+    "ARMS",
+    "CONTRASTS",
+    "FIRST",
+    "SEEDS",
+    "TASKS",
+    "TRIED",
+    "TUNING_SEEDS",
+    "Arm",
+    "Contrast",
+    "Task",
+    "arms_of",
+]
 
 SEEDS = tuple(range(10, 20))
 TUNING_SEEDS = (0, 1, 2)  # settings were chosen on these alone
