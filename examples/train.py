@@ -1,6 +1,7 @@
 """Train a video classifier with or without DSTS, jointly or by Upstream-Downstream Learning.
 
     python examples/train.py                                    # the synthetic task, a few minutes on two cores
+    python examples/train.py --recipe ours                      # neurons that specialise
     python examples/train.py --learning joint --no-dsts
     python examples/train.py --backbone tpn --width 8 --size 64
     torchrun --nproc-per-node 2 examples/train.py --out runs/two
@@ -330,7 +331,8 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from the epoch after a checkpoint's."""
         state = load_checkpoint(path)
-        mine = {k: v for k, v in vars(self.options).items() if k not in ("resume", "out", "quiet", "device", "workers")}
+        free = ("resume", "out", "quiet", "device", "workers", "recipe")  # a recipe is other options' defaults
+        mine = {k: v for k, v in vars(self.options).items() if k not in free}
         theirs = vars(parser().parse_args([])) | state["options"]  # it may be of a time that had fewer
         changed = [k for k, v in mine.items() if theirs[k] != v]
         if changed:

@@ -3,14 +3,19 @@
 A wheel: its name and what it says of itself agree, the native module is that of the Python in its name, stands alone
 (no torch, no bundled library), has the instruction sets that its machine should have, and loads where this Python and
 machine are those of the wheel. An sdist: a wheel is built from it, unpacked elsewhere, and looked at in the same way.
+
+``--readme``: as a newcomer has it. A wheel is installed in a fresh environment, and README's Python runs there, from an
+empty folder, where no compiler is found.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,6 +25,8 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+README_BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ISAS = {"x86_64": ["portable", "avx2", "avx512"], "aarch64": ["portable"]}
 STAY = ("py.typed", "_C.pyi", "backends/gpu/measured.json")  # beside the Python files
 
@@ -115,15 +122,53 @@ def check_sdist(sdist: Path, pip: list[str]) -> str:
         return f"{sdist.name}: builds {check_wheel(wheel)}"
 
 
+def run_readme(wheel: Path, pip: list[str]) -> str:
+    """README's blocks of Python, each in a process of its own, with a wheel that was installed where no compiler is.
+
+    Raises:
+        PackageError: it does not install, its kernels are not in use, or a block fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="dsts-readme-") as directory:
+        home = Path(directory) / "empty"
+        home.mkdir()
+        own = Path(directory) / "env" / "bin"
+        subprocess.run([sys.executable, "-m", "venv", own.parent], check=True)
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC")}
+        environment = {**kept, "PATH": str(own)}  # no compiler, nor any other program of the system
+        require(shutil.which("c++", path=str(own)) is None, "found a compiler where none should be")
+
+        def run(what: str, *command: str) -> str:
+            done = subprocess.run(
+                [own / "python", *command], cwd=home, env=environment, capture_output=True, text=True, errors="replace"
+            )
+            require(done.returncode == 0, f"{what}: {(done.stdout + done.stderr).strip()[-2000:]}")
+            return done.stdout
+
+        run("pip", "-m", "pip", "install", "-q", f"dsts_kernels[backbones] @ {wheel.resolve().as_uri()}", *pip)
+        used = run("backends", "-c", "from dsts_kernels import backends; print(*backends.available())").split()
+        require("cpu" in used or "-none-any" in wheel.name, f"backends {used}, wanted the wheel's CPU kernels")
+        blocks = README_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        require(len(blocks) >= 3, f"README has {len(blocks)} blocks of Python")
+        for number, block in enumerate(blocks, 1):
+            run(f"README's block {number}", "-c", block)
+        versions = run("versions", "-c", "import sys, torch; print(sys.version.split()[0], torch.__version__)").split()
+    return f"{wheel.name}: {len(blocks)} blocks of README ran, Python {versions[0]}, torch {versions[1]}, no compiler"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.packages", description=__doc__.splitlines()[0])
     parser.add_argument("packages", nargs="+", type=Path)
-    parser.add_argument("--pip", action="append", default=[], metavar="OPTION", help="of the sdist's build; repeatable")
+    parser.add_argument(
+        "--pip", action="append", default=[], metavar="OPTION", help="of the sdist's build, or of --readme; repeatable"
+    )
+    parser.add_argument("--readme", action="store_true", help="install wheels where no compiler is, and run README")
     given = parser.parse_args()
     failed = False
     for package in given.packages:
         try:
             print(check_wheel(package) if package.suffix == ".whl" else check_sdist(package, given.pip), flush=True)
+            if given.readme and package.suffix == ".whl":
+                print(run_readme(package, given.pip), flush=True)
         except PackageError as error:
             failed = True
             print(f"{package.name}: error: {error}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 python -m examples.protocol --minutes 60            # an hour; again: goes on
 python -m examples.protocol --tune --minutes 60     # variants of the recipe, on three other seeds
-python -m examples.protocol --minutes 0             # the report alone
+python -m examples.protocol --print                 # the report of what is there, and nothing else
+python -m examples.protocol --figures               # pictures of the same
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from dsts_kernels import files
 
-from .report import Records, markdown, summary, tried_text
+from .report import Records, figures_text, markdown, summary, tried_text
 from .runs import Run, load, planned, run_all, tried
 from .settings import SEEDS, TASKS, TRIED, TUNING_SEEDS, arms_of
 
@@ -41,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         help="protocol.md, protocol.json and a folder protocol of runs, with tuning inside",
     )
     add("--cache", type=Path, default=ROOT / "runs" / "protocol", help="of backbones; not needed afterwards")
+    add("--print", action="store_true", help="the report of what is there, and run nothing")
+    add("--figures", action="store_true", help="draw what is there, and train one run a task for it")
     add("--part", metavar="K/N", help=argparse.SUPPRESS)  # of the seeds, in a process of its own
     return found
 
@@ -84,6 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not set(seeds) <= set(named):
         this.error(f"--seeds: got {min(set(seeds) - set(named))}, wanted some of {', '.join(map(str, named))}")
     folder = given.out / "protocol" / "tuning" if given.tune else given.out / "protocol"
+    if given.print or given.figures:
+        records = records_of(given.out / "protocol", list(planned(list(TASKS), SEEDS)))
+        if given.print:
+            print(markdown(records, COMMAND), figures_text(records), sep="\n")
+        else:
+            from .figures import draw  # wants matplotlib
+
+            print(*draw(records, given.out / "protocol", given.cache), sep="\n")
+        return 0
     runs = list(tried(given.tasks, seeds) if given.tune else planned(given.tasks, seeds))
     if given.arms:
         runs = [run for run in runs if run[1] in given.arms]

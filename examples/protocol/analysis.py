@@ -5,6 +5,7 @@ A seed fixes clips, backbone and order, so arms are compared within seeds: what 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -29,6 +30,7 @@ def t_cdf(t: float, df: int) -> float:
     return 0.5 + math.copysign(area, t)
 
 
+@functools.cache
 def t_quantile(p: float, df: int) -> float:
     """Where :func:`t_cdf` is ``p``, from 0.5 to below 1."""
     low, high = 0.0, 1.0

@@ -9,8 +9,9 @@ from typing import Any
 from .analysis import Difference, Tested, compared, costs_of, difference, mean_interval
 from .settings import ARMS, CONTRASTS, TASKS, arms_of
 
-__all__ = ["markdown", "summary", "tried_text"]
+__all__ = ["figures_text", "markdown", "summary", "tried_text"]
 
+MARKER = "<!-- table: python -m examples.protocol --print -->"  # before each table: benchmarks/report/pages.py
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]
 CHANGES = (
     "random routing",
@@ -137,9 +138,13 @@ def task_text(records: Records, task: str) -> list[str]:
         f"backbone, {own.test_clips} test clips; {own.steps} steps of {own.batch} clips a branch; DSTS of {own.layers} "
         f"layers and {own.neurons} neurons on {own.channels} channels. Intervals are 95%, over seeds.",
         "",
+        MARKER,
+        "",
         *arms_table(records, task),
         "",
         f"### {task.capitalize()}: claims",
+        "",
+        MARKER,
         "",
         *contrasts_table(tested),
         "",
@@ -148,9 +153,13 @@ def task_text(records: Records, task: str) -> list[str]:
         "",
         f"### {task.capitalize()}: what changes cost, in points of top-1",
         "",
+        MARKER,
+        "",
         *counterfactuals_table(records, task),
         "",
         f"### {task.capitalize()}: routing and gates",
+        "",
+        MARKER,
         "",
         *routing_table(records, task),
         "",
@@ -211,6 +220,25 @@ def summary(records: Mapping[str, Records]) -> dict[str, Any]:
             ],
         }
     return found
+
+
+def figures_text(records: Mapping[str, Records]) -> str:
+    """Numbers that pages may quote, one a line: top-1 of arms, differences of contrasts and costs, in points."""
+    lines = []
+
+    def told(found: Difference, what: str) -> None:
+        lines.extend(f"{100 * abs(value):.1f}: {what}" for value in (found.mean, found.low, found.high))
+        lines.append(f"{100 * found.mean:.1f}%: {what}")
+
+    for task, own in records.items():
+        for name, seeds in own.items():
+            told(mean_interval([record["accuracy"] for record in seeds.values()]), f"{task}, {name}, top-1")
+            if "counterfactuals" in next(iter(seeds.values())):
+                for row in next(iter(seeds.values()))["counterfactuals"]:
+                    told(costs_of(seeds, row["name"]), f"{task}, {name}, cost of {row['name']}")
+        for one in compared(own, CONTRASTS):
+            told(one.found, f"{task}, {one.contrast.claim}")
+    return "\n".join(lines)
 
 
 def tried_text(records: Records) -> str:

@@ -1,0 +1,143 @@
+"""What the runs came to, as pictures: claims, costs, usage; gates and activation of one run of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsts_kernels import files
+from dsts_kernels.probe import probe
+from dsts_kernels.viz import gate_shares, plot_activation, plot_costs, plot_gates
+from dsts_kernels.viz.style import LAYERS, SPATIAL, figure, paper
+
+from .analysis import Difference, compared, costs_of, mean_interval
+from .branches import train
+from .report import CHANGES, Records
+from .runs import Seeds
+from .settings import ARMS, CONTRASTS, SEEDS, TASKS, arms_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw"]
+
+NO, YES, OTHER = "#9A9A9A", SPATIAL, "#D55E00"  # not shown; above 0; the reverse
+INK = LAYERS[0][0]
+
+
+def intervals(axes: Axes, found: Sequence[Difference], colors: Sequence[str], scale: float, shift: float = 0.0) -> None:
+    """A dot and its 95% interval a row, from the top."""
+    for place, (one, color) in enumerate(zip(found, colors, strict=True)):
+        out = [[scale * (one.mean - one.low)], [scale * (one.high - one.mean)]]
+        axes.errorbar(
+            [scale * one.mean],
+            [place + shift],
+            xerr=out,
+            fmt="o",
+            color=color,
+            markersize=4,
+            elinewidth=1.4,
+            capsize=2.5,
+        )
+
+
+def rows(axes: Axes, names: Sequence[str], said: str) -> None:
+    axes.set_yticks(range(len(names)), labels=names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(said, fontsize=8)
+    paper(axes)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+
+
+def claims(records: Mapping[str, Records]) -> Figure:
+    """Every contrast on every task: its difference with a 95% interval."""
+    tested = {task: compared(own, CONTRASTS) for task, own in records.items()}
+    names = [contrast.claim + (" (ours)" if contrast.extension else "") for contrast in CONTRASTS]
+    fig = figure(5.6 + 2.6 * len(tested), 1.3 + 0.29 * len(names))
+    panels = fig.subplots(1, len(tested), sharey=True, squeeze=False)[0]
+    nothing = Difference(float("nan"), float("nan"), float("nan"), 0, float("nan"))
+    for axes, (task, own) in zip(panels, tested.items(), strict=True):
+        by_claim = {one.contrast.claim: one for one in own}
+        found = [by_claim.get(contrast.claim) for contrast in CONTRASTS]
+        verdicts = {"not shown": NO, "the reverse": OTHER}
+        colors = [NO if one is None else verdicts.get(one.verdict, YES) for one in found]
+        axes.axvline(0.0, color=INK, linewidth=0.8)
+        intervals(axes, [nothing if one is None else one.found for one in found], colors, 100.0)
+        axes.set_title(task, fontsize=10)
+        rows(axes, names, "points of top-1")
+    fig.supxlabel(
+        "95% intervals over seeds. Grey: not shown after Holm's correction; orange: the reverse.",
+        fontsize=8,
+        color="#555555",
+    )
+    fig.suptitle("Claims: the difference between two arms", fontsize=12)
+    return fig
+
+
+def costs(records: Mapping[str, Records]) -> Figure:
+    """What each counterfactual costs, of the paper's DSTS and of the recipe."""
+    shown = {}
+    for name, title in (("dsts", "as the paper"), ("recipe", "our recipe")):
+        for task, own in records.items():
+            if name in own:
+                found = {change: costs_of(own[name], change) for change in CHANGES}
+                shown[f"{task}, {title}"] = [
+                    {"name": change, "cost": one.mean, "low": one.low, "high": one.high}
+                    for change, one in found.items()
+                ]
+    return plot_costs(shown, "95% intervals over seeds")
+
+
+def usage(records: Mapping[str, Records]) -> Figure:
+    """Bits of the choices, as evaluation makes them and with the noise of training: mean of a run's layers."""
+    fig = figure(3.4 + 2.8 * len(records), 1.3 + 0.27 * max(map(len, records.values())))
+    panels = fig.subplots(1, len(records), squeeze=False)[0]
+    for axes, (task, own) in zip(panels, records.items(), strict=True):
+        arms = [n for n in arms_of(task) if n in own and "counterfactuals" in next(iter(own[n].values()))]
+        for key, color, shift, label in (("test_entropy", YES, -0.14, "evaluation"), ("entropy", NO, 0.14, "training")):
+            found = [mean_interval([sum(r[key]) / len(r[key]) for r in own[name].values()]) for name in arms]
+            intervals(axes, found, [color] * len(arms), 1.0, shift)
+            axes.plot([], [], "o", color=color, markersize=4, label=label)
+        axes.set_xlim(-0.1, 2.1)
+        axes.set_title(task, fontsize=10)
+        rows(axes, [ARMS[name].title for name in arms], "bits; 2 where four neurons share all clips evenly")
+    panels[-1].legend(loc="lower left", fontsize=8, frameon=True)
+    fig.suptitle("How evenly neurons are used, with 95% intervals over seeds", fontsize=12)
+    return fig
+
+
+def of_one_run(task: str, cache: Path) -> dict[str, Figure]:
+    """The recipe of the first seed, trained anew: gates, and the neurons that each class activates in evaluation."""
+    shared = Seeds(cache).of(TASKS[task], SEEDS[0])
+    model, told = train(shared, ARMS["recipe"])
+    clips, layers = shared.test_clips, list(model.dsts.layers)
+    batches = list(zip(shared.test.features.split(128), clips.labels.split(128), strict=True))
+    measured = probe(model, batches, draws=1).measured
+    routing = {"neuron": measured.neuron, "label": measured.label, "class_names": clips.class_names}
+    routing |= {"attributes": clips.attributes, "attribute_names": clips.attribute_names}
+    gates = [layer.gate.detach() for layer in layers]
+    start = gate_shares(list(told["start"].values()))
+    return {
+        f"gates-{task}": plot_gates(gate_shares(gates), [gate.shape[1] for gate in gates], start),
+        f"activation-{task}": plot_activation(routing, TASKS[task].neurons),
+    }
+
+
+def draw(records: Mapping[str, Records], folder: Path, cache: Path) -> list[Path]:
+    """All pictures of the runs that are there, and of one run a task, which is trained for it in half a minute."""
+    torch.set_num_threads(1)  # as the runs were
+    found: dict[str, Any] = {"claims": claims(records), "costs": costs(records), "usage": usage(records)}
+    for task in records:
+        found |= of_one_run(task, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, one in found.items():
+        paths.append(folder / f"{name}.png")
+        with files.replacing(paths[-1]) as beside:
+            one.savefig(beside, dpi=130, format="png")
+    return paths
