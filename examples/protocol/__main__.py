@@ -1,4 +1,4 @@
-"""``python -m examples.protocol``: do what is missing, in pieces, and write what the runs so far came to.
+"""``python -m examples.protocol``: do what is missing, in pieces, and say what the runs so far came to.
 
 python -m examples.protocol --minutes 60            # an hour; again: goes on
 python -m examples.protocol --tune --minutes 60     # variants of the recipe, on three other seeds
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=ROOT / "docs",
-        help="protocol.md, protocol.json and a folder protocol of runs, with tuning inside",
+        help="results.json, and a folder protocol of runs, with tuning inside",
     )
     add("--cache", type=Path, default=ROOT / "runs" / "protocol", help="of backbones; not needed afterwards")
     add("--print", action="store_true", help="the report of what is there, and run nothing")
@@ -114,12 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
         for task, own in records.items():
             print(f"\n{task}\n{tried_text(own)}")
     elif records:
-        for name, text in (
-            ("protocol.md", markdown(records, COMMAND)),
-            ("protocol.json", json.dumps(summary(records), indent=1) + "\n"),
-        ):
-            with files.replacing(given.out / name) as beside:
-                beside.write_text(text, encoding="utf-8")
+        with files.replacing(given.out / "results.json") as beside:
+            beside.write_text(json.dumps(summary(records), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

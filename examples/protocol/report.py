@@ -172,13 +172,13 @@ def task_text(records: Records, task: str) -> list[str]:
 
 
 def markdown(records: Mapping[str, Records], command: str) -> str:
-    """``docs/protocol.md``: every task that has runs."""
+    """Every task that has runs; ``docs/results.md`` shows most of it."""
     every = [record for task in records.values() for arm in task.values() for record in arm.values()]
     machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}" for r in every})
     commits = sorted({str(r["machine"].get("commit", "unknown")) for r in every})
     seconds = sum(record["seconds"] for record in every)
     lines = [
-        "# The claims of the paper, tested",
+        "# Results",
         "",
         f"`{command}`: {len(every)} runs, {seconds / 3600:.1f} hours of CPU time; {'; '.join(machines)}; commits "
         f"{', '.join(commits)}. Each seed fixes clips, backbone and order for all arms; raw results are in "

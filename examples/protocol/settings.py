@@ -208,6 +208,13 @@ BOTH = ("permuted neurons", "gates flipped")
 CONTRASTS = (
     Contrast(claim="DSTS helps (Table 4)", first="dsts", second="backbone", changes=BOTH),
     Contrast(claim="DSTS helps, with our recipe", first="recipe", second="backbone", changes=BOTH, extension=True),
+    Contrast(  # dives alone; the other arms' backbone stays as it is, but for the one they are held against
+        claim="our recipe helps a backbone that learns with it",
+        first="end to end",
+        second="backbone",
+        changes=BOTH,
+        extension=True,
+    ),
     Contrast(
         claim="neurons specialise in space or time, with our recipe: its gates against random ones",
         first="recipe",

@@ -319,4 +319,24 @@ def test_a_report_is_of_all_that_is_there(tiny, tmp_path):
         path.write_text(json.dumps(record | {"settings": runs.settings_of(task, arm)}))
     for seeds in ([], ["--seeds", str(SEEDS[0])]):
         assert command.main(["--minutes", "0", "--out", str(tmp_path), *seeds]) == 0
-        assert json.loads((tmp_path / "protocol.json").read_text())["cells"]["arms"]["head"]["seeds"] == 2
+        assert json.loads((tmp_path / "results.json").read_text())["cells"]["arms"]["head"]["seeds"] == 2
+
+
+def test_the_report_is_printed_and_drawn(tiny, tmp_path, capsys, monkeypatch):
+    """Every number that a page may quote begins a line; pictures of the claims, costs, usage and one run a task."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "SEEDS", (0, 1))
+    monkeypatch.setattr("examples.protocol.figures.SEEDS", (0, 1))
+    arms, folder, cache = ["backbone", "dsts", "recipe"], tmp_path / "protocol", tmp_path / "cache"
+    assert runs.run_all(list(runs.planned(list(TASKS), (0, 1), arms)), folder, cache, 60.0) == 0
+    capsys.readouterr()
+    where = ["--out", str(tmp_path), "--cache", str(cache)]
+    assert command.main(["--print", *where]) == 0
+    said = capsys.readouterr().out
+    accuracy = [json.loads((folder / f"cells/recipe-{seed}.json").read_text())["accuracy"] for seed in (0, 1)]
+    assert f"\n{100 * sum(accuracy) / 2:.1f}: cells, recipe, top-1" in said and "## Dives" in said
+    assert command.main(["--figures", *where]) == 0
+    drawn = {path.name for path in folder.glob("*.png")}
+    assert drawn == {f"{name}.png" for name in ("claims", "costs", "usage")} | {
+        f"{name}-{task}.png" for name in ("gates", "activation") for task in TASKS
+    }
