@@ -43,9 +43,16 @@ def test_most_tables_of_the_readme_and_the_results_are_made_by_commands():
         for table in pages.tables(text)
         if table.marker and pages.kind(table.marker) == "command"
     ]
-    for part in ("report benchmarks/results/cpu", "report.gpu", "tables.py", "versions", "overheads", "predictions"):
+    for part in (
+        "report benchmarks/results/cpu",
+        "report.gpu",
+        "examples.protocol",
+        "versions",
+        "overheads",
+        "predictions",
+    ):
         assert any(part in command for command in commands), part
-    assert commands.count("python examples/tables.py --print") >= 9
+    assert sum(command.startswith("python -m examples.protocol --print") for command in commands) >= 9
 
 
 def test_a_table_may_show_less(tmp_path, monkeypatch):

@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.out / "protocol" / "tuning" if given.tune else given.out / "protocol"
     if given.print or given.figures:
         records = records_of(given.out / "protocol", list(planned(list(TASKS), SEEDS)))
+        records = {task: own for task, own in records.items() if task in given.tasks}
         if given.print:
             print(markdown(records, COMMAND), figures_text(records), sep="\n")
         else:

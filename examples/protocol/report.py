@@ -11,7 +11,7 @@ from .settings import ARMS, CONTRASTS, TASKS, arms_of
 
 __all__ = ["figures_text", "markdown", "summary", "tried_text"]
 
-MARKER = "<!-- table: python -m examples.protocol --print -->"  # before each table: benchmarks/report/pages.py
+MARKER = "<!-- table: python -m examples.protocol --print{} -->"  # before each table: benchmarks/report/pages.py
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]
 CHANGES = (
     "random routing",
@@ -127,10 +127,23 @@ def routing_table(records: Records, task: str) -> list[str]:
     return lines
 
 
+def answers_table(tested: Mapping[str, Sequence[Tested]]) -> list[str]:
+    """A row a claim, a column a task: the verdict and the difference."""
+    lines = [f"| claim | {' | '.join(tested)} |", "| --- |" + " --- |" * len(tested)]
+    for contrast in CONTRASTS:
+        cells = []
+        for own in tested.values():
+            found = next((one for one in own if one.contrast == contrast), None)
+            cells.append("not run" if found is None else f"{found.verdict}: {points(found.found)}")
+        if set(cells) != {"not run"}:
+            lines.append(f"| {contrast.claim}{' (ours)' if contrast.extension else ''} | {' | '.join(cells)} |")
+    return lines
+
+
 def task_text(records: Records, task: str) -> list[str]:
     own = TASKS[task]
     classes = {"dives": 16, "cells": 8}[task]
-    tested = compared(records, CONTRASTS)
+    tested, marker = compared(records, CONTRASTS), MARKER.format(f" --tasks {task}")
     lines = [
         f"## {task.capitalize()}",
         "",
@@ -138,13 +151,13 @@ def task_text(records: Records, task: str) -> list[str]:
         f"backbone, {own.test_clips} test clips; {own.steps} steps of {own.batch} clips a branch; DSTS of {own.layers} "
         f"layers and {own.neurons} neurons on {own.channels} channels. Intervals are 95%, over seeds.",
         "",
-        MARKER,
+        marker,
         "",
         *arms_table(records, task),
         "",
         f"### {task.capitalize()}: claims",
         "",
-        MARKER,
+        marker,
         "",
         *contrasts_table(tested),
         "",
@@ -153,13 +166,13 @@ def task_text(records: Records, task: str) -> list[str]:
         "",
         f"### {task.capitalize()}: what changes cost, in points of top-1",
         "",
-        MARKER,
+        marker,
         "",
         *counterfactuals_table(records, task),
         "",
         f"### {task.capitalize()}: routing and gates",
         "",
-        MARKER,
+        marker,
         "",
         *routing_table(records, task),
         "",
@@ -186,6 +199,8 @@ def markdown(records: Mapping[str, Records], command: str) -> str:
         "others (`--tune`).",
         "",
     ]
+    tested = {task: compared(own, CONTRASTS) for task, own in records.items()}
+    lines += ["## Answers", "", MARKER.format(""), "", *answers_table(tested), ""]
     for task, own in records.items():
         if own:
             lines += task_text(own, task)

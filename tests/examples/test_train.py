@@ -22,7 +22,7 @@ from dsts_kernels.data import Symmetries, SyntheticDives
 from dsts_kernels.data.named import DATA, SYNTHETIC
 from dsts_kernels.learning import load_checkpoint, save_checkpoint
 from dsts_kernels.viz import information_table
-from examples import tables, train
+from examples import train
 from tests.data.videos import write_video
 
 pytestmark = pytest.mark.needs("torchmetrics")
@@ -440,27 +440,3 @@ def test_figures(tmp_path, capsys):
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn >= {"gates.png", "activation.png", "examples.png", "usage.png", "saturation.png", "information.json"}
     assert "timing" in capsys.readouterr().out
-
-
-def test_tables(tmp_path, monkeypatch, capfd):
-    """Rows are trained, kept, timed and written; a second call trains nothing."""
-    monkeypatch.setattr(tables, "ROWS", {k: tables.ROWS[k] for k in ("backbone", tables.BASE, "joint")})
-    monkeypatch.setattr(tables, "TABLES", (tables.TABLES[0],))
-    monkeypatch.setattr(tables, "TIMED", {k: tables.TIMED[k] for k in ("backbone", "with DSTS, joint")})
-    given = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds", "0", "1", "--timing", "0.1"]
-    toy = ["--clips", "32", "--test-clips", "16", "--size", "16", "--frames", "4", "--width", "4", "--batch", "8"]
-    tables.main([*given, *toy, "--epochs", "1"])
-    results = json.loads((tmp_path / "results.json").read_text())
-    own = results["rows"]["joint"]
-    assert own["mean"] == pytest.approx(sum(own["top1"]) / 2) and len(own["top1"]) == 2
-    assert results["step_ms"]["backbone"] > 0
-    assert {len(results["specialization"][name]) for name in (tables.BASE, "joint")} == {3}  # layers
-    assert all((tmp_path / "training" / f"{name}.png").exists() for name in tables.FIGURES)
-    text = (tmp_path / "results.md").read_text()
-    assert "| with DSTS, joint |" in text and "--epochs 1" in text
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
-    assert len(times) == 6
-    tables.main([*given, *toy, "--epochs", "1"])
-    assert times == {path: path.stat().st_mtime_ns for path in times}
-    with pytest.raises(SystemExit, match=r"other options \(rate\)"):
-        tables.main([*given, *toy, "--epochs", "1", "--rate", "1"])
