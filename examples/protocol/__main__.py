@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--cache", type=Path, default=ROOT / "runs" / "protocol", help="of backbones; not needed afterwards")
     add("--print", action="store_true", help="the report of what is there, and run nothing")
-    add("--figures", action="store_true", help="draw what is there, and train one run a task for it")
+    add("--figures", action="store_true", help="draw what is there, and train one run for it")
     add("--part", metavar="K/N", help=argparse.SUPPRESS)  # of the seeds, in a process of its own
     return found
 

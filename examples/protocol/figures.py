@@ -27,6 +27,8 @@ __all__ = ["draw"]
 
 NO, YES, OTHER = "#9A9A9A", SPATIAL, "#D55E00"  # not shown; above 0; the reverse
 INK = LAYERS[0][0]
+NOTHING = Difference(*[float("nan")] * 3, 0, float("nan"))  # of what was not run: nothing is drawn
+ONE_RUN = "cells"  # the task of the pictures of one run: there neurons are what accuracy depends on
 
 
 def intervals(axes: Axes, found: Sequence[Difference], colors: Sequence[str], scale: float, shift: float = 0.0) -> None:
@@ -60,14 +62,13 @@ def claims(records: Mapping[str, Records]) -> Figure:
     names = [contrast.claim + (" (ours)" if contrast.extension else "") for contrast in CONTRASTS]
     fig = figure(5.6 + 2.6 * len(tested), 1.3 + 0.29 * len(names))
     panels = fig.subplots(1, len(tested), sharey=True, squeeze=False)[0]
-    nothing = Difference(float("nan"), float("nan"), float("nan"), 0, float("nan"))
     for axes, (task, own) in zip(panels, tested.items(), strict=True):
         by_claim = {one.contrast.claim: one for one in own}
         found = [by_claim.get(contrast.claim) for contrast in CONTRASTS]
         verdicts = {"not shown": NO, "the reverse": OTHER}
         colors = [NO if one is None else verdicts.get(one.verdict, YES) for one in found]
         axes.axvline(0.0, color=INK, linewidth=0.8)
-        intervals(axes, [nothing if one is None else one.found for one in found], colors, 100.0)
+        intervals(axes, [NOTHING if one is None else one.found for one in found], colors, 100.0)
         axes.set_title(task, fontsize=10)
         rows(axes, names, "points of top-1")
     fig.supxlabel(
@@ -95,18 +96,26 @@ def costs(records: Mapping[str, Records]) -> Figure:
 
 def usage(records: Mapping[str, Records]) -> Figure:
     """Bits of the choices, as evaluation makes them and with the noise of training: mean of a run's layers."""
-    fig = figure(3.4 + 2.8 * len(records), 1.3 + 0.27 * max(map(len, records.values())))
-    panels = fig.subplots(1, len(records), squeeze=False)[0]
+    with_dsts = [n for n, arm in ARMS.items() if arm.kind in ("dsts", "end to end")]
+    arms = [n for n in with_dsts if all(n in own or n not in arms_of(task) for task, own in records.items())]
+    fig = figure(4.2 + 2.2 * len(records), 1.5 + 0.27 * len(arms))
+    panels = fig.subplots(1, len(records), sharey=True, squeeze=False)[0]
     for axes, (task, own) in zip(panels, records.items(), strict=True):
-        arms = [n for n in arms_of(task) if n in own and "counterfactuals" in next(iter(own[n].values()))]
-        for key, color, shift, label in (("test_entropy", YES, -0.14, "evaluation"), ("entropy", NO, 0.14, "training")):
-            found = [mean_interval([sum(r[key]) / len(r[key]) for r in own[name].values()]) for name in arms]
+        for key, color, shift, label in (
+            ("test_entropy", YES, -0.14, "in evaluation"),
+            ("entropy", NO, 0.14, "in training, with its noise"),
+        ):
+            found = [
+                mean_interval([sum(r[key]) / len(r[key]) for r in own[n].values()]) if n in own else NOTHING
+                for n in arms
+            ]
             intervals(axes, found, [color] * len(arms), 1.0, shift)
             axes.plot([], [], "o", color=color, markersize=4, label=label)
         axes.set_xlim(-0.1, 2.1)
         axes.set_title(task, fontsize=10)
-        rows(axes, [ARMS[name].title for name in arms], "bits; 2 where four neurons share all clips evenly")
-    panels[-1].legend(loc="lower left", fontsize=8, frameon=True)
+        rows(axes, [ARMS[n].title for n in arms], "bits; 0: one neuron takes all, 2: four share evenly")
+    handles, labels = panels[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     fig.suptitle("How evenly neurons are used, with 95% intervals over seeds", fontsize=12)
     return fig
 
@@ -129,11 +138,11 @@ def of_one_run(task: str, cache: Path) -> dict[str, Figure]:
 
 
 def draw(records: Mapping[str, Records], folder: Path, cache: Path) -> list[Path]:
-    """All pictures of the runs that are there, and of one run a task, which is trained for it in half a minute."""
+    """All pictures of the runs that are there, and of one run, which is trained for them in half a minute."""
     torch.set_num_threads(1)  # as the runs were
     found: dict[str, Any] = {"claims": claims(records), "costs": costs(records), "usage": usage(records)}
-    for task in records:
-        found |= of_one_run(task, cache)
+    if ONE_RUN in records:
+        found |= of_one_run(ONE_RUN, cache)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, one in found.items():
