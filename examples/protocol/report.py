@@ -147,9 +147,10 @@ def task_text(records: Records, task: str) -> list[str]:
     lines = [
         f"## {task.capitalize()}",
         "",
-        f"{classes} classes, {own.branch_clips} clips to train a branch on, {own.backbone_clips} others for the "
-        f"backbone, {own.test_clips} test clips; {own.steps} steps of {own.batch} clips a branch; DSTS of {own.layers} "
-        f"layers and {own.neurons} neurons on {own.channels} channels. Intervals are 95%, over seeds.",
+        f"There are {classes} classes. A branch is trained on {own.branch_clips} clips, its backbone on "
+        f"{own.backbone_clips} others, and both are tested on {own.test_clips} more. A branch takes {own.steps} steps "
+        f"of {own.batch} clips. DSTS has {own.layers} {'layer' if own.layers == 1 else 'layers'} and {own.neurons} "
+        f"neurons on {own.channels} channels. Intervals are 95%, over seeds.",
         "",
         marker,
         "",
