@@ -155,7 +155,7 @@ TASKS = {
 }
 
 # "mean" keeps scores beside Gumbel noise of 1; the paper's sum is an arm of its own.
-PAPER = Arm(title="DSTS as the paper", dsts={"score_reduction": "mean"})
+PAPER = Arm(title="DSTS as the paper, but scores averaged", dsts={"score_reduction": "mean"})
 CENTRED = replace(PAPER, title="+ centred scores", dsts={**PAPER.dsts, "score_center": True})
 IN_TRAINING = {**CENTRED.dsts, "center_in_training": True}
 GUMBEL = replace(
@@ -176,8 +176,8 @@ def _with(arm: Arm, title: str, **options: Any) -> Arm:
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
-        "backbone": Arm(title="backbone, trained on", kind="backbone"),
-        "head": Arm(title="backbone frozen, last layer trained on", kind="head"),
+        "backbone": Arm(title="backbone, trained further", kind="backbone"),
+        "head": Arm(title="backbone frozen, last layer trained further", kind="head"),
         "dsts": PAPER,
         "centred": CENTRED,
         "gumbel": GUMBEL,
