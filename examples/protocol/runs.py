@@ -20,7 +20,7 @@ from dsts_kernels import files
 from dsts_kernels.learning import load_checkpoint, save_checkpoint
 
 from .branches import Seeded, measure
-from .settings import FIRST, TASKS, TRIED, Arm, Task, arms_of
+from .settings import FIRST_RECIPE, TASKS, TRIED, Arm, Task, arms_of
 from .tasks import backbone_of, branch_clips, draw, train_backbone
 
 __all__ = ["Run", "load", "path_of", "planned", "run_all", "tried"]
@@ -63,8 +63,8 @@ def tried(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
                 task = replace(task, **{key: getattr(task, key) * factor for key, factor in of_task.items()})
                 changed = dict(of_arm)
                 if "dsts" in changed:
-                    changed["dsts"] = {**FIRST.dsts, **changed["dsts"]}
-                yield task, own, replace(FIRST, title=own, **changed), seed
+                    changed["dsts"] = {**FIRST_RECIPE.dsts, **changed["dsts"]}
+                yield task, own, replace(FIRST_RECIPE, title=own, **changed), seed
 
 
 def load(folder: Path, run: Run) -> dict[str, Any] | None:

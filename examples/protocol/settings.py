@@ -10,7 +10,7 @@ from typing import Any
 __all__ = [
     "ARMS",
     "CONTRASTS",
-    "FIRST",
+    "FIRST_RECIPE",
     "SEEDS",
     "TASKS",
     "TRIED",
@@ -167,7 +167,7 @@ GUMBEL = replace(
 GATES = replace(GUMBEL, title="+ little gate noise, and falling; faster gates", noise_std=(0.3, 0.05), gate_rate=5.0)
 RECIPE = replace(GATES, title="+ gates that start apart: our recipe", dsts={**GATES.dsts, "gate_offset": 2.0})
 # Of which TRIED has variants. Two of them became the recipe's: the centre in training, and less noise on gates.
-FIRST = replace(RECIPE, dsts={**CENTRED.dsts, "gate_offset": 2.0}, noise_std=(1.0, 0.05))
+FIRST_RECIPE = replace(RECIPE, dsts={**CENTRED.dsts, "gate_offset": 2.0}, noise_std=(1.0, 0.05))
 
 
 def _with(arm: Arm, title: str, **options: Any) -> Arm:
@@ -250,7 +250,7 @@ CONTRASTS = (
     Contrast(claim="gates learn, from where they start", first="recipe", second="gates at start", extension=True),
 )
 
-# Variants of FIRST that were tried on TUNING_SEEDS, by name: settings of the task, then of the arm.
+# Variants of FIRST_RECIPE that were tried on TUNING_SEEDS, by name: settings of the task, then of the arm.
 TRIED: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = MappingProxyType(
     {
         "as it is": (NONE, NONE),

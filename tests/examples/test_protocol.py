@@ -25,7 +25,7 @@ from examples.protocol.analysis import (
 )
 from examples.protocol.branches import Seeded, build, measure, train, two_parts
 from examples.protocol.report import markdown
-from examples.protocol.settings import ARMS, CONTRASTS, FIRST, SEEDS, TASKS, TRIED, TUNING_SEEDS, Contrast
+from examples.protocol.settings import ARMS, CONTRASTS, FIRST_RECIPE, SEEDS, TASKS, TRIED, TUNING_SEEDS, Contrast
 from examples.protocol.tasks import (
     backbone_of,
     batches,
@@ -283,9 +283,9 @@ def test_variants_on_other_seeds(tiny):
     plan = list(runs.tried(["dives"], TUNING_SEEDS))
     assert len(plan) == 3 * len(TRIED)
     task, _, arm, _ = next(run for run in plan if run[1] == "balanced centre")
-    assert arm.dsts == FIRST.dsts | {"score_center": "balance", "center_in_training": True}
+    assert arm.dsts == FIRST_RECIPE.dsts | {"score_center": "balance", "center_in_training": True}
     task, _, arm, _ = next(run for run in plan if run[1] == "rate x 2")
-    assert task.rate == 2 * TASKS["dives"].rate and arm.dsts == FIRST.dsts
+    assert task.rate == 2 * TASKS["dives"].rate and arm.dsts == FIRST_RECIPE.dsts
 
 
 def test_frozen_sides_are_upstream(shared):
