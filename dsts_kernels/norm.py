@@ -15,6 +15,14 @@ from torch.nn.modules import module as torch_module
 from .backends.gpu import switches
 from .ops._library import listened
 
+# Of all modules: torch 2.6 has no function that asks for any of them.
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
 
 def normalize(norm: nn.Module, z: Tensor) -> Tensor:
     """``norm(z)`` of ``z (B, O, T, H, W)``.
@@ -42,9 +50,10 @@ def misses_fast_kernels(z: Tensor) -> bool:
 
 def is_plain(norm: nn.Module) -> bool:
     """Whether ``norm`` is torch's own BatchNorm without hooks."""
-    if type(norm) is not nn.BatchNorm3d or "forward" in vars(norm) or torch_module._has_any_global_hook():
+    if type(norm) is not nn.BatchNorm3d or "forward" in vars(norm):
         return False
-    return not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return not (hooks or any(map(len, GLOBAL_HOOKS)))
 
 
 def lies_flat(z: Tensor) -> bool:
