@@ -100,7 +100,7 @@ def _unit(dtype: torch.dtype) -> tuple[Unit | None, str]:
             refused = offered().get("refused")
             reasons.append(f"Linux refused {unit.title} tiles ({refused})" if unit.matrix and refused else "")
         elif (measured := speedup(dtype)) < unit.least:
-            reasons.append(f"{unit.title} is there, but oneDNN took 1/{measured:.1f} of float32's time with it")
+            reasons.append(f"{unit.title} is there, but oneDNN was {measured:.1f} times as fast with it as in float32")
         else:
             return unit, f"{unit.title}, measured at {measured:.1f} times float32's rate"
     return None, "; ".join(filter(None, reasons)) or "this processor has nothing that multiplies it faster than float32"
