@@ -20,6 +20,7 @@ from dsts_kernels.backends.base import ONE_LAUNCH, Backend
 from dsts_kernels.backends.cuda import refusal
 from dsts_kernels.backends.gpu import Kernels, measured
 from dsts_kernels.backends.gpu.switches import switched
+from dsts_kernels.backends.triton import unusable
 
 CPU = torch.device("cpu")
 
@@ -344,8 +345,8 @@ def test_one_openmp_runtime():
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_launchers_take_what_is_stated(name):
     """Every launcher of a GPU backend has the parameters that ``gpu.kernels`` and ``base`` state, in their order."""
-    if name == "triton":
-        pytest.importorskip("triton")
+    if name == "triton" and (reason := unusable()):
+        pytest.skip(reason)
     kernels = importlib.import_module(f"dsts_kernels.backends.{name}.kernels")
     stated = {method: getattr(Kernels, method) for method in vars(Kernels) if not method.startswith("_")}
     stated |= {method: getattr(Backend, method) for method in ONE_LAUNCH}

@@ -111,5 +111,6 @@ def test_neither_copied_nor_compiled(graphs):
     dsts.forward = dsts.graphed(x)
     with pytest.raises(TypeError, match="graphed: got a copy or a pickle of CUDA graphs, wanted the module: del"):
         copy.deepcopy(dsts)
-    with pytest.raises(Exception, match="mode='reduce-overhead' makes CUDA graphs of its own"):
+    # torch 2.6 leaves out the words of what was raised in the code that it compiles.
+    with pytest.raises(Exception, match=r"mode='reduce-overhead' makes CUDA graphs of its own|^Observed exception"):
         torch.compile(dsts.forward, backend="eager", fullgraph=True)(x)

@@ -6,7 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.parity import TOLERANCES, evaluation_oracle, relative_error, training_errors, training_oracle
+from benchmarks.parity import (
+    ONE_NUMBER,
+    TOLERANCES,
+    evaluation_oracle,
+    relative_error,
+    training_errors,
+    training_oracle,
+)
 from benchmarks.shapes import Problem
 from benchmarks.variants import build, make_draws, make_reference
 from dsts_kernels.bench.handwritten import HandwrittenEval, lazy_zeros
@@ -67,8 +74,9 @@ def test_rounded_activations_do_not_count(variant: str) -> None:
     oracle = training_oracle(reference, x, draws, grad)
     module = build(variant, "training", problem, reference)
     errors = training_errors(module, x, draws, grad, oracle)
-    del errors["output"]
-    assert max(errors.values()) < 0.03
+    scoring = {name for name in errors if name.endswith(".scoring")}  # they hang on one number: see ONE_NUMBER
+    assert all(errors[name] < ONE_NUMBER * TOLERANCES[dtype][1] for name in scoring)
+    assert max(error for name, error in errors.items() if name not in {*scoring, "output"}) < 0.03
     assert all(layer.activation == "relu" for layer in module.layers)
 
 

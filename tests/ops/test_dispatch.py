@@ -15,6 +15,7 @@ from dsts_kernels.ops import _library
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
+from ..support.profiling import profile
 from .stated import Dispatch, operands, stated
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -226,7 +227,7 @@ def listeners(fused, x, draws):
             return fused(a, d)
 
     def profiled(a, d):
-        with torch.profiler.profile():
+        with profile():
             return fused(a, d)
 
     exported = torch.export.export(fused, (x, draws)).module()

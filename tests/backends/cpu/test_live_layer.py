@@ -11,6 +11,7 @@ from dsts_kernels.backends import BACKENDS, cpu
 from dsts_kernels.testing import assert_close
 
 from ...support.modules import pair
+from ...support.profiling import profile
 from .support import _C, LAYOUTS, filled
 
 CPU = BACKENDS["cpu"]
@@ -85,7 +86,7 @@ def test_where_single_ops_run():
         layer.float()
         with torch.autocast("cpu"):
             assert live(layer, x) is None
-        with torch.profiler.profile():
+        with profile():
             assert live(layer, x) is None
         assert live(layer.to("meta"), x) is None
 

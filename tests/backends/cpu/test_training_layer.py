@@ -14,6 +14,7 @@ from dsts_kernels.ops.training_layer import TrainingLayer
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
+from ...support.profiling import profile
 from .support import LAYOUTS, filled
 
 CPU = BACKENDS["cpu"]
@@ -138,7 +139,7 @@ def test_where_single_ops_run():
         assert whole(layer, x) is None
     with torch.autocast("cpu"):
         assert whole(layer, x) is None
-    with torch.autograd.profiler.profile():
+    with profile():
         assert whole(layer, x) is None
     layer.mixing.data = torch.randn(2, 8, 7, 1, 1, 1)
     assert whole(layer, x) is None

@@ -13,6 +13,7 @@ from dsts_kernels.backends.gpu.switches import switched
 from dsts_kernels.routing import sample_draws
 from dsts_kernels.testing import assert_close
 
+from ...support.profiling import profile
 from .support import interpreted, launch, spy_on
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poison")]
@@ -125,7 +126,7 @@ def test_nan_stays_in_its_sample():
 def test_whoever_listens_sees_the_ops(monkeypatch):
     """A mode sees the single ops; the profiler sees what runs without it."""
     tensors, spy = inputs(4, 20, 3, (1, 1, 1), torch.float32), spy_on(monkeypatch, "route_kernel")
-    with torch.profiler.profile():
+    with profile():
         ops.route(**tensors, backend="triton")
     assert len(spy.launches) == 1
     with FlopCounterMode(display=False):
