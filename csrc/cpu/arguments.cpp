@@ -239,7 +239,8 @@ void FieldNames::find(const Arguments& arguments, const char* name, py::handle r
     same = contained == 1;
     if (same) index[i] = PySequence_Index(fields.ptr(), py::str(names_[i]).ptr());
   }
-  arguments.require(same, name, " has fields ", std::string(py::str(fields)), "; wanted ", wanted);
+  arguments.require(same, name, " has fields ", std::string(py::str(static_cast<py::handle>(fields))),
+                    "; wanted ", wanted);
   std::copy_n(index, count_, index_);  // not before: the last type's are in use until then
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(record.ptr()));
   Py_INCREF(type);
