@@ -50,7 +50,7 @@ class DSTSLayer(LayerState):
         **options: Unpack[OptionKeywords],
     ) -> None:
         super().__init__()
-        chosen = LayerOptions.read(type(self).__name__, options)
+        chosen = LayerOptions.read(type(self), options)
         c = self.in_channels = count("in_channels", in_channels)
         o = self.out_channels = count("out_channels", c if out_channels is None else out_channels)
         n = self.num_neurons = chosen.num_neurons
@@ -119,8 +119,11 @@ class DSTSLayer(LayerState):
         return scores if center is None or self.center_in_training or not self.training else scores - center
 
     def extra_repr(self) -> str:
-        kernels = f"scoring_kernel={self.scoring_kernel}, mixing_kernel={self.mixing_kernel}"
-        return f"{self.in_channels}, {self.out_channels}, num_neurons={self.num_neurons}, {kernels}"
+        scores = f"scoring_kernel={self.scoring_kernel}, score_reduction={self.score_reduction!r}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, num_neurons={self.num_neurons}, {scores}, "
+            f"mixing_kernel={self.mixing_kernel}"
+        )
 
     def forward(
         self, x: Tensor, draws: Draws | None = None, return_routing: bool = False

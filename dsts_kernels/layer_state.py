@@ -67,6 +67,11 @@ class LayerState(Routed):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        if prefix + "filters" in state_dict:  # at once: a list of all keys and sizes would hide it
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or 'state_dict'}: got the state of a frozen layer, wanted that of a "
+                f"{type(self).__name__}: freeze this module first, by freeze() or freeze_dsts(model.eval())"
+            )
         noise = state_dict.pop(prefix + NOISE, None)
         if noise is not None:
             self._take_noise(prefix + NOISE, noise, error_msgs)

@@ -59,7 +59,7 @@ class FusedDSTS(TwoSided, Routed):
         super().__init__()
         if not isinstance(skip, bool):
             raise TypeError(f"skip: got {_checks.describe(skip)}, wanted a bool")
-        LayerOptions.read(type(self).__name__, options)
+        LayerOptions.read(type(self), options)
         self.skip = skip
         self.layers = nn.ModuleList(
             DSTSLayer(in_channels, device=device, dtype=dtype, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from dataclasses import MISSING, dataclass, fields
@@ -102,12 +103,14 @@ class LayerOptions:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def read(cls, owner: str, keywords: dict[str, object]) -> LayerOptions:
-        """The options among ``keywords`` of a call of ``owner``, which has no other ones."""
-        names = [field.name for field in fields(cls)]
-        unknown = [name for name in keywords if name not in names]
+    def read(cls, owner: type, keywords: dict[str, object]) -> LayerOptions:
+        """The options among ``keywords`` of a call of ``owner``, which has no other ones; near names come first."""
+        unknown = [name for name in keywords if name not in {field.name for field in fields(cls)}]
         if unknown:
-            raise TypeError(f"{owner}: got an argument {unknown[0]!r}, wanted one of {', '.join(names)}")
+            names = list(inspect.signature(owner).parameters)
+            near = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.5)
+            listed = ", ".join([*near, *(name for name in names if name not in near)])
+            raise TypeError(f"{owner.__name__}: got an argument {unknown[0]!r}, wanted one of {listed}")
         return cls(**keywords)
 
 

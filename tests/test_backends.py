@@ -57,7 +57,9 @@ def test_the_chosen_backend_really_runs(backend, monkeypatch):
     called = set()
     for op in ("semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"):
         original = getattr(BACKENDS[backend], op)
-        monkeypatch.setattr(BACKENDS[backend], op, lambda *a, op=op, original=original: called.add(op) or original(*a))
+        monkeypatch.setitem(
+            vars(BACKENDS[backend]), op, lambda *a, op=op, original=original: called.add(op) or original(*a)
+        )
     with use_backend("eager"):
         FusedDSTS(4, num_layers=1, num_neurons=2, backend=backend)(torch.randn(2, 4, 2, 3, 3)).sum().backward()
     assert called == {"semhash_gate", "tap_sums", "gated_conv3d", "gated_conv3d_backward", "mixing_conv3d"}
@@ -113,10 +115,10 @@ def test_a_module_that_does_not_load(monkeypatch):
 def test_triton_says_why_not(monkeypatch):
     """It is for CUDA tensors, or CPU tensors in the interpreter, never for float64; CPU tensors stay with others."""
     backend, cuda = BACKENDS["triton"], torch.device("cuda")
-    monkeypatch.setattr(backend, "missing", lambda: None)
+    monkeypatch.setitem(vars(backend), "missing", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.why_not("tap_sums", CPU, torch.float32) == "it runs on CUDA tensors, not on cpu"
-    monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: "not built")
+    monkeypatch.setitem(vars(BACKENDS["cuda"]), "missing", lambda: "not built")
     monkeypatch.setattr("dsts_kernels.backends.gpu.measured.capability", lambda device: (9, 0))
     monkeypatch.setattr("dsts_kernels.backends.triton.capability", lambda device: (7, 0))
     assert "compute capability 8.0, this GPU has 7.0" in backend.why_not("tap_sums", cuda, torch.float32)
@@ -233,8 +235,8 @@ def test_a_frozen_module_is_packed_for_the_faster_backend(monkeypatch):
         return "eager"
 
     backend = BACKENDS["triton"]
-    monkeypatch.setattr(backend, "why_not", lambda *_: None)
-    monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda *_: "not in this test")
+    monkeypatch.setitem(vars(backend), "why_not", lambda *_: None)
+    monkeypatch.setitem(vars(BACKENDS["cpu"]), "why_not", lambda *_: "not in this test")
     monkeypatch.setattr(backends, "_faster", lambda first, *args: BACKENDS[winner(*args)])
     fused = FusedDSTS(6, num_layers=2, num_neurons=2).eval()
     x = torch.randn(2, 6, 2, 3, 3)

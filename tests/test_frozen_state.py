@@ -261,6 +261,17 @@ def test_states_of_other_kinds():
     refused(fast.layers.state_dict(), "got the state of one frozen layer, wanted a FrozenDSTS's", fast.layers)
 
 
+def test_a_frozen_state_in_a_live_module():
+    """Refused with what to do, without sizes and missing keys; the module stays as it was."""
+    dsts, state = live(), live().freeze().state_dict()
+    before = snapshot(dsts)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"layers.0: got the state of a frozen layer, .*by freeze\(\)") as error:
+            dsts.load_state_dict(state, strict=strict)
+        assert "size mismatch" not in str(error.value) and "Missing" not in str(error.value)
+        assert_same(dsts, before)
+
+
 def test_a_state_without_it():
     """A checkpoint that has no frozen module leaves it alone; strict, it is missing; what is too much is told."""
     fast = live().freeze()

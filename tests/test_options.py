@@ -47,10 +47,18 @@ def test_type_checkers_see_the_same():
 
 @pytest.mark.parametrize("cls", [DSTSLayer, FusedDSTS])
 def test_an_unknown_keyword_is_named(cls):
+    """Beside all that the class takes, near names first."""
     with pytest.raises(
-        TypeError, match=rf"{cls.__name__}: got an argument 'neurons', wanted one of num_neurons, scoring"
-    ):
+        TypeError, match=rf"^{cls.__name__}: got an argument 'neurons', wanted one of num_neurons, "
+    ) as e:
         cls(8, neurons=3)
+    listed = str(e.value).partition("wanted one of ")[2].split(", ")
+    assert sorted(listed) == sorted(inspect.signature(cls).parameters)
+
+
+def test_layers_for_num_layers():
+    with pytest.raises(TypeError, match=r"got an argument 'layers', wanted one of num_layers, in_channels"):
+        FusedDSTS(8, layers=2)
 
 
 @pytest.mark.parametrize("kind", [FusedDSTS, reference.DSTS])

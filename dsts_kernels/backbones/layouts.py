@@ -7,6 +7,7 @@ channels-last features, in which layers work anyway, and which ``FusedDSTS`` giv
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -183,6 +184,12 @@ class Wanted(NamedTuple):
             fit = [own for own in found if self.channels in (None, own.channels) and _no_larger(own, x, clip)]
         else:
             fit = [own for own in found if own.name == self.layout]
+            likely = [own for own in found if _no_larger(own, x, clip)]
+            if self.channels is None and likely and not set(fit) & set(likely):
+                raise ValueError(
+                    f"layout: got {self.layout!r}, whose T, H, W are not those of the clip for {argument}, "
+                    f"{_checks.describe(x)}; wanted {likely[0].name!r}, or channels= beside it, if it is so"
+                )
         if len(fit) != 1:
             offered = " or ".join(f"{own.name!r} with channels={own.channels}" for own in fit or found)
             how_many = "none of them" if not fit else "several"
@@ -197,6 +204,12 @@ class Wanted(NamedTuple):
                 f"layout {fit[0].name!r}"
             )
         fit[0].check(x, argument)
+        if x.shape[0] * fit[0].channels == x.numel():
+            warnings.warn(
+                f"{argument}: got {_checks.describe(x)}, features of one position, where convolutions over space and "
+                "time see nothing: wanted a submodule before pooling",
+                stacklevel=3,  # insert_dsts
+            )
         return fit[0]
 
     def _check_others(self, x: Tensor, clip: tuple[int, ...] | None, argument: str) -> None:

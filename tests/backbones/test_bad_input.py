@@ -342,3 +342,35 @@ def test_freezing_wants_evaluation():
     with pytest.raises(ValueError, match=r"model: got Clips in training mode, wanted evaluation: model\.eval\(\)"):
         freeze_dsts(model.train())
     assert any(module is dsts for module in model.modules())
+
+
+class ChannelsLast(nn.Sequential):
+    """Features ``(B, T, H, W, 6)`` behind ``"last"``, and pooled ones behind ``"pooled"``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 6, 1)
+        self.last = nn.Identity()
+        self.pooled = nn.AdaptiveAvgPool3d(1)
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.stem(clip).permute(0, 2, 3, 4, 1))
+        return self.pooled(x.permute(0, 4, 1, 2, 3))
+
+
+def test_a_layout_that_the_clip_speaks_against():
+    """Channels-last features under ``layout="BCTHW"`` would be frames for channels, and run without a word."""
+    clip = (1, 3, 4, 16, 16)
+    with pytest.raises(ValueError, match=r"layout: got 'BCTHW', whose T, H, W are not .*wanted 'BTHWC', or channels="):
+        insert_dsts(ChannelsLast(), "last", num_neurons=2, example=clip, layout="BCTHW")
+    taken = insert_dsts(ChannelsLast(), "last", num_neurons=2, layout="BCTHW", channels=4)  # both: it is so
+    assert taken.layers[0].in_channels == 4
+    last = insert_dsts(ChannelsLast(), "last", num_neurons=2, example=clip, layout="BTHWC")
+    assert last.layers[0].in_channels == 6
+
+
+def test_features_of_one_position():
+    """Behind pooling a convolution sees nothing beside its own position."""
+    with pytest.warns(UserWarning, match=r"features behind 'pooled': got .* of one position, .*before pooling") as seen:
+        insert_dsts(ChannelsLast(), "pooled", num_neurons=2, example=(1, 3, 4, 16, 16))
+    assert seen[0].filename == __file__

@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
                 seen.setdefault(op, []).append(name)
                 return original(*args)
 
-            monkeypatch.setattr(BACKENDS[name], op, spy)
+            monkeypatch.setitem(vars(BACKENDS[name]), op, spy)
     return seen
 
 

@@ -81,9 +81,9 @@ def test_each_pass_is_measured(monkeypatch):
     monkeypatch.setattr("dsts_kernels.backends.cpu.matrix_is_cheaper", lambda *size: True)
     learned, inputs = [], gated_inputs(2, 24, 12, (2, 3, 4), torch.bfloat16)
     own = CPU.fast.weight_gradient
-    monkeypatch.setattr(CPU.fast, "weight_gradient", lambda *a, **k: (learned.append(1), own(*a, **k))[1])
+    monkeypatch.setitem(vars(CPU.fast), "weight_gradient", lambda *a, **k: (learned.append(1), own(*a, **k))[1])
     for method in ("gated_conv", "data_gradient"):
-        monkeypatch.setattr(CPU.fast, method, None)
+        monkeypatch.setitem(vars(CPU.fast), method, None)
     check(GATED, inputs, backend="cpu")
     assert learned
 
@@ -327,7 +327,7 @@ def test_a_frozen_module_takes_the_cheaper_way(monkeypatch):
             some, "frozen_neuron", lambda *a, own=own, name=name: (seen.append(name), own(*a))[1], raising=True
         )
     call = CPU._run_frozen
-    monkeypatch.setattr(CPU, "_run_frozen", lambda *a: (seen.append("winograd"), call(*a))[1])
+    monkeypatch.setitem(vars(CPU), "_run_frozen", lambda *a: (seen.append("winograd"), call(*a))[1])
     x, outputs = torch.randn(1, 16, 1, 4, 4).to(torch.bfloat16), {}
     for algorithm in ways:
         fast = fused.eval().freeze(algorithm=algorithm)
