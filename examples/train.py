@@ -366,6 +366,8 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(out, purge_step=self.epoch)
+            sets = f"{len(self.train_set)} clips to train, {len(self.test_set)} to test"
+            print(f"{self.options.data}: {sets}, {self.options.epochs} epochs; results go to {out}", flush=True)
         while self.epoch < self.options.epochs:
             record = self.run_epoch()
             metrics, routing = self.evaluate()
@@ -391,8 +393,11 @@ class Trainer:
         self.write_metrics(out)
         if self.options.quiet:
             return
-        dead = "" if self.monitor is None else f", dead neurons {record['dead']}, in evaluation {record['test_dead']}"
-        print(f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, top-1 {record['top1']:.1%}{dead}", flush=True)
+        unused = ""
+        if self.monitor is not None:
+            unused = f", unused neurons by layer {record['dead']}, in evaluation {record['test_dead']}"
+        told = f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, top-1 {record['top1']:.1%}"
+        print(told + unused, flush=True)
         for name in ("train_loss", "val_loss", "top1", "mean_class_accuracy", "seconds"):
             if name in record:
                 writer.add_scalar(name, record[name], record["epoch"])

@@ -27,7 +27,7 @@ SECONDS, QUICK_SECONDS = 20.0, 4.0  # for a step of all variants
 def add_arguments(parser: argparse.ArgumentParser, shape, count) -> None:
     """Options; ``shape`` and ``count`` read one."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="about a minute on two cores: swin alone, a few rounds")
+    add("--quick", action="store_true", help="about a minute on two free cores: swin alone, a few rounds")
     add("--shape", type=shape, action="append", help="tpn, swin or CxTxHxW; repeatable (tpn and swin)")
     add("--step", choices=(*STEPS, "all"), default="all", help="(all)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="(float32)")
@@ -125,10 +125,15 @@ def bench(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
         print(f"weights of a module: {memory:.1f} GiB; about three times that is needed", file=sys.stderr, flush=True)
         for problem in found:
             for step in STEPS if given.step == "all" else (given.step,):
-                rows = list(measure(problem, step, QUICK_SECONDS if given.quick else SECONDS))
+                said = f"{step}, {label(problem)}"
+
+                def say(line: str, said: str = said) -> None:
+                    print(f"{said}: {line}", file=sys.stderr, flush=True)
+
+                rows = list(measure(problem, step, QUICK_SECONDS if given.quick else SECONDS, say))
                 rounds += [row.rounds for row in rows]
                 lines += table_rows(problem, rows)
-                print(f"{step}, {label(problem)}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+                say(f"done, {time.perf_counter() - began:.0f} s since the start")
         told = heading(found[0])
     except (ValueError, ArithmeticError, RuntimeError) as error:
         parser.error(str(error))

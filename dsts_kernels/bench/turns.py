@@ -158,13 +158,16 @@ def timed(one: Step, device: torch.device) -> tuple[float, Tensor]:
     return time.perf_counter() - began, y
 
 
-def measure(problem: Problem, step: str, seconds: float) -> Iterator[Row]:
+def measure(
+    problem: Problem, step: str, seconds: float, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Row]:
     """Time the variants of a step in turns, for about this long, three rounds at least and ten at most.
 
     Args:
         problem: sizes, dtype and device.
         step: ``"evaluation"`` or ``"training"`` (forward and backward).
         seconds: for all variants together, beside making them and the first round, which is not counted.
+        say: is told how the first round goes, a line per variant.
 
     Returns:
         The rows, literal first.
@@ -192,8 +195,10 @@ def measure(problem: Problem, step: str, seconds: float) -> Iterator[Row]:
                 f"{step}, {TITLES[name]}: off by {max(found):.1e} of the literal module; nothing was timed"
             )
         errors[name] = found[0]
+        say(f"{TITLES[name]}: right, in {1e3 * took:.0f} ms at first")
     rounds = max(3, min(MOST, int(seconds / first)))
     times: dict[str, list[float]] = {name: [] for name in steps}
+    say(f"{rounds} rounds, about {rounds * first:.0f} s")
     for _ in range(rounds):
         for name, one in steps.items():
             times[name].append(timed(one, problem.device)[0])
