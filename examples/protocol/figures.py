@@ -72,7 +72,7 @@ def claims(records: Mapping[str, Records]) -> Figure:
         axes.set_title(task, fontsize=10)
         rows(axes, names, "points of top-1")
     fig.supxlabel(
-        "95% intervals over seeds. Dark: above 0, after Holm's correction too. Orange: below 0, after it too. Grey: neither.",
+        "95% intervals over seeds. Dark: above 0, also after Holm's correction. Orange: below 0. Grey: neither.",
         fontsize=8,
         color="#555555",
     )

@@ -348,11 +348,12 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch, d
 
 
 def test_a_log_has_one_line_for_each_epoch(tmp_path, capsys):
-    """Where nobody watches there is no bar."""
+    """Where nobody watches there is no bar; the first line says what is trained and where results go."""
     assert train.main([o for o in TOY if o != "--quiet"] + ["--epochs", "2", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr()
     lines = [line for line in told.out.splitlines() if line]
-    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1"] and told.err == ""
+    assert [line.split(":")[0] for line in lines] == ["synthetic", "epoch 0", "epoch 1"] and told.err == ""
+    assert "2 epochs" in lines[0] and str(tmp_path) in lines[0]
 
 
 @pytest.mark.parametrize(
