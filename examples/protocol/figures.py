@@ -69,6 +69,9 @@ def claims(records: Mapping[str, Records]) -> Figure:
         colors = [NO if one is None else verdicts.get(one.verdict, YES) for one in found]
         axes.axvline(0.0, color=INK, linewidth=0.8)
         intervals(axes, [NOTHING if one is None else one.found for one in found], colors, 100.0)
+        for row, one in enumerate(found):
+            if one is None:
+                axes.annotate("not run", (0.0, row), (4, 0), textcoords="offset points", va="center", fontsize=7)
         axes.set_title(task, fontsize=10)
         rows(axes, names, "points of top-1")
     fig.supxlabel(
