@@ -93,12 +93,12 @@ def _beside_chance(axes: Axes, band: tuple[float, float] | None, start: list[flo
     """Half, and where they are known the band of random gates and the shares at the start, over a panel's bars."""
     axes.axhline(0.5, color="white", linewidth=0.9, linestyle=(0, (4, 3)))
     if band is not None:
-        axes.axhspan(*band, facecolor=CHANCE, alpha=0.45, label="chance: 95% of figures of random gates")
+        axes.axhspan(*band, facecolor=CHANCE, alpha=0.45, label="chance: random gates lie here, 95 times in 100")
         for edge in band:
             axes.axhline(edge, color=CHANCE, linewidth=1.0)
     if start is not None:
         mark = {"color": START, "markersize": 11, "markeredgewidth": 1.8, "label": "at the start"}
-        axes.plot(range(len(start)), start, "_", **mark)
+        axes.plot(range(len(start)), start, "_", clip_on=False, zorder=5, **mark)
 
 
 def pick_examples(routing: Mapping[str, Any], most: int = 12, per_class: int = 3) -> list[int]:

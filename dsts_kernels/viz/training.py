@@ -168,7 +168,7 @@ def _lines(axes: Axes, epochs: Sequence[int], values: Tensor) -> None:
             clip_on=False,
             zorder=3,
         )
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, min(1.0, max(0.1, 1.25 * float(values.max()))))  # small shares are seen, too
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.margins(x=0.03)
     if len(epochs) == 1:
@@ -196,12 +196,12 @@ def plot_saturation(history: Sequence[Mapping[str, Any]]) -> Figure:
     fig = figure(8.6, 3.5)
     left, right = fig.subplots(1, 2)
     _lines(left, gates_at, saturated)
-    left.set_title("saturated gates", fontsize=10)
+    left.set_title("saturated: soft gates that are 0 or 1", fontsize=10)
     left.set_ylabel("share of gates", fontsize=9)
     _lines(right, neurons_at, dead / usage.shape[2])
-    right.set_title("dead neurons: chosen by no sample", fontsize=10)
+    right.set_title("dead neurons: chosen by no sample in training", fontsize=10)
     right.set_ylabel(f"share of {usage.shape[2]} neurons", fontsize=9)
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False, handlelength=3)
-    fig.suptitle("Gates that are settled and neurons that are lost, by epoch", fontsize=12)
+    fig.suptitle("Soft gates that are settled, and neurons that no sample chooses, by epoch", fontsize=12)
     return fig
