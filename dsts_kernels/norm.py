@@ -53,7 +53,7 @@ def is_plain(norm: nn.Module) -> bool:
     if type(norm) is not nn.BatchNorm3d or "forward" in vars(norm):
         return False
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return not (hooks or any(map(len, GLOBAL_HOOKS)))
+    return not (hooks or any(GLOBAL_HOOKS))
 
 
 def lies_flat(z: Tensor) -> bool:

@@ -112,5 +112,6 @@ def test_neither_copied_nor_compiled(graphs):
     with pytest.raises(TypeError, match="graphed: got a copy or a pickle of CUDA graphs, wanted the module: del"):
         copy.deepcopy(dsts)
     # torch 2.6 leaves out the words of what was raised in the code that it compiles.
-    with pytest.raises(Exception, match=r"mode='reduce-overhead' makes CUDA graphs of its own|^Observed exception"):
+    old = torch.__version__ < (2, 7)
+    with pytest.raises(Exception, match="Observed" if old else "mode='reduce-overhead' makes CUDA graphs of its own"):
         torch.compile(dsts.forward, backend="eager", fullgraph=True)(x)

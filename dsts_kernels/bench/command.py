@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 import platform
 import sys
@@ -101,6 +102,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(row(line) for line in (COLUMNS, rule, *lines))
 
 
+def tell(*words: str) -> None:
+    """How far it is, beside the table."""
+    print(*words, file=sys.stderr, flush=True)
+
+
 def problems(given: argparse.Namespace) -> list[Problem]:
     """What is measured.
 
@@ -122,14 +128,10 @@ def bench(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
             torch.set_num_threads(given.threads)
         began, lines, rounds = time.perf_counter(), [], []
         memory = found[0].parameters * found[0].dtype.itemsize / 2**30
-        print(f"weights of a module: {memory:.1f} GiB; about three times that is needed", file=sys.stderr, flush=True)
+        tell(f"weights of a module: {memory:.1f} GiB; about three times that is needed")
         for problem in found:
             for step in STEPS if given.step == "all" else (given.step,):
-                said = f"{step}, {label(problem)}"
-
-                def say(line: str, said: str = said) -> None:
-                    print(f"{said}: {line}", file=sys.stderr, flush=True)
-
+                say = functools.partial(tell, f"{step}, {label(problem)}:")
                 rows = list(measure(problem, step, QUICK_SECONDS if given.quick else SECONDS, say))
                 rounds += [row.rounds for row in rows]
                 lines += table_rows(problem, rows)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+OLD = torch.__version__ < (2, 7)
 
 
 @contextlib.contextmanager
